@@ -1,0 +1,185 @@
+"""The one table of tensor keys: which tensor of which format holds which parameter, in which layout.
+
+Every row is used in both directions: `decode` reads a checkpoint's tensor into a parameter, `encode` writes it back.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from headshare_jax import parameters
+from headshare_jax.config import LlamaConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A reversible rearrangement between a checkpoint's tensor and a parameter's slice for one layer."""
+
+    decode: Callable[[np.ndarray, int], np.ndarray]
+    encode: Callable[[np.ndarray, int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Key:
+    """Where a parameter lies in a checkpoint.
+
+    Attributes:
+      template: tensor name, with `{layer}` where there is one for every layer.
+      layout: rearrangement of the tensor into the parameter.
+      part, parts: the tensor fuses this many parameters of equal size along its first axis; this is number `part`.
+    """
+
+    template: str
+    layout: Layout
+    part: int = 0
+    parts: int = 1
+
+    def name(self, layer: int | None) -> str:
+        """The tensor's name in this layer."""
+        return self.template.format(layer=layer)
+
+
+def _interleave(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rotary pairs from half-split (i, i + H/2) to adjacent (2i, 2i + 1), per head, along the first axis."""
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _split_halves(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Inverse of `_interleave`."""
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _heads_in(rows: np.ndarray, heads: int) -> np.ndarray:
+    return rows.reshape(heads, -1, rows.shape[-1]).swapaxes(1, 2)
+
+
+def _heads_in_back(heads_ndh: np.ndarray, heads: int) -> np.ndarray:
+    return heads_ndh.swapaxes(1, 2).reshape(-1, heads_ndh.shape[1])
+
+
+SAME = Layout(lambda tensor, heads: tensor, lambda value, heads: value)
+# [out, in] <-> [in, out]
+TRANSPOSED = Layout(lambda tensor, heads: tensor.T, lambda value, heads: value.T)
+# [n * H, D] <-> [n, D, H]
+HEADS_IN = Layout(_heads_in, _heads_in_back)
+# [D, n * H] <-> [n, H, D]
+HEADS_OUT = Layout(
+    lambda tensor, heads: tensor.T.reshape(heads, -1, tensor.shape[0]),
+    lambda value, heads: value.reshape(-1, value.shape[-1]).T,
+)
+# [n * H] <-> [n, H]
+HEAD_BIAS = Layout(lambda tensor, heads: tensor.reshape(heads, -1), lambda value, heads: value.reshape(-1))
+# llama.cpp stores q and k with adjacent rotary pairs.
+HEADS_IN_ADJACENT = Layout(
+    lambda tensor, heads: _heads_in(_split_halves(tensor, heads), heads),
+    lambda value, heads: _interleave(_heads_in_back(value, heads), heads),
+)
+HEAD_BIAS_ADJACENT = Layout(
+    lambda tensor, heads: _split_halves(tensor, heads).reshape(heads, -1),
+    lambda value, heads: _interleave(value.reshape(-1), heads),
+)
+
+KeyTable = Mapping[str, Key]
+
+LLAMA: KeyTable = {
+    "embed_vd": Key("model.embed_tokens.weight", SAME),
+    "attn_norm_ld": Key("model.layers.{layer}.input_layernorm.weight", SAME),
+    "q_pool_pdh": Key("model.layers.{layer}.self_attn.q_proj.weight", HEADS_IN),
+    "k_pool_pdh": Key("model.layers.{layer}.self_attn.k_proj.weight", HEADS_IN),
+    "v_pool_pdh": Key("model.layers.{layer}.self_attn.v_proj.weight", HEADS_IN),
+    "o_pool_phd": Key("model.layers.{layer}.self_attn.o_proj.weight", HEADS_OUT),
+    "q_bias_ph": Key("model.layers.{layer}.self_attn.q_proj.bias", HEAD_BIAS),
+    "k_bias_ph": Key("model.layers.{layer}.self_attn.k_proj.bias", HEAD_BIAS),
+    "v_bias_ph": Key("model.layers.{layer}.self_attn.v_proj.bias", HEAD_BIAS),
+    "o_bias_ld": Key("model.layers.{layer}.self_attn.o_proj.bias", SAME),
+    "mlp_norm_ld": Key("model.layers.{layer}.post_attention_layernorm.weight", SAME),
+    "gate_ldf": Key("model.layers.{layer}.mlp.gate_proj.weight", TRANSPOSED),
+    "up_ldf": Key("model.layers.{layer}.mlp.up_proj.weight", TRANSPOSED),
+    "down_lfd": Key("model.layers.{layer}.mlp.down_proj.weight", TRANSPOSED),
+    "gate_bias_lf": Key("model.layers.{layer}.mlp.gate_proj.bias", SAME),
+    "up_bias_lf": Key("model.layers.{layer}.mlp.up_proj.bias", SAME),
+    "down_bias_ld": Key("model.layers.{layer}.mlp.down_proj.bias", SAME),
+    "final_norm_d": Key("model.norm.weight", SAME),
+    "head_vd": Key("lm_head.weight", SAME),
+}
+
+BAICHUAN: KeyTable = {
+    **LLAMA,
+    "q_pool_pdh": Key("model.layers.{layer}.self_attn.W_pack.weight", HEADS_IN, part=0, parts=3),
+    "k_pool_pdh": Key("model.layers.{layer}.self_attn.W_pack.weight", HEADS_IN, part=1, parts=3),
+    "v_pool_pdh": Key("model.layers.{layer}.self_attn.W_pack.weight", HEADS_IN, part=2, parts=3),
+}
+
+GGUF: KeyTable = {
+    "embed_vd": Key("token_embd.weight", SAME),
+    "attn_norm_ld": Key("blk.{layer}.attn_norm.weight", SAME),
+    "q_pool_pdh": Key("blk.{layer}.attn_q.weight", HEADS_IN_ADJACENT),
+    "k_pool_pdh": Key("blk.{layer}.attn_k.weight", HEADS_IN_ADJACENT),
+    "v_pool_pdh": Key("blk.{layer}.attn_v.weight", HEADS_IN),
+    "o_pool_phd": Key("blk.{layer}.attn_output.weight", HEADS_OUT),
+    "q_bias_ph": Key("blk.{layer}.attn_q.bias", HEAD_BIAS_ADJACENT),
+    "k_bias_ph": Key("blk.{layer}.attn_k.bias", HEAD_BIAS_ADJACENT),
+    "v_bias_ph": Key("blk.{layer}.attn_v.bias", HEAD_BIAS),
+    "o_bias_ld": Key("blk.{layer}.attn_output.bias", SAME),
+    "mlp_norm_ld": Key("blk.{layer}.ffn_norm.weight", SAME),
+    "gate_ldf": Key("blk.{layer}.ffn_gate.weight", TRANSPOSED),
+    "up_ldf": Key("blk.{layer}.ffn_up.weight", TRANSPOSED),
+    "down_lfd": Key("blk.{layer}.ffn_down.weight", TRANSPOSED),
+    "gate_bias_lf": Key("blk.{layer}.ffn_gate.bias", SAME),
+    "up_bias_lf": Key("blk.{layer}.ffn_up.bias", SAME),
+    "down_bias_ld": Key("blk.{layer}.ffn_down.bias", SAME),
+    "final_norm_d": Key("output_norm.weight", SAME),
+    "head_vd": Key("output.weight", SAME),
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a checkpoint: the parameters it fuses, in order, and its shape."""
+
+    parts: tuple[str, ...]
+    layer: int | None
+    shape: tuple[int, ...]
+
+
+def tensors(table: KeyTable, config: LlamaConfig) -> dict[str, Tensor]:
+    """Every tensor that a checkpoint of this model holds, by name, in layer order."""
+    found: dict[str, Tensor] = {}
+
+    def add(name: str, layer: int | None) -> None:
+        key = table[name]
+        tensor = key.name(layer)
+        before = found[tensor].parts if tensor in found else ()
+        shape = encode(table, config, name, np.broadcast_to(np.int8(0), parameters.slice_shape(config, name))).shape
+        found[tensor] = Tensor((*before, name), layer, (shape[0] * key.parts, *shape[1:]))
+
+    names = parameters.parameter_names(config)
+    layered = [name for name in names if parameters.is_layered(name)]
+    first_layered = names.index(layered[0])
+    for name in names[:first_layered]:
+        add(name, None)
+    for layer in range(config.num_layers):
+        for name in layered:
+            add(name, layer)
+    for name in names[first_layered:]:
+        if name not in layered:
+            add(name, None)
+    return found
+
+
+def decode(table: KeyTable, config: LlamaConfig, name: str, tensor: np.ndarray) -> np.ndarray:
+    """A parameter's slice for one layer, from the tensor that holds it."""
+    key = table[name]
+    rows = tensor.shape[0] // key.parts
+    return key.layout.decode(tensor[key.part * rows : (key.part + 1) * rows], _heads(config, name))
+
+
+def encode(table: KeyTable, config: LlamaConfig, name: str, value: np.ndarray) -> np.ndarray:
+    """Inverse of `decode`: a parameter's slice as (its part of) the tensor that holds it."""
+    return table[name].layout.encode(value, _heads(config, name))
+
+
+def _heads(config: LlamaConfig, name: str) -> int:
+    projection = parameters.pooled_projection(name)
+    return parameters.heads_per_layer(config, projection) if projection else 1

@@ -1,0 +1,76 @@
+"""PyTorch `.bin` checkpoints, read without running anything that is pickled in them."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from headshare_jax.convert.tensor_files import FLOATS, TensorInfo
+from headshare_jax.errors import HeadshareError
+
+_TORCH_FLOATS = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+
+
+class TorchReader:
+    """Tensors of `.bin` files, opened with `weights_only`; needs PyTorch."""
+
+    def __init__(self, files: list[Path]):
+        self.files = files
+        self._open: tuple[Path, dict[str, Any]] | None = None
+
+    def infos(self) -> tuple[dict[str, TensorInfo], list[str]]:
+        found: dict[str, TensorInfo] = {}
+        problems = []
+        for path in self.files:
+            for name, tensor in self._tensors(path).items():
+                if name in found:
+                    problems.append(f"{name} stands in both {found[name].file.name} and {path.name}")
+                kind = _TORCH_FLOATS.get(str(tensor.dtype))
+                found[name] = TensorInfo(tuple(tensor.shape), FLOATS[kind] if kind else None, path)
+        return found, problems
+
+    def read(self, info: TensorInfo, name: str) -> np.ndarray:
+        tensor = self._tensors(info.file)[name].contiguous()
+        if str(tensor.dtype) == "torch.bfloat16":
+            bits: np.ndarray = tensor.view(_torch().uint16).numpy()
+            return bits.view(ml_dtypes.bfloat16)
+        values: np.ndarray = tensor.numpy()
+        return values
+
+    def _tensors(self, path: Path) -> dict[str, Any]:
+        """The file's tensors, mapped rather than read where its format allows; one file is open at a time."""
+        if self._open is None or self._open[0] != path:
+            self._open = (path, _load(path))
+        return self._open[1]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    torch = _torch()
+    try:
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:
+            # Files from before PyTorch 1.6 cannot be mapped.
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise HeadshareError(
+            f"{path} is corrupt, or holds objects that only running its pickled code could load, which is never done; "
+            "convert it to safetensors where you trust it."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise HeadshareError(f"{path} is truncated, corrupt or no PyTorch file ({error}); fetch it again.") from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise HeadshareError(f"{path} does not hold a plain dictionary of tensors.")
+    return tensors
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise HeadshareError(
+            "Reading .bin weights needs PyTorch: pip install 'headshare-jax[torch]', or use a safetensors checkpoint."
+        ) from error
+    return torch

@@ -1,0 +1,38 @@
+"""Makes LLaMA-family language models smaller by letting attention heads share weights, in JAX and Flax."""
+
+from headshare_jax.config import LlamaConfig, RopeScaling
+from headshare_jax.convert import load, open_checkpoint, save
+from headshare_jax.errors import HeadshareError
+from headshare_jax.evaluation import Perplexity, perplexity
+from headshare_jax.generation import Sampling, generate
+from headshare_jax.ledger import Ledger, ledger
+from headshare_jax.modeling import Llama
+from headshare_jax.parameters import WeightSource, fingerprint
+from headshare_jax.selection import sharing_map
+from headshare_jax.sharing import SharingMap
+from headshare_jax.similarity import MatchResult, match
+from headshare_jax.transform import share, unshare
+
+__all__ = [
+    "HeadshareError",
+    "Ledger",
+    "Llama",
+    "LlamaConfig",
+    "MatchResult",
+    "Perplexity",
+    "RopeScaling",
+    "Sampling",
+    "SharingMap",
+    "WeightSource",
+    "fingerprint",
+    "generate",
+    "ledger",
+    "load",
+    "match",
+    "open_checkpoint",
+    "perplexity",
+    "save",
+    "share",
+    "sharing_map",
+    "unshare",
+]

@@ -1,0 +1,172 @@
+"""Text generation with a key/value cache, on the device from the first token to the last."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from headshare_jax.errors import HeadshareError
+from headshare_jax.modeling import KVCache, Llama
+
+# Prompts and answers are padded to multiples of this, so that nearby lengths share one compilation.
+BUCKET = 64
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
+
+    Attributes:
+      temperature: divides the logits; 0 takes the most likely token.
+      top_k: only the k most likely tokens can be drawn; None for all.
+      top_p: only the most likely tokens that together reach this probability can be drawn; 1 for all.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise HeadshareError(f"temperature must be at least 0, not {self.temperature}.")
+        if self.top_k is not None and self.top_k < 1:
+            raise HeadshareError(f"top_k must be at least 1, not {self.top_k}.")
+        if not 0 < self.top_p <= 1:
+            raise HeadshareError(f"top_p must be above 0 and at most 1, not {self.top_p}.")
+
+
+def generate(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 64,
+    sampling: Sampling | None = None,
+    stop_tokens: Sequence[int] | None = None,
+    seed: int = 0,
+) -> list[list[int]]:
+    """Continues a batch of prompts of any lengths.
+
+    Compiles once for each batch size and bucket of lengths.
+
+    Args:
+      model: dense or shared.
+      prompts: token ids, at least one in every prompt.
+      max_new_tokens: most tokens to add to each prompt.
+      sampling: greedy by default.
+      stop_tokens: a row ends before the first of these; by default the model's end-of-sequence tokens.
+      seed: of the draws.
+
+    Returns:
+      The new tokens of every prompt, without the stop token.
+
+    Raises:
+      HeadshareError: no prompt, an empty prompt, or a token outside the vocabulary.
+    """
+    sampling = sampling or Sampling()
+    lengths = [len(prompt) for prompt in prompts]
+    if not lengths or min(lengths) == 0:
+        raise HeadshareError("Generation needs at least one token in every prompt.")
+    if max_new_tokens < 1:
+        raise HeadshareError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
+    padded, new = _bucket(max(lengths)), _bucket(max_new_tokens)
+    tokens_bt = np.zeros((len(prompts), padded), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens_bt[row, padded - len(prompt) :] = prompt
+    if tokens_bt.min() < 0 or tokens_bt.max() >= model.config.vocab_size:
+        raise HeadshareError(f"A prompt holds a token outside the vocabulary of {model.config.vocab_size}.")
+    stops = model.config.eos_token_ids if stop_tokens is None else tuple(stop_tokens)
+    start_b = jnp.asarray([padded - length for length in lengths], jnp.int32)
+    cache = model.empty_cache(start_b, padded + new)
+    first_key, key = jax.random.split(jax.random.key(seed))
+    token_b, cache = _prefill(model, jnp.asarray(tokens_bt), cache, first_key, sampling=sampling)
+    out_bt, length_b, _ = _continue(
+        model,
+        token_b,
+        cache,
+        key,
+        jnp.int32(max_new_tokens),
+        jnp.asarray(stops, jnp.int32),
+        room=new,
+        sampling=sampling,
+    )
+    return [row[:length].tolist() for row, length in zip(np.asarray(out_bt), np.asarray(length_b), strict=True)]
+
+
+def _bucket(length: int) -> int:
+    return -(-length // BUCKET) * BUCKET
+
+
+@partial(jax.jit, static_argnames="sampling", donate_argnames="cache")
+def _prefill(
+    model: Llama, tokens_bt: jax.Array, cache: KVCache, key: jax.Array, *, sampling: Sampling
+) -> tuple[jax.Array, KVCache]:
+    """Runs the prompts and draws the first new token of every row."""
+    features_btd, cache = model.extend(tokens_bt, cache)
+    return _draw(model.logits(features_btd[:, -1]), key, sampling), cache
+
+
+@partial(jax.jit, static_argnames=("room", "sampling"), donate_argnames="cache")
+def _continue(
+    model: Llama,
+    token_b: jax.Array,
+    cache: KVCache,
+    key: jax.Array,
+    limit: jax.Array,
+    stop_tokens: jax.Array,
+    *,
+    room: int,
+    sampling: Sampling,
+) -> tuple[jax.Array, jax.Array, KVCache]:
+    """Adds tokens until every row has met a stop token or `limit` is reached.
+
+    Returns:
+      Tokens, int32 [B, room]; how many of each row come before its stop token, int32 [B]; and the cache, so that the
+      donated one can be written in place.
+    """
+
+    def stops(token_b: jax.Array) -> jax.Array:
+        return jnp.any(token_b[:, None] == stop_tokens[None, :], axis=1)
+
+    def unfinished(state: tuple[jax.Array, ...]) -> jax.Array:
+        count, _, _, done_b, *_ = state
+        return (count < limit) & ~jnp.all(done_b)
+
+    def step(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        count, token_b, out_bt, done_b, length_b, cache = state
+        out_bt = jax.lax.dynamic_update_slice(out_bt, token_b[:, None], (0, count))
+        length_b = length_b + ~done_b
+        features_btd, cache = model.extend(token_b[:, None], cache)
+        token_b = _draw(model.logits(features_btd[:, -1]), jax.random.fold_in(key, count), sampling)
+        return count + 1, token_b, out_bt, done_b | stops(token_b), length_b, cache
+
+    batch = token_b.shape[0]
+    state = (
+        jnp.int32(0),
+        token_b,
+        jnp.zeros((batch, room), jnp.int32),
+        stops(token_b),
+        jnp.zeros(batch, jnp.int32),
+        cache,
+    )
+    _, _, out_bt, _, length_b, cache = jax.lax.while_loop(unfinished, step, state)
+    return out_bt, length_b, cache
+
+
+def _draw(logits_bv: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    """The next token of every row, int32 [B]."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
+    logits_bv = logits_bv / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits_bv.shape[-1]:
+        least_b = jax.lax.top_k(logits_bv, sampling.top_k)[0][:, -1:]
+        logits_bv = jnp.where(logits_bv < least_b, -jnp.inf, logits_bv)
+    if sampling.top_p < 1:
+        sorted_bv = jnp.sort(logits_bv, axis=-1, descending=True)
+        probability_bv = jax.nn.softmax(sorted_bv, axis=-1)
+        before_bv = jnp.cumsum(probability_bv, axis=-1) - probability_bv
+        least_b = jnp.min(jnp.where(before_bv < sampling.top_p, sorted_bv, jnp.inf), axis=-1, keepdims=True)
+        logits_bv = jnp.where(logits_bv < least_b, -jnp.inf, logits_bv)
+    return jax.random.categorical(key, logits_bv, axis=-1).astype(jnp.int32)

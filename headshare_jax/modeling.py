@@ -1,0 +1,335 @@
+"""The LLaMA-family decoder on pooled attention heads, as a Flax NNX module."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from headshare_jax import parameters
+from headshare_jax.config import LlamaConfig
+from headshare_jax.errors import HeadshareError
+from headshare_jax.rope import rotary_angles, rotate
+from headshare_jax.sharing import PROJECTIONS, SharingMap
+
+COMPUTE_DTYPES = ("float32", "bfloat16")
+# Activations kept for the backward pass; everything else of a layer is computed again.
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+# Up to this many tokens a projection reads its heads one by one, which costs no bytes beyond the weights; above it,
+# one gather of the layer's heads is shared by all tokens.
+PER_HEAD_TOKENS = 32
+
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class HeadIndex(nnx.Variable):
+    """int32 pool row of every head of every layer; not trained."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the positions already seen.
+
+    Attributes:
+      k_lbskh, v_lbskh: [L, B, S, K, H], in the compute dtype; rotary embedding already applied to the keys.
+      length: int32 scalar, slots filled; the same for every row of the batch.
+      start_b: int32 [B], first slot in use; slots before it are padding on the left.
+    """
+
+    k_lbskh: jax.Array
+    v_lbskh: jax.Array
+    length: jax.Array
+    start_b: jax.Array
+
+
+class Llama(nnx.Module):
+    """A decoder whose heads are rows of one pool per projection; a dense model is the identity map.
+
+    Attribute names spell their axes (see `parameters`). Layers are stacked on a leading axis. Where the configuration
+    has no such parameter (biases, a head of its own), the attribute is absent.
+
+    Attributes:
+      config: the architecture.
+      sharing: who shares with whom, or None for a dense model.
+      compute_dtype: `float32` or `bfloat16`: type of matrix products and activations. Norms, softmax, rotary angles
+        and logits are float32 always.
+      remat: `none`, or which activations a training step keeps: `full` keeps none, `dots` those of weight products.
+      q_index_ln, k_index_lk, v_index_lk, o_index_ln: pool row of every head.
+    """
+
+    embed_vd: nnx.Param
+    attn_norm_ld: nnx.Param
+    q_pool_pdh: nnx.Param
+    k_pool_pdh: nnx.Param
+    v_pool_pdh: nnx.Param
+    o_pool_phd: nnx.Param
+    mlp_norm_ld: nnx.Param
+    gate_ldf: nnx.Param
+    up_ldf: nnx.Param
+    down_lfd: nnx.Param
+    final_norm_d: nnx.Param
+    q_index_ln: HeadIndex
+    k_index_lk: HeadIndex
+    v_index_lk: HeadIndex
+    o_index_ln: HeadIndex
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        params: Mapping[str, Any],
+        *,
+        sharing: SharingMap | None = None,
+        compute_dtype: str = "float32",
+        remat: str = "none",
+    ):
+        """Takes the parameters as they are; `parameters.stored_shape` gives the shape each must have."""
+        if compute_dtype not in COMPUTE_DTYPES:
+            raise HeadshareError(f"compute_dtype must be one of {', '.join(COMPUTE_DTYPES)}, not {compute_dtype!r}.")
+        if remat not in ("none", *REMAT_POLICIES):
+            raise HeadshareError(f"remat must be one of none, {', '.join(REMAT_POLICIES)}, not {remat!r}.")
+        self.config = config
+        self.sharing = sharing
+        self.compute_dtype = compute_dtype
+        self.remat = remat
+        for name in parameters.parameter_names(config):
+            setattr(self, name, nnx.Param(params[name]))
+        for projection in PROJECTIONS:
+            index = parameters.pool_index(config, projection, sharing)
+            setattr(self, index_name(projection), HeadIndex(jnp.asarray(index)))
+
+    @classmethod
+    def init(cls, config: LlamaConfig, key: jax.Array, *, dtype: str = "float32", **settings: Any) -> Self:
+        """A dense model with random weights: normal with standard deviation 0.02, norms 1, biases 0."""
+        names = parameters.parameter_names(config)
+
+        def draw(name: str, key: jax.Array) -> jax.Array:
+            shape = parameters.stored_shape(config, name)
+            if "norm" in name:
+                return jnp.ones(shape, dtype)
+            if "bias" in name:
+                return jnp.zeros(shape, dtype)
+            return (0.02 * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+        keys = jax.random.split(key, len(names))
+        return cls(config, {name: draw(name, key) for name, key in zip(names, keys, strict=True)}, **settings)
+
+    def __call__(
+        self,
+        tokens_bt: jax.Array,
+        *,
+        positions_bt: jax.Array | None = None,
+        segments_bt: jax.Array | None = None,
+    ) -> jax.Array:
+        """Next-token logits, float32 [B, T, V].
+
+        Args:
+          tokens_bt: int32 [B, T].
+          positions_bt: int32 [B, T], rotary position of every token; by default counted from the start of its segment.
+          segments_bt: int32 [B, T], packed documents and padding: a token sees the earlier tokens of its own segment
+            only. Segments are contiguous; give padding a segment of its own.
+        """
+        return self.logits(self.features(tokens_bt, positions_bt=positions_bt, segments_bt=segments_bt))
+
+    def features(
+        self,
+        tokens_bt: jax.Array,
+        *,
+        positions_bt: jax.Array | None = None,
+        segments_bt: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalised output of the last layer, [B, T, D] in the compute dtype; arguments as in `__call__`."""
+        length = tokens_bt.shape[1]
+        mask_bnts = None
+        if segments_bt is not None:
+            same_bts = segments_bt[:, :, None] == segments_bt[:, None, :]
+            mask_bnts = (same_bts & jnp.tril(jnp.ones((length, length), bool))[None])[:, None]
+        if positions_bt is None:
+            positions_bt = _positions(tokens_bt, segments_bt)
+        cos_bth, sin_bth = rotary_angles(self.config, positions_bt)
+
+        def layer(x_btd: jax.Array, weights: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+            q_btnh, k_btkh, v_btkh = self._qkv(x_btd, weights, cos_bth, sin_bth)
+            heads_btnh = jax.nn.dot_product_attention(
+                q_btnh, k_btkh, v_btkh, mask=mask_bnts, is_causal=mask_bnts is None
+            )
+            return self._layer_output(x_btd, heads_btnh, weights), None
+
+        if self.remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        x_btd, _ = jax.lax.scan(layer, self._embed(tokens_bt), self._layer_weights())
+        return self._rms_norm(x_btd, self.final_norm_d[...])
+
+    def extend(self, tokens_bt: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Runs T more tokens of every row against the cache.
+
+        Args:
+          tokens_bt: int32 [B, T]; they take the cache's next T slots.
+          cache: has room for T more slots.
+
+        Returns:
+          Normalised output of the last layer, [B, T, D] in the compute dtype, and the cache with T more slots.
+        """
+        length = tokens_bt.shape[1]
+        slot_t = cache.length + jnp.arange(length, dtype=jnp.int32)
+        slot_s = jnp.arange(cache.k_lbskh.shape[2], dtype=jnp.int32)
+        cos_bth, sin_bth = rotary_angles(self.config, jnp.maximum(slot_t[None, :] - cache.start_b[:, None], 0))
+        seen_ts = slot_s[None, :] <= slot_t[:, None]
+        used_bs = slot_s[None, :] >= cache.start_b[:, None]
+        # A padding slot sees itself: a row with nothing to see would have no softmax.
+        itself_ts = slot_s[None, :] == slot_t[:, None]
+        mask_bnts = ((seen_ts[None] & used_bs[:, None]) | itself_ts[None])[:, None]
+
+        def layer(
+            carry: tuple[jax.Array, jax.Array, jax.Array], scanned: tuple[jax.Array, dict[str, jax.Array]]
+        ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
+            x_btd, k_lbskh, v_lbskh = carry
+            place, weights = scanned
+            q_btnh, k_btkh, v_btkh = self._qkv(x_btd, weights, cos_bth, sin_bth)
+            at = (place, 0, cache.length, 0, 0)
+            k_lbskh = jax.lax.dynamic_update_slice(k_lbskh, k_btkh[None], at)
+            v_lbskh = jax.lax.dynamic_update_slice(v_lbskh, v_btkh[None], at)
+            heads_btnh = jax.nn.dot_product_attention(q_btnh, k_lbskh[place], v_lbskh[place], mask=mask_bnts)
+            return (self._layer_output(x_btd, heads_btnh, weights), k_lbskh, v_lbskh), None
+
+        layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        carry = (self._embed(tokens_bt), cache.k_lbskh, cache.v_lbskh)
+        (x_btd, k_lbskh, v_lbskh), _ = jax.lax.scan(layer, carry, (layers, self._layer_weights()))
+        return self._rms_norm(x_btd, self.final_norm_d[...]), KVCache(
+            k_lbskh, v_lbskh, cache.length + length, cache.start_b
+        )
+
+    def empty_cache(self, start_b: jax.Array, slots: int) -> KVCache:
+        """A cache with room for `slots` positions, of which row b skips the first `start_b[b]`."""
+        config = self.config
+        shape = (config.num_layers, start_b.shape[0], slots, config.num_kv_heads, config.head_dim)
+        return KVCache(
+            jnp.zeros(shape, self.compute_dtype),
+            jnp.zeros(shape, self.compute_dtype),
+            jnp.zeros((), jnp.int32),
+            start_b,
+        )
+
+    def logits(self, features_btd: jax.Array) -> jax.Array:
+        """Output head on the features of `features` or `extend`: float32 [..., V]."""
+        head_vd = self.embed_vd if self.config.tie_word_embeddings else getattr(self, "head_vd")
+        weights_vd = head_vd[...]
+        if self.config.normalize_head:
+            weights_vd = normalized_rows(weights_vd)
+        return jnp.einsum(
+            "...d,vd->...v", features_btd, weights_vd.astype(self.compute_dtype), preferred_element_type=jnp.float32
+        )
+
+    def dtype(self, name: str) -> np.dtype:
+        """Stored type of a parameter."""
+        return np.dtype(getattr(self, name).dtype)
+
+    def read(self, name: str, layer: int | None = None) -> np.ndarray:
+        """One layer's slice of a parameter on the host, as `parameters.WeightSource` has it."""
+        value = getattr(self, name)[...]
+        projection = parameters.pooled_projection(name)
+        if projection is not None:
+            value = value[getattr(self, index_name(projection))[layer]]
+        elif layer is not None:
+            value = value[layer]
+        return np.asarray(value)
+
+    def _layer_weights(self) -> dict[str, jax.Array]:
+        """What the scan over layers slices: everything with a leading layer axis."""
+        names = [name for name in parameters.parameter_names(self.config) if parameters.axes(name)[0] == "l"]
+        names += [index_name(projection) for projection in PROJECTIONS]
+        return {name: getattr(self, name)[...] for name in names}
+
+    def _embed(self, tokens_bt: jax.Array) -> jax.Array:
+        return self.embed_vd[...][tokens_bt].astype(self.compute_dtype)
+
+    def _qkv(
+        self, x_btd: jax.Array, weights: dict[str, jax.Array], cos_bth: jax.Array, sin_bth: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, N, H], keys and values [B, T, K, H] of one layer, rotary embedding applied."""
+        normed_btd = self._rms_norm(x_btd, weights["attn_norm_ld"])
+        q_btnh = self._project_in(normed_btd, "q", weights["q_index_ln"])
+        k_btkh = self._project_in(normed_btd, "k", weights["k_index_lk"])
+        v_btkh = self._project_in(normed_btd, "v", weights["v_index_lk"])
+        return rotate(q_btnh, cos_bth, sin_bth), rotate(k_btkh, cos_bth, sin_bth), v_btkh
+
+    def _project_in(self, x_btd: jax.Array, projection: str, index_n: jax.Array) -> jax.Array:
+        pool_pdh = getattr(self, f"{projection}_pool_pdh")[...]
+        if x_btd.shape[0] * x_btd.shape[1] <= PER_HEAD_TOKENS:
+            heads = [x_btd @ _row(pool_pdh, row).astype(x_btd.dtype) for row in index_n]
+            out_btnh = jnp.stack(heads, axis=2)
+        else:
+            out_btnh = jnp.einsum("btd,ndh->btnh", x_btd, _rows(pool_pdh, index_n).astype(x_btd.dtype))
+        if self.config.attention_bias:
+            bias_nh = _rows(getattr(self, f"{projection}_bias_ph")[...], index_n)
+            out_btnh += bias_nh.astype(x_btd.dtype)[None, None]
+        return out_btnh
+
+    def _project_out(self, heads_btnh: jax.Array, index_n: jax.Array) -> jax.Array:
+        pool_phd = self.o_pool_phd[...]
+        if heads_btnh.shape[0] * heads_btnh.shape[1] <= PER_HEAD_TOKENS:
+            heads = [heads_btnh[:, :, n] @ _row(pool_phd, row).astype(heads_btnh.dtype) for n, row in enumerate(index_n)]
+            return sum(heads[1:], start=heads[0])
+        return jnp.einsum("btnh,nhd->btd", heads_btnh, _rows(pool_phd, index_n).astype(heads_btnh.dtype))
+
+    def _layer_output(self, x_btd: jax.Array, heads_btnh: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
+        """Residual stream after a layer whose attention heads gave `heads_btnh`."""
+        attention_btd = self._project_out(heads_btnh, weights["o_index_ln"])
+        if self.config.attention_bias:
+            attention_btd += weights["o_bias_ld"].astype(x_btd.dtype)[None, None]
+        x_btd = x_btd + attention_btd
+        return x_btd + self._mlp(self._rms_norm(x_btd, weights["mlp_norm_ld"]), weights)
+
+    def _mlp(self, x_btd: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
+        def linear(x: jax.Array, name: str, bias: str) -> jax.Array:
+            y = x @ weights[name].astype(x.dtype)
+            return y + weights[bias].astype(x.dtype)[None, None] if self.config.mlp_bias else y
+
+        gate_btf = linear(x_btd, "gate_ldf", "gate_bias_lf")
+        up_btf = linear(x_btd, "up_ldf", "up_bias_lf")
+        return linear(_ACTIVATIONS[self.config.hidden_act](gate_btf) * up_btf, "down_lfd", "down_bias_ld")
+
+    def _rms_norm(self, x_btd: jax.Array, scale_d: jax.Array) -> jax.Array:
+        x_f32 = x_btd.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + self.config.rms_norm_eps)
+        return (x_f32 * inverse).astype(x_btd.dtype) * scale_d.astype(x_btd.dtype)[None, None]
+
+
+def index_name(projection: str) -> str:
+    """Attribute that holds a projection's head index, e.g. `q_index_ln`."""
+    return f"{projection}_index_l{'n' if projection in 'qo' else 'k'}"
+
+
+def normalized_rows(weights_vd: jax.Array) -> jax.Array:
+    """Rows divided by their L2 norm, in the input's dtype (Baichuan-2's output head)."""
+    rows = weights_vd.astype(jnp.float32)
+    norm = jnp.linalg.norm(rows, axis=-1, keepdims=True)
+    return (rows / jnp.maximum(norm, 1e-12)).astype(weights_vd.dtype)
+
+
+def _positions(tokens_bt: jax.Array, segments_bt: jax.Array | None) -> jax.Array:
+    """Position of every token within its segment, int32 [B, T]."""
+    place_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1], dtype=jnp.int32)[None], tokens_bt.shape)
+    if segments_bt is None:
+        return place_bt
+    begins_bt = jnp.diff(segments_bt, axis=1, prepend=segments_bt[:, :1] - 1) != 0
+    return place_bt - jax.lax.cummax(jnp.where(begins_bt, place_bt, 0), axis=1)
+
+
+def _row(pool: jax.Array, row: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(pool, row, keepdims=False)
+
+
+def _rows(pool: jax.Array, index_n: jax.Array) -> jax.Array:
+    return pool.at[index_n].get(mode="promise_in_bounds")

@@ -1,0 +1,152 @@
+"""The parameter tree: every name with its shape, and the protocol by which weights are read layer by layer.
+
+A name's suffix spells its axes: `v` vocabulary, `d` width, `f` MLP width, `h` head width, `l` layer, `p` pool row,
+`n` the heads of one layer.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+
+from headshare_jax.config import LlamaConfig
+from headshare_jax.sharing import PROJECTIONS, SharingMap
+
+
+class WeightSource(Protocol):
+    """Anything that gives a model's weights one layer at a time: a checkpoint on disk, or a model in memory."""
+
+    @property
+    def config(self) -> LlamaConfig: ...
+
+    @property
+    def sharing(self) -> SharingMap | None:
+        """Who shares with whom; None for a dense model."""
+
+    def dtype(self, name: str) -> np.dtype:
+        """Stored type of a parameter."""
+
+    def read(self, name: str, layer: int | None = None) -> np.ndarray:
+        """A parameter's slice for one layer, or the whole of one that has no layers.
+
+        Pools are read as the layer's own heads: a receiver's slot holds its donor's weights. The shape is
+        `slice_shape(config, name)`.
+        """
+
+
+def parameter_names(config: LlamaConfig) -> tuple[str, ...]:
+    """Names of all parameters of this architecture, in the order they are stored."""
+    names = ["embed_vd", "attn_norm_ld", "q_pool_pdh", "k_pool_pdh", "v_pool_pdh", "o_pool_phd"]
+    if config.attention_bias:
+        names += ["q_bias_ph", "k_bias_ph", "v_bias_ph", "o_bias_ld"]
+    names += ["mlp_norm_ld", "gate_ldf", "up_ldf", "down_lfd"]
+    if config.mlp_bias:
+        names += ["gate_bias_lf", "up_bias_lf", "down_bias_ld"]
+    names.append("final_norm_d")
+    if not config.tie_word_embeddings:
+        names.append("head_vd")
+    return tuple(names)
+
+
+def axes(name: str) -> str:
+    """The axes that a name's suffix spells, e.g. `pdh` for `q_pool_pdh`."""
+    return name.rsplit("_", 1)[1]
+
+
+def pooled_projection(name: str) -> str | None:
+    """The projection whose pool rows a parameter is stored by (`q`, `k`, `v` or `o`), or None."""
+    return name[0] if axes(name).startswith("p") else None
+
+
+def is_layered(name: str) -> bool:
+    """Whether a parameter is read layer by layer."""
+    return axes(name)[0] in "lp"
+
+
+def heads_per_layer(config: LlamaConfig, projection: str) -> int:
+    """N for q and o, K for k and v."""
+    return config.num_heads if projection in "qo" else config.num_kv_heads
+
+
+def slice_shape(config: LlamaConfig, name: str) -> tuple[int, ...]:
+    """Shape of what `WeightSource.read` gives: one layer's slice, or the whole of a parameter without layers."""
+    sizes = {
+        "v": config.vocab_size,
+        "d": config.hidden_size,
+        "f": config.intermediate_size,
+        "h": config.head_dim,
+    }
+    projection = pooled_projection(name)
+    if projection is not None:
+        sizes["p"] = heads_per_layer(config, projection)
+    return tuple(sizes[axis] for axis in axes(name) if axis != "l")
+
+
+def stored_shape(config: LlamaConfig, name: str, sharing: SharingMap | None = None) -> tuple[int, ...]:
+    """Shape of a parameter as a model holds it: layers stacked, pools with one row per stored head."""
+    shape = slice_shape(config, name)
+    projection = pooled_projection(name)
+    if projection is not None:
+        return (pool_rows(config, projection, sharing), *shape[1:])
+    return (config.num_layers, *shape) if is_layered(name) else shape
+
+
+def pool_rows(config: LlamaConfig, projection: str, sharing: SharingMap | None = None) -> int:
+    """P: number of stored heads of one projection."""
+    if sharing is None:
+        return config.num_layers * heads_per_layer(config, projection)
+    return len(sharing.stored_slots(projection))
+
+
+def pool_index(config: LlamaConfig, projection: str, sharing: SharingMap | None = None) -> np.ndarray:
+    """Pool row of every head, int32 [L, N] for q and o, [L, K] for k and v; the identity for a dense model."""
+    if sharing is not None:
+        return sharing.pool_index(projection)
+    heads = heads_per_layer(config, projection)
+    return np.arange(config.num_layers * heads, dtype=np.int32).reshape(config.num_layers, heads)
+
+
+def assemble(source: WeightSource, name: str) -> np.ndarray:
+    """A whole parameter of a source as a model stores it, built layer by layer.
+
+    Peak memory is the parameter plus one layer's slice of it.
+    """
+    config = source.config
+    if not is_layered(name):
+        return source.read(name)
+    value = np.empty(stored_shape(config, name, source.sharing), source.dtype(name))
+    start = 0
+    for layer in range(config.num_layers):
+        rows = source.read(name, layer)
+        if pooled_projection(name) is None:
+            value[layer] = rows
+            continue
+        kept = list(_kept_heads(config, name, layer, source.sharing))
+        value[start : start + len(kept)] = rows[kept]
+        start += len(kept)
+    return value
+
+
+def fingerprint(source: WeightSource) -> str:
+    """SHA-256 of the attention weights as float32, layer by layer, whatever the format or storage dtype.
+
+    16-bit weights and their exact float32 copies have the same fingerprint; a receiver counts as holding its donor's
+    weights.
+    """
+    digest = hashlib.sha256()
+    for layer in range(source.config.num_layers):
+        for name in ("q_pool_pdh", "k_pool_pdh", "v_pool_pdh", "o_pool_phd"):
+            digest.update(np.ascontiguousarray(source.read(name, layer), np.float32))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _kept_heads(config: LlamaConfig, name: str, layer: int, sharing: SharingMap | None) -> Iterator[int]:
+    projection = pooled_projection(name)
+    assert projection in PROJECTIONS
+    heads = heads_per_layer(config, projection)
+    if sharing is None:
+        yield from range(heads)
+        return
+    own = sharing.owns_weights(projection)
+    yield from (head for head in range(heads) if own[layer, head])

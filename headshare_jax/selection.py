@@ -1,0 +1,83 @@
+"""Choosing receivers and donors from match scores."""
+
+import numpy as np
+
+from headshare_jax.errors import HeadshareError
+from headshare_jax.sharing import SharingMap, check_tie
+from headshare_jax.similarity import MatchResult
+
+
+def sharing_map(
+    result: MatchResult, ratio: float, *, chains: str = "resolve", tie: str = "qkv", heads_per_unit: int | None = None
+) -> SharingMap:
+    """Makes the units with the highest scores receivers of their best donors (paper, section 3.2).
+
+    Args:
+      result: best donors and scores of all units.
+      ratio: r in [0, 1); int(r * L * U) units become receivers.
+      chains: `resolve` replaces a donor that itself receives by its root; `forbid` selects greedily, by descending
+        score, so that no donor receives, trying next best donors where the result holds all pairs' scores.
+      tie: projections that are shared.
+      heads_per_unit: G; taken from the result unless given.
+
+    Raises:
+      HeadshareError: ratio outside [0, 1), an unknown `chains` or `tie`, or fewer possible receivers than asked for.
+    """
+    if not 0 <= ratio < 1:
+        raise HeadshareError(f"The sharing ratio must be at least 0 and below 1, not {ratio}.")
+    if chains not in ("resolve", "forbid"):
+        raise HeadshareError(f"chains must be resolve or forbid, not {chains!r}.")
+    tie = check_tie(tie)
+    num_layers, units = result.value.shape
+    # The small term keeps a product such as 0.29 * 100 from falling just below the whole number it stands for.
+    count = int(ratio * num_layers * units + 1e-9)
+    if count > (num_layers - 1) * units:
+        raise HeadshareError(
+            f"A ratio of {ratio} asks for {count} receivers, but the first layer never receives, "
+            f"so at most {(num_layers - 1) * units} of {num_layers * units} units can."
+        )
+    choose = _select_resolved if chains == "resolve" else _select_unchained
+    donor, score = choose(result, count)
+    return SharingMap(
+        donor=donor.reshape(num_layers, units),
+        score=score.reshape(num_layers, units),
+        heads_per_unit=heads_per_unit or result.heads_per_unit,
+        tie=tie,
+        match=result.match,
+        chains=chains,
+        ratio=ratio,
+        seed=result.seed,
+        source=result.source,
+    )
+
+
+def _select_resolved(result: MatchResult, count: int) -> tuple[np.ndarray, np.ndarray]:
+    value, best = result.value.ravel(), result.donor.ravel()
+    donor, score = np.arange(value.size), np.full(value.size, np.nan)
+    chosen = np.argsort(-value, kind="stable")[:count]
+    donor[chosen], score[chosen] = best[chosen], value[chosen]
+    # Donors lie in earlier layers, so following them ends after at most L steps.
+    while not np.array_equal(donor, donor[donor]):
+        donor = donor[donor]
+    return donor, score
+
+
+def _select_unchained(result: MatchResult, count: int) -> tuple[np.ndarray, np.ndarray]:
+    receivers, donors, values = result.pairs()
+    size = result.value.size
+    donor, score = np.arange(size), np.full(size, np.nan)
+    receives, gives = np.zeros(size, bool), np.zeros(size, bool)
+    for pair in np.argsort(-values, kind="stable"):
+        if receives.sum() == count:
+            break
+        receiver, giver = receivers[pair], donors[pair]
+        if receives[receiver] or gives[receiver] or receives[giver]:
+            continue
+        donor[receiver], score[receiver] = giver, values[pair]
+        receives[receiver] = gives[giver] = True
+    if receives.sum() < count:
+        raise HeadshareError(
+            f"Without chains only {receives.sum()} of {count} receivers can be chosen; "
+            "lower the ratio or use chains=resolve."
+        )
+    return donor, score

@@ -1,0 +1,44 @@
+"""Sharing a model by a map, and undoing it."""
+
+import jax
+import jax.numpy as jnp
+
+from headshare_jax import parameters
+from headshare_jax.errors import HeadshareError
+from headshare_jax.modeling import Llama, index_name
+from headshare_jax.parameters import fingerprint
+from headshare_jax.sharing import PROJECTIONS, SharingMap
+
+
+def share(model: Llama, sharing: SharingMap, *, check_source: bool = True) -> Llama:
+    """A model in which every receiver uses its donor's weights; pools keep only the rows that are used.
+
+    Args:
+      model: a dense model; it is left as it is. Parameters that the map does not touch are the same arrays in both.
+      sharing: whose `tie` says which projections are shared.
+      check_source: compare the map's fingerprint with the model's weights; turn off for weights that were trained on.
+
+    Raises:
+      HeadshareError: the model already shares heads, or the map is for another model.
+    """
+    if model.sharing is not None:
+        raise HeadshareError("The model already shares heads; unshare it first.")
+    sharing.check_model(model.config)
+    if check_source and sharing.source is not None and sharing.source != fingerprint(model):
+        raise HeadshareError("The map was made for other weights: its source fingerprint is not this model's.")
+    return _with_pools(model, sharing, {p: jnp.asarray(sharing.stored_slots(p)) for p in sharing.tie})
+
+
+def unshare(model: Llama) -> Llama:
+    """The dense model that computes the same function: every receiver holds a copy of its donor's weights."""
+    slots = {p: getattr(model, index_name(p))[...].ravel() for p in PROJECTIONS}
+    return _with_pools(model, None, slots)
+
+
+def _with_pools(model: Llama, sharing: SharingMap | None, rows: dict[str, jax.Array]) -> Llama:
+    params = {}
+    for name in parameters.parameter_names(model.config):
+        value = getattr(model, name)[...]
+        projection = parameters.pooled_projection(name)
+        params[name] = value[rows[projection]] if projection in rows else value
+    return Llama(model.config, params, sharing=sharing, compute_dtype=model.compute_dtype, remat=model.remat)
