@@ -1,9 +1,10 @@
 """Architecture of a LLaMA-family model, and its Hugging Face spelling in both directions."""
 
 import logging
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from dataclasses import fields as fields_of
 from typing import Any, Self
 
 from headshare_jax.errors import HeadshareError
@@ -55,7 +56,10 @@ class RopeScaling:
         sequence beyond `max_position_embeddings`) or `llama3` (long wavelengths divided, short ones kept).
       factor: stretch of the context, >= 1.
       low_freq_factor, high_freq_factor, original_max_position_embeddings: `llama3` only; the two wavelength limits
-        are the original context divided by the two factors.
+        are the original context divided by the two factors, the first of which must be the smaller.
+
+    Raises:
+      HeadshareError: an unknown kind, or a value that is missing, has the wrong type or is out of range.
     """
 
     kind: str
@@ -63,6 +67,23 @@ class RopeScaling:
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
     original_max_position_embeddings: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_positive(self, "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        if self.kind not in ROPE_KINDS:
+            raise HeadshareError(f"Rotary scaling {self.kind!r} is not one of {', '.join(ROPE_KINDS)}.")
+        if self.factor < 1:
+            raise HeadshareError(f"The factor of rotary scaling must be at least 1, not {self.factor}.")
+        if self.kind != "llama3":
+            return
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low is None or high is None or self.original_max_position_embeddings is None:
+            raise HeadshareError(
+                "llama3 rotary scaling needs low_freq_factor, high_freq_factor and original_max_position_embeddings."
+            )
+        if low >= high:
+            raise HeadshareError(f"low_freq_factor ({low}) must be below high_freq_factor ({high}).")
 
 
 @dataclass(frozen=True)
@@ -110,10 +131,9 @@ class LlamaConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-        for name in (*sizes, "max_position_embeddings"):
-            if getattr(self, name) <= 0:
-                raise HeadshareError(f"{name} must be positive, not {getattr(self, name)}.")
+        _check_types(self)
+        _check_positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
+        _check_positive(self, "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta")
         if self.num_heads % self.num_kv_heads:
             raise HeadshareError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})."
@@ -204,6 +224,27 @@ class LlamaConfig:
         return {"rope_type": fields.pop("kind"), **fields}
 
 
+def _check_types(config: RopeScaling | LlamaConfig) -> None:
+    accepted: dict[Any, Any] = {float: int | float, float | None: int | float | None, tuple[int, ...]: tuple}
+    for field in fields_of(config):
+        value = getattr(config, field.name)
+        items = value if isinstance(value, tuple) else ()
+        if (
+            not isinstance(value, accepted.get(field.type, field.type))
+            or (isinstance(value, bool) and field.type is not bool)
+            or any(isinstance(item, bool) or not isinstance(item, int) for item in items)
+        ):
+            kind = field.type.__name__ if isinstance(field.type, type) else field.type
+            raise HeadshareError(f"{field.name} of a model configuration must be of type {kind}, not {value!r}.")
+
+
+def _check_positive(config: RopeScaling | LlamaConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 < value <= sys.float_info.max:
+            raise HeadshareError(f"{name} must be positive, not {value}.")
+
+
 class _ConfigReader:
     """Takes fields out of a config.json one by one, so that what is left over was not understood."""
 
@@ -238,7 +279,9 @@ class _ConfigReader:
         return values
 
     def _architecture(self) -> tuple[str, bool]:
-        names = self.left.get("architectures") or ()
+        names = self.left.get("architectures") or []
+        if not isinstance(names, list):
+            raise HeadshareError(f"architectures in config.json must be a list of names, not {names!r}.")
         model_type = self.left.get("model_type")
         if "BaichuanForCausalLM" in names:
             if "max_position_embeddings" not in self.left:
@@ -260,8 +303,9 @@ class _ConfigReader:
         for name, value in (("rope_scaling", old), ("rope_parameters", new)):
             if value is not None and not isinstance(value, Mapping):
                 raise HeadshareError(f"{name} in config.json must be an object, not {value!r}.")
-        name, fields = ("rope_parameters", dict(new)) if new else ("rope_scaling", dict(old or {}))
-        outer = self.left.pop("original_max_position_embeddings", None)
+        # Where both are given, transformers too takes the old one.
+        name, fields = ("rope_scaling", dict(old)) if old else ("rope_parameters", dict(new or {}))
+        outer = self._int("original_max_position_embeddings", 0)
         rope = _ConfigReader(fields)
         theta = rope._float("rope_theta", theta)
         old_kind = rope.left.pop("type", None)
@@ -273,12 +317,10 @@ class _ConfigReader:
         scaling = None
         if kind != "default":
             factor = rope._float("factor")
-            if not factor >= 1:
-                raise HeadshareError(f"factor in {name} must be at least 1, not {factor}.")
-            original = outer or rope.left.pop("original_max_position_embeddings", None) or max_positions
+            original = outer or rope._int("original_max_position_embeddings", max_positions)
             if kind == "llama3":
                 scaling = RopeScaling(
-                    kind, factor, rope._float("low_freq_factor"), rope._float("high_freq_factor"), int(original)
+                    kind, factor, rope._float("low_freq_factor"), rope._float("high_freq_factor"), original
                 )
             elif original != max_positions:
                 raise HeadshareError(
@@ -314,10 +356,10 @@ class _ConfigReader:
         return int(self._take(name, default, (int,), "a whole number"))
 
     def _float(self, name: str, default: float | None = None) -> float:
-        value = float(self._take(name, default, (int, float), "a number"))
-        if not math.isfinite(value) or value <= 0:
+        value = self._take(name, default, (int, float), "a number")
+        if not 0 < value <= sys.float_info.max:
             raise HeadshareError(f"{name} in config.json must be a positive number, not {value}.")
-        return value
+        return float(value)
 
     def _bool(self, name: str) -> bool:
         return bool(self._take(name, False, (bool,), "true or false"))
