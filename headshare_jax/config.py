@@ -132,8 +132,8 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _check_positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
-        _check_positive(self, "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta")
+        _check_positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
+        _check_positive(self, "num_kv_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta")
         if self.num_heads % self.num_kv_heads:
             raise HeadshareError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})."

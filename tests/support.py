@@ -3,11 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
 
-TINY = {
+from headshare_jax import Llama, LlamaConfig, parameters
+
+TINY: dict[str, Any] = {
     "vocab_size": 160,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -21,11 +25,47 @@ TINY = {
     "eos_token_id": 2,
 }
 
+# What may differ between LLaMA-family models, as overrides of `TINY` in transformers' present spelling.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mha": {"num_key_value_heads": 4},
+    "gqa": {},
+    "mqa": {"num_key_value_heads": 1},
+    "tied": {"tie_word_embeddings": True},
+    "wide heads": {"head_dim": 32},
+    "narrow heads": {"head_dim": 8, "num_key_value_heads": 4},
+    "attention bias": {"attention_bias": True},
+    "mlp bias": {"mlp_bias": True},
+    "gelu": {"hidden_act": "gelu"},
+    "gelu tanh": {"hidden_act": "gelu_pytorch_tanh"},
+    "relu": {"hidden_act": "relu"},
+    "large eps": {"rms_norm_eps": 1e-2, "eos_token_id": [2, 3, 5], "pad_token_id": 0},
+    "theta": {"rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+    "llama3": {
+        "head_dim": 32,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+}
 
-def tiny_hf_model(seed: int = 0, **overrides: Any) -> transformers.LlamaForCausalLM:
-    """A random LlamaForCausalLM in float32 whose norms and biases are random too."""
+
+def hf_config(**overrides: Any) -> Any:
+    """transformers' configuration of a tiny model."""
+    return transformers.LlamaConfig(**(TINY | overrides))
+
+
+def tiny_hf_model(seed: int = 0, **overrides: Any) -> Any:
+    """A random transformers.LlamaForCausalLM in float32 whose norms and biases are random too."""
     torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(TINY | overrides))).eval()
+    model: Any = transformers.LlamaForCausalLM(hf_config(**overrides))
+    model.eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -48,8 +88,30 @@ def random_tokens(shape: tuple[int, ...], vocab_size: int = TINY["vocab_size"], 
     return np.random.default_rng(seed).integers(0, vocab_size, shape).astype(np.int32)
 
 
-def hf_logits(model: transformers.LlamaForCausalLM, tokens: np.ndarray, **inputs: Any) -> np.ndarray:
+def hf_logits(model: Any, tokens: np.ndarray, **inputs: Any) -> np.ndarray:
     """Logits by transformers, float32 [B, T, V]."""
     with torch.no_grad():
         logits: np.ndarray = model(torch.as_tensor(tokens, dtype=torch.long), **inputs).logits.float().numpy()
     return logits
+
+
+def tiny_model(seed: int = 0, dtype: str = "float32", **overrides: Any) -> Llama:
+    """A dense model with all parameters random, made without transformers; overrides as for `tiny_hf_model`."""
+    config = LlamaConfig.from_hf(hf_config(**overrides).to_dict())
+    rng = np.random.default_rng(seed)
+
+    def draw(name: str) -> jax.Array:
+        shape = parameters.stored_shape(config, name)
+        return jnp.asarray(rng.uniform(0.5, 1.5, shape) if "norm" in name else rng.normal(0, 0.08, shape), dtype)
+
+    return Llama(config, {name: draw(name) for name in parameters.parameter_names(config)})
+
+
+def jax_logits(model: Llama, tokens: np.ndarray, **inputs: Any) -> np.ndarray:
+    """Logits of a jitted model, float32 [B, T, V]."""
+    return np.asarray(_forward(model, jnp.asarray(tokens), **{name: jnp.asarray(x) for name, x in inputs.items()}))
+
+
+@jax.jit
+def _forward(model: Llama, tokens_bt: jax.Array, **inputs: jax.Array) -> jax.Array:
+    return model(tokens_bt, **inputs)
