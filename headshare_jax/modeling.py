@@ -161,9 +161,7 @@ class Llama(nnx.Module):
 
         def layer(x_btd: jax.Array, weights: dict[str, jax.Array]) -> tuple[jax.Array, None]:
             q_btnh, k_btkh, v_btkh = self._qkv(x_btd, weights, cos_bth, sin_bth)
-            heads_btnh = jax.nn.dot_product_attention(
-                q_btnh, k_btkh, v_btkh, mask=mask_bnts, is_causal=mask_bnts is None
-            )
+            heads_btnh = _attend(q_btnh, k_btkh, v_btkh, mask_bnts)
             return self._layer_output(x_btd, heads_btnh, weights), None
 
         if self.remat != "none":
@@ -200,7 +198,7 @@ class Llama(nnx.Module):
             at = (place, 0, cache.length, 0, 0)
             k_lbskh = jax.lax.dynamic_update_slice(k_lbskh, k_btkh[None], at)
             v_lbskh = jax.lax.dynamic_update_slice(v_lbskh, v_btkh[None], at)
-            heads_btnh = jax.nn.dot_product_attention(q_btnh, k_lbskh[place], v_lbskh[place], mask=mask_bnts)
+            heads_btnh = _attend(q_btnh, k_lbskh[place], v_lbskh[place], mask_bnts)
             return (self._layer_output(x_btd, heads_btnh, weights), k_lbskh, v_lbskh), None
 
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
@@ -325,6 +323,13 @@ def _positions(tokens_bt: jax.Array, segments_bt: jax.Array | None) -> jax.Array
         return place_bt
     begins_bt = jnp.diff(segments_bt, axis=1, prepend=segments_bt[:, :1] - 1) != 0
     return place_bt - jax.lax.cummax(jnp.where(begins_bt, place_bt, 0), axis=1)
+
+
+def _attend(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, mask_bnts: jax.Array | None) -> jax.Array:
+    """Head outputs [B, T, N, H]; causal if there is no mask."""
+    # JAX's own attention needs the implicit promotion that a user may have turned off.
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.nn.dot_product_attention(q_btnh, k_bskh, v_bskh, mask=mask_bnts, is_causal=mask_bnts is None)
 
 
 def _row(pool: jax.Array, row: jax.Array) -> jax.Array:
