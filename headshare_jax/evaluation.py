@@ -44,7 +44,7 @@ class Perplexity:
         scored = (
             "every token but a window's first is scored"
             if self.stride == self.seq_len
-            else f"each window scores the {self.stride} tokens that the one before did not (the first: all but its first)"
+            else f"each window scores the {self.stride} tokens new in it (the first: all but its first)"
         )
         return (
             f"{self.total_tokens} tokens in one sequence, {self.windows} windows of {self.seq_len} tokens "

@@ -130,29 +130,45 @@ def _continue(
     def stops(token_b: jax.Array) -> jax.Array:
         return jnp.any(token_b[:, None] == stop_tokens[None, :], axis=1)
 
-    def unfinished(state: tuple[jax.Array, ...]) -> jax.Array:
-        count, _, _, done_b, *_ = state
-        return (count < limit) & ~jnp.all(done_b)
+    def unfinished(rows: _Rows) -> jax.Array:
+        return (rows.count < limit) & ~jnp.all(rows.done_b)
 
-    def step(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        count, token_b, out_bt, done_b, length_b, cache = state
-        out_bt = jax.lax.dynamic_update_slice(out_bt, token_b[:, None], (0, count))
-        length_b = length_b + ~done_b
-        features_btd, cache = model.extend(token_b[:, None], cache)
-        token_b = _draw(model.logits(features_btd[:, -1]), jax.random.fold_in(key, count), sampling)
-        return count + 1, token_b, out_bt, done_b | stops(token_b), length_b, cache
+    def step(rows: _Rows) -> _Rows:
+        features_btd, cache = model.extend(rows.token_b[:, None], rows.cache)
+        token_b = _draw(model.logits(features_btd[:, -1]), jax.random.fold_in(key, rows.count), sampling)
+        return _Rows(
+            count=rows.count + 1,
+            token_b=token_b,
+            out_bt=jax.lax.dynamic_update_slice(rows.out_bt, rows.token_b[:, None], (0, rows.count)),
+            done_b=rows.done_b | stops(token_b),
+            length_b=rows.length_b + (~rows.done_b).astype(jnp.int32),
+            cache=cache,
+        )
 
     batch = token_b.shape[0]
-    state = (
-        jnp.int32(0),
-        token_b,
-        jnp.zeros((batch, room), jnp.int32),
-        stops(token_b),
-        jnp.zeros(batch, jnp.int32),
-        cache,
+    rows = _Rows(
+        count=jnp.int32(0),
+        token_b=token_b,
+        out_bt=jnp.zeros((batch, room), jnp.int32),
+        done_b=stops(token_b),
+        length_b=jnp.zeros(batch, jnp.int32),
+        cache=cache,
     )
-    _, _, out_bt, _, length_b, cache = jax.lax.while_loop(unfinished, step, state)
-    return out_bt, length_b, cache
+    rows = jax.lax.while_loop(unfinished, step, rows)
+    return rows.out_bt, rows.length_b, rows.cache
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Rows:
+    """A batch being continued: steps made, the token to place next, what is placed, and which rows are done."""
+
+    count: jax.Array
+    token_b: jax.Array
+    out_bt: jax.Array
+    done_b: jax.Array
+    length_b: jax.Array
+    cache: KVCache
 
 
 def _draw(logits_bv: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:

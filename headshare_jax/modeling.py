@@ -33,7 +33,7 @@ _ACTIVATIONS = {
 }
 
 
-class HeadIndex(nnx.Variable):
+class HeadIndex(nnx.Variable[jax.Array]):
     """int32 pool row of every head of every layer; not trained."""
 
 
@@ -69,17 +69,18 @@ class Llama(nnx.Module):
       q_index_ln, k_index_lk, v_index_lk, o_index_ln: pool row of every head.
     """
 
-    embed_vd: nnx.Param
-    attn_norm_ld: nnx.Param
-    q_pool_pdh: nnx.Param
-    k_pool_pdh: nnx.Param
-    v_pool_pdh: nnx.Param
-    o_pool_phd: nnx.Param
-    mlp_norm_ld: nnx.Param
-    gate_ldf: nnx.Param
-    up_ldf: nnx.Param
-    down_lfd: nnx.Param
-    final_norm_d: nnx.Param
+    embed_vd: nnx.Param[jax.Array]
+    attn_norm_ld: nnx.Param[jax.Array]
+    q_pool_pdh: nnx.Param[jax.Array]
+    k_pool_pdh: nnx.Param[jax.Array]
+    v_pool_pdh: nnx.Param[jax.Array]
+    o_pool_phd: nnx.Param[jax.Array]
+    mlp_norm_ld: nnx.Param[jax.Array]
+    gate_ldf: nnx.Param[jax.Array]
+    up_ldf: nnx.Param[jax.Array]
+    down_lfd: nnx.Param[jax.Array]
+    final_norm_d: nnx.Param[jax.Array]
+    head_vd: nnx.Param[jax.Array]
     q_index_ln: HeadIndex
     k_index_lk: HeadIndex
     v_index_lk: HeadIndex
@@ -221,7 +222,7 @@ class Llama(nnx.Module):
 
     def logits(self, features_btd: jax.Array) -> jax.Array:
         """Output head on the features of `features` or `extend`: float32 [..., V]."""
-        head_vd = self.embed_vd if self.config.tie_word_embeddings else getattr(self, "head_vd")
+        head_vd = self.embed_vd if self.config.tie_word_embeddings else self.head_vd
         weights_vd = head_vd[...]
         if self.config.normalize_head:
             weights_vd = normalized_rows(weights_vd)
@@ -277,7 +278,9 @@ class Llama(nnx.Module):
     def _project_out(self, heads_btnh: jax.Array, index_n: jax.Array) -> jax.Array:
         pool_phd = self.o_pool_phd[...]
         if heads_btnh.shape[0] * heads_btnh.shape[1] <= PER_HEAD_TOKENS:
-            heads = [heads_btnh[:, :, n] @ _row(pool_phd, row).astype(heads_btnh.dtype) for n, row in enumerate(index_n)]
+            heads = [
+                heads_btnh[:, :, n] @ _row(pool_phd, row).astype(heads_btnh.dtype) for n, row in enumerate(index_n)
+            ]
             return sum(heads[1:], start=heads[0])
         return jnp.einsum("btnh,nhd->btd", heads_btnh, _rows(pool_phd, index_n).astype(heads_btnh.dtype))
 

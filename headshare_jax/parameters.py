@@ -137,7 +137,7 @@ def fingerprint(source: WeightSource) -> str:
     digest = hashlib.sha256()
     for layer in range(source.config.num_layers):
         for name in ("q_pool_pdh", "k_pool_pdh", "v_pool_pdh", "o_pool_phd"):
-            digest.update(np.ascontiguousarray(source.read(name, layer), np.float32))
+            digest.update(np.ascontiguousarray(source.read(name, layer), np.float32).data)
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -36,7 +36,9 @@ def llama3_divisors(frequency_h: np.ndarray, scaling: RopeScaling) -> np.ndarray
     1 below the shorter wavelength limit, `factor` above the longer one, and between them the divisor whose
     reciprocal is linear in the number of turns the pair makes over the original context.
     """
-    assert scaling.low_freq_factor and scaling.high_freq_factor and scaling.original_max_position_embeddings
+    assert scaling.low_freq_factor is not None
+    assert scaling.high_freq_factor is not None
+    assert scaling.original_max_position_embeddings is not None
     turns_h = scaling.original_max_position_embeddings * frequency_h / np.float32(2 * math.pi)
     span = scaling.high_freq_factor - scaling.low_freq_factor
     smooth_h = np.clip((turns_h - scaling.low_freq_factor) / span, 0, 1)

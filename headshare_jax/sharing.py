@@ -160,7 +160,7 @@ class SharingMap:
 def check_tie(tie: str) -> str:
     """The tie itself; raises HeadshareError unless it is a non-empty subset of `qkvo` in that order."""
     if not tie or tie != "".join(projection for projection in PROJECTIONS if projection in tie):
-        raise HeadshareError(f"The tie must name some of q, k, v, o in that order (qkv, qkvo, qk, v, ...), not {tie!r}.")
+        raise HeadshareError(f"The tie must name some of q, k, v, o in that order (such as qkv or qk), not {tie!r}.")
     return tie
 
 
@@ -195,7 +195,8 @@ def _map_fields(document: Mapping[str, Any]) -> dict[str, Any]:
     named = np.zeros(donor.shape, bool)
     for entry in document["receivers"]:
         layer, unit = _unit(entry["layer"], entry["unit"], donor.shape)
-        donor_layer, donor_unit = _unit(*entry["donor"], donor.shape)
+        to_layer, to_unit = entry["donor"]
+        donor_layer, donor_unit = _unit(to_layer, to_unit, donor.shape)
         if named[layer, unit]:
             raise HeadshareError(f"The map names receiver {layer}.{unit} (layer.unit) twice.")
         if (layer, unit) == (donor_layer, donor_unit):
@@ -225,7 +226,7 @@ def _unit(layer: Any, unit: Any, shape: tuple[int, ...]) -> tuple[int, int]:
     layer, unit = _whole(layer, "layer", 0), _whole(unit, "unit", 0)
     if layer >= shape[0] or unit >= shape[1]:
         raise HeadshareError(
-            f"The map names unit {layer}.{unit} (layer.unit), outside a model of {shape[0]} layers with {shape[1]} units."
+            f"The map names unit {layer}.{unit} (layer.unit), but its model has {shape[0]} layers of {shape[1]} units."
         )
     return layer, unit
 

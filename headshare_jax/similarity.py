@@ -1,6 +1,7 @@
 """Match scores between all pairs of sharing units, from one blocked Gram matrix."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -8,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
-from headshare_jax.parameters import WeightSource, fingerprint
+from headshare_jax.parameters import WeightSource, fingerprint, slice_shape
 
 MATCH_FUNCTIONS = ("q", "k", "v", "qk", "qkv", "total", "random")
 # Two blocks of layers are in memory at a time: the rows and the columns of a block of the Gram matrix.
 BLOCK_BYTES = 512 * 2**20
-CHUNK = 2048
+# Of the rows of one chunk of a product: two such chunks and what the product makes of them fit in caches.
+CHUNK_BYTES = 2 * 2**20
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ def match(
         scores = _random_scores(config.num_units, seed)
     else:
         read = partial(_read_features, source, match)
-        scores = cosine_scores(read, config.num_layers, units, block_bytes=block_bytes, progress=progress)
+        dim = _feature_dim(config, match)
+        scores = cosine_scores(read, config.num_layers, units, dim, block_bytes=block_bytes, progress=progress)
     layer = np.repeat(np.arange(config.num_layers), units)
     scores = np.where(layer[:, None] > layer[None, :], scores, -np.inf).astype(np.float32)
     best = np.argmax(scores, axis=1)
@@ -112,9 +116,10 @@ def match(
 
 
 def cosine_scores(
-    read: Callable[[int], np.ndarray],
+    read: Callable[[int], Sequence[np.ndarray]],
     num_layers: int,
     units: int,
+    dim: int,
     *,
     block_bytes: int = BLOCK_BYTES,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -122,47 +127,74 @@ def cosine_scores(
     """Cosines between the units of all layers, float32 [L * U, L * U]; zero where the column's block is later.
 
     Args:
-      read: gives one layer's features, float32 [U, dim].
-      num_layers, units: L and U.
+      read: gives one layer's features in parts [U, ...] of any float type.
+      num_layers, units, dim: L, U, and the number of features of a unit, in all parts together.
       block_bytes: bytes of features in one block of layers.
       progress: called with the block products done and in all.
     """
-    layer_bytes = read(0).nbytes
-    block = max(1, min(num_layers, block_bytes // layer_bytes))
+    block = max(1, min(num_layers, block_bytes // (4 * units * dim)))
     starts = range(0, num_layers, block)
     total, done = len(starts) * (len(starts) + 1) // 2, 0
     gram = np.zeros((num_layers * units, num_layers * units), np.float32)
+    buffers = [_aligned_empty((block * units, dim)) for _ in range(2)]
 
-    def features(start: int) -> tuple[jax.Array, ...]:
-        return tuple(jnp.asarray(read(layer)) for layer in range(start, min(start + block, num_layers)))
+    def features(buffer: np.ndarray, start: int) -> jax.Array:
+        layers = range(start, min(start + block, num_layers))
+        for place, layer in enumerate(layers):
+            _fill(buffer[place * units : (place + 1) * units], read(layer))
+        return jax.device_put(buffer[: len(layers) * units])
 
+    previous = None
     for row in starts:
-        rows = features(row)
-        for column in starts[: row // block + 1]:
-            columns = rows if column == row else features(column)
+        # The rows before these stay in their buffer as the first columns, so they are not read again.
+        buffers.reverse()
+        rows = features(buffers[0], row)
+        for column in reversed(starts[: row // block + 1]):
+            if column == row:
+                columns = rows
+            elif column == row - block and previous is not None:
+                columns = previous
+            else:
+                columns = features(buffers[1], column)
+            # Waiting for the product here makes it safe to fill a buffer that jax uses in place.
             product = np.asarray(_products(rows, columns))
             top, left = row * units, column * units
             gram[top : top + product.shape[0], left : left + product.shape[1]] = product
             done += 1
             progress(done, total)
+        previous = rows
     norm = np.sqrt(np.diag(gram))
     return gram / np.maximum(norm[:, None] * norm[None, :], np.finfo(np.float32).tiny)
 
 
-@jax.jit
-def _products(rows: tuple[jax.Array, ...], columns: tuple[jax.Array, ...]) -> jax.Array:
-    """Inner products of all units of two blocks of layers [U, dim], float32 [layers * U, layers * U].
+def _aligned_empty(shape: tuple[int, int]) -> np.ndarray:
+    """An uninitialised float32 array at a multiple of 64 bytes, which jax uses on a CPU without copying it."""
+    size = shape[0] * shape[1]
+    memory = np.empty(size + 16, np.float32)
+    start = -memory.ctypes.data % 64 // 4
+    return memory[start : start + size].reshape(shape)
 
-    The feature axis is cut into chunks small enough for all units' share of one to stay in a core's cache.
+
+def _fill(features: np.ndarray, parts: Sequence[np.ndarray]) -> None:
+    """Writes parts [U, ...] side by side into features [U, dim], in one pass even where a part is a transposed view."""
+    start = 0
+    for part in parts:
+        stop = start + math.prod(part.shape[1:])
+        features[:, start:stop].reshape(part.shape, copy=False)[...] = part
+        start = stop
+
+
+@jax.jit
+def _products(rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """Inner products [R, C] of rows [R, dim] and columns [C, dim], float32.
+
+    The feature axis is cut into chunks small enough for all rows' share of one to stay in a core's cache.
     """
-    dim = rows[0].shape[1]
-    chunk = min(CHUNK, dim)
+    dim = rows.shape[1]
+    chunk = min(dim, max(1, CHUNK_BYTES // (4 * 128 * rows.shape[0])) * 128)
 
     def product(start: jax.Array | int, size: int) -> jax.Array:
-        a, b = (
-            jnp.concatenate([jax.lax.dynamic_slice_in_dim(layer, start, size, axis=1) for layer in block])
-            for block in (rows, columns)
-        )
+        a, b = (jax.lax.dynamic_slice_in_dim(block, start, size, axis=1) for block in (rows, columns))
         return jnp.einsum("ai,bi->ab", a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
     whole = dim // chunk
@@ -171,14 +203,19 @@ def _products(rows: tuple[jax.Array, ...], columns: tuple[jax.Array, ...]) -> ja
     return jax.lax.fori_loop(1, whole, lambda place, total: total + product(place * chunk, chunk), first)
 
 
-def _read_features(source: WeightSource, match: str, layer: int) -> np.ndarray:
-    """One layer's features, float32 [U, dim]."""
+def _feature_dim(config: LlamaConfig, match: str) -> int:
+    """Number of features of a unit."""
+    letters = "q" if match == "total" else match
+    return sum(math.prod(slice_shape(config, f"{letter}_pool_pdh")) for letter in letters) // config.num_kv_heads
+
+
+def _read_features(source: WeightSource, match: str, layer: int) -> list[np.ndarray]:
+    """One layer's features in parts [U, ...]."""
     units = source.config.num_kv_heads
     weights = [source.read(f"{letter}_pool_pdh", layer) for letter in ("qkv" if match == "total" else match)]
     if match == "total":
-        q_ndh, k_kdh, v_kdh = (jnp.asarray(value, jnp.float32) for value in weights)
-        return np.asarray(_total(q_ndh, k_kdh, v_kdh)).reshape(units, -1)
-    return np.concatenate([value.reshape(units, -1) for value in weights], axis=1, dtype=np.float32)
+        weights = [np.asarray(_total(*(jnp.asarray(value, jnp.float32) for value in weights)))]
+    return [value.reshape(units, -1, *value.shape[1:]) for value in weights]
 
 
 @jax.jit

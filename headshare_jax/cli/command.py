@@ -1,0 +1,87 @@
+"""What all commands have in common: one result, shown as text or as JSON, and progress on standard error."""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+Source = Annotated[
+    tyro.conf.Positional[str],
+    tyro.conf.arg(metavar="SRC", help="Model: native or Hugging Face folder, .gguf file, or hub id (owner/model)."),
+]
+Destination = Annotated[
+    tyro.conf.Positional[str], tyro.conf.arg(metavar="DST", help="Folder to make for the new model.")
+]
+Overwrite = Annotated[bool, tyro.conf.arg(help="Replace outputs that exist.")]
+ComputeDtype = Annotated[str, tyro.conf.arg(help="Type to compute in: float32 or bfloat16.")]
+
+_errors = Console(stderr=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A command: its fields are its arguments.
+
+    Attributes:
+      json: print one JSON object on standard output and nothing else there.
+    """
+
+    json: Annotated[bool, tyro.conf.arg(help="Print one JSON object on standard output, and nothing else there.")] = (
+        False
+    )
+
+    def execute(self) -> None:
+        """Runs the command and prints its result."""
+        result = self.run()
+        if self.json:
+            json.dump(_plain(result), sys.stdout, allow_nan=False)
+            print()
+        else:
+            console = Console()
+            for part in self.show(result):
+                console.print(part)
+
+    def run(self) -> dict[str, Any]:
+        """Does the work; returns plain data."""
+        raise NotImplementedError
+
+    def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
+        """The result as a person reads it."""
+        raise NotImplementedError
+
+
+def say(message: str) -> None:
+    """Tells on standard error what is being done."""
+    _errors.print(message, style="dim", highlight=False)
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error; yields the function to call with the steps done and in all."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=_errors, transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def megabytes(count: int) -> str:
+    """Bytes in MB (10^6), to one decimal."""
+    return f"{count / 1e6:,.1f} MB"
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinities: they become null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

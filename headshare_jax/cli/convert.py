@@ -1,0 +1,49 @@
+"""`headshare convert`."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import RenderableType
+
+from headshare_jax import convert
+from headshare_jax.cli.command import Command, Destination, Overwrite, Source, megabytes
+from headshare_jax.convert.cast import cast
+from headshare_jax.ledger import ledger
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert(Command):
+    """Convert a model between formats, tensor by tensor.
+
+    Example: headshare convert meta-llama/Llama-2-7b-hf llama-2-7b --to native
+    """
+
+    src: Source
+    dst: Destination
+    to: Annotated[str, tyro.conf.arg(help="native, hf (plain LLaMA, full size) or hf-compact (each head once).")]
+    dtype: Annotated[
+        str | None, tyro.conf.arg(help="Type to store: float32, bfloat16 or float16; the source's own by default.")
+    ] = None
+    overwrite: Overwrite = False
+
+    def run(self) -> dict[str, Any]:
+        path = convert.locate(self.src)
+        source = cast(convert.open_checkpoint(path), self.dtype)
+        convert.save(
+            source,
+            self.dst,
+            to=self.to,
+            tokenizer_from=path,
+            overwrite=self.overwrite,
+            provenance={"source": self.src},
+        )
+        sizes = ledger(source, path=Path(self.dst))
+        return {"output": self.dst, "format": self.to, "parameters": sizes.stored, "disk_bytes": sizes.disk_bytes}
+
+    def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
+        yield f"{result['output']}: {result['format']}, {megabytes(result['disk_bytes'])} on disk"
+        if self.to == "hf":
+            yield "A plain LLaMA checkpoint holds every head, also those that share: it is at its full size."

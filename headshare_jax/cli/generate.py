@@ -1,0 +1,56 @@
+"""`headshare generate`."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+from rich.console import RenderableType
+from rich.text import Text
+
+from headshare_jax import convert
+from headshare_jax.cli.command import Command, ComputeDtype, Source, say
+from headshare_jax.convert import tokenizer
+from headshare_jax.errors import HeadshareError
+from headshare_jax.generation import Sampling, generate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(Command):
+    """Continue one or more prompts.
+
+    Example: headshare generate smollm2-shared --prompt "The capital of France is" --max-new-tokens 20
+    """
+
+    src: Source
+    prompt: Annotated[tuple[str, ...], tyro.conf.arg(help="One prompt or several.")]
+    max_new_tokens: Annotated[int, tyro.conf.arg(help="Most tokens to add to each prompt.")] = 64
+    temperature: Annotated[float, tyro.conf.arg(help="0 always takes the most likely token.")] = 0.0
+    top_k: Annotated[int | None, tyro.conf.arg(help="Draw among the k most likely tokens only.")] = None
+    top_p: Annotated[float, tyro.conf.arg(help="Draw among the most likely tokens of this total probability.")] = 1.0
+    seed: Annotated[int, tyro.conf.arg(help="Seed of the draws.")] = 0
+    chat: Annotated[bool, tyro.conf.arg(help="Treat each prompt as a message to a chat model.")] = False
+    compute_dtype: ComputeDtype = "float32"
+
+    def run(self) -> dict[str, Any]:
+        sampling = Sampling(self.temperature, self.top_k, self.top_p)
+        path = convert.locate(self.src)
+        words = tokenizer.load(path)
+        if self.chat and words.chat_template is None:
+            raise HeadshareError(f"The tokenizer of {self.src} has no chat template; leave --chat out.")
+        prompts = [tokenizer.chat_message(words, text) if self.chat else words(text).input_ids for text in self.prompt]
+        if not prompts or not all(prompts):
+            raise HeadshareError("Every prompt must hold at least one token; give --prompt a text.")
+        say("loading")
+        model = convert.load(path, compute_dtype=self.compute_dtype)
+        answers = generate(model, prompts, max_new_tokens=self.max_new_tokens, sampling=sampling, seed=self.seed)
+        return {
+            "results": [
+                {"prompt": prompt, "text": words.decode(answer, skip_special_tokens=True), "tokens": answer}
+                for prompt, answer in zip(self.prompt, answers, strict=True)
+            ]
+        }
+
+    def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
+        for entry in result["results"]:
+            yield Text.assemble((entry["prompt"], "bold"), "\n" if self.chat else "", entry["text"])

@@ -1,0 +1,103 @@
+"""`headshare inspect`."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from headshare_jax import convert, parameters
+from headshare_jax.cli.command import Command, Source, megabytes
+from headshare_jax.ledger import NOT_SAVED, Ledger, ledger
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect(Command):
+    """Show a model's architecture, who shares with whom, and what it stores.
+
+    Example: headshare inspect smollm2-shared
+    """
+
+    src: Source
+
+    def run(self) -> dict[str, Any]:
+        path = convert.locate(self.src)
+        source = convert.open_checkpoint(path)
+        config, sharing = source.config, source.sharing
+        return {
+            "path": str(path),
+            "config": config.to_json(),
+            "parameters": {
+                name: {"shape": parameters.stored_shape(config, name, sharing), "dtype": str(source.dtype(name))}
+                for name in parameters.parameter_names(config)
+            },
+            "map": None if sharing is None else json.loads(sharing.to_json()),
+            "ledger": ledger_data(ledger(source, path=source.path)),
+        }
+
+    def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
+        config = result["config"]
+        yield (
+            f"{result['path']}: {config['num_layers']} layers, width {config['hidden_size']}, "
+            f"{config['num_heads']} query and {config['num_kv_heads']} key/value heads of {config['head_dim']}, "
+            f"vocabulary {config['vocab_size']}"
+        )
+        table = Table("parameter", "shape", "type")
+        for name, parameter in result["parameters"].items():
+            table.add_row(name, " x ".join(map(str, parameter["shape"])), parameter["dtype"])
+        yield table
+        yield ledger_table(result["ledger"])
+        sharing = result["map"]
+        if sharing is None:
+            yield "Dense: every unit keeps its own weights."
+            return
+        yield f"Map: {len(sharing['receivers'])} receivers, tie {sharing['tie']}, matched by {sharing['match']}"
+        pairs = Table("receiver (layer.unit)", "donor", "score")
+        for entry in sharing["receivers"]:
+            score = "" if entry["score"] is None else f"{entry['score']:.4f}"
+            pairs.add_row(f"{entry['layer']}.{entry['unit']}", "{}.{}".format(*entry["donor"]), score)
+        yield pairs
+        yield NOT_SAVED
+
+
+def ledger_data(sizes: Ledger) -> dict[str, Any]:
+    """A ledger as plain data."""
+    return asdict(sizes) | {
+        "dense": sizes.dense,
+        "stored": sizes.stored,
+        "dense_bytes": sizes.dense_bytes,
+        "stored_bytes": sizes.stored_bytes,
+        "attention_dense": sizes.attention_dense,
+        "attention_stored": sizes.attention_stored,
+        "actual_saving": sizes.dense - sizes.stored,
+    }
+
+
+def ledger_table(sizes: dict[str, Any]) -> Table:
+    """A ledger's plain data as a table."""
+    table = Table("part", title="stored parameters")
+    for heading in ("dense", "stored", "saved"):
+        table.add_column(heading, justify="right")
+
+    def add(part: str, dense: int, stored: int) -> None:
+        saved = f"{1 - stored / dense:.1%}" if stored != dense else ""
+        table.add_row(part, f"{dense:,}", f"{stored:,}", saved)
+
+    for row in sizes["rows"]:
+        add(row["part"], row["dense"], row["stored"])
+    table.add_section()
+    add("attention", sizes["attention_dense"], sizes["attention_stored"])
+    add("all", sizes["dense"], sizes["stored"])
+    table.add_section()
+    table.add_row("bytes of parameters", megabytes(sizes["dense_bytes"]), megabytes(sizes["stored_bytes"]))
+    for part, name in (("live on devices", "live_bytes"), ("files on disk", "disk_bytes")):
+        if sizes[name] is not None:
+            table.add_row(part, "", megabytes(sizes[name]))
+    if sizes["nominal_saving"]:
+        table.caption = (
+            f"the map saves {sizes['nominal_saving']:,} parameters by its own count; "
+            f"{sizes['actual_saving']:,} are saved in fact"
+        )
+    return table

@@ -1,0 +1,105 @@
+"""`headshare match`."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from rich.console import RenderableType
+from rich.table import Table
+
+from headshare_jax import convert, pictures
+from headshare_jax.cli.command import Command, Overwrite, Source, progress
+from headshare_jax.convert.atomic import check_output, new_file
+from headshare_jax.similarity import MatchResult, match
+
+MatchFunction = Annotated[
+    str, tyro.conf.arg(help="Score of a pair: cosine of q, k, v, qk, qkv or total weights; or random, a baseline.")
+]
+Seed = Annotated[int, tyro.conf.arg(help="Seed of the random baseline.")]
+_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match(Command):
+    """Score all pairs of sharing units, and find the best donor of each in an earlier layer.
+
+    Example: headshare match SmolLM2-135M.gguf --match qk -o scores.npz --plot heatmap.png
+    """
+
+    src: Source
+    match: MatchFunction = "qk"
+    seed: Seed = 0
+    output: Annotated[
+        Path | None,
+        tyro.conf.arg(aliases=("-o",), help="Where to write donor_layer, donor_unit and value [L, U] (.npz)."),
+    ] = None
+    plot: Annotated[Path | None, tyro.conf.arg(help="Where to draw the scores of all pairs (.png, .svg or .pdf).")] = (
+        None
+    )
+    overwrite: Overwrite = False
+
+    def run(self) -> dict[str, Any]:
+        for path in filter(None, (self.output, self.plot)):
+            check_output(path, overwrite=self.overwrite)
+        result = matched(convert.open_checkpoint(self.src), self.match, self.seed)
+        if self.output is not None:
+            save_scores(result, self.output, overwrite=self.overwrite)
+        if self.plot is not None:
+            with new_file(self.plot, overwrite=self.overwrite) as path:
+                pictures.draw_scores(result, path)
+        return _summary(result) | {"output": _text(self.output), "plot": _text(self.plot)}
+
+    def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
+        low, middle, high = result["value_quantiles"].values()
+        yield (
+            f"{result['layers']} layers of {result['units']} units, matched by {result['match']}; "
+            f"best score of a unit: lowest {low:.4f}, median {middle:.4f}, highest {high:.4f}"
+        )
+        table = Table("receiver (layer.unit)", "donor", "score", title="best pairs")
+        for pair in result["best_pairs"]:
+            table.add_row("{}.{}".format(*pair["receiver"]), "{}.{}".format(*pair["donor"]), f"{pair['score']:.4f}")
+        yield table
+        for name in ("output", "plot"):
+            if result[name]:
+                yield f"written: {result[name]}"
+
+
+def matched(source: convert.Checkpoint, function: str, seed: int) -> MatchResult:
+    """Matches with a progress bar."""
+    with progress(f"matching by {function}") as step:
+        return match(source, function, seed=seed, progress=step)
+
+
+def save_scores(result: MatchResult, path: Path, *, overwrite: bool) -> None:
+    """Writes `donor_layer`, `donor_unit` and `value`, [L, U] each, as .npz."""
+    with new_file(path, overwrite=overwrite) as partial, partial.open("wb") as file:
+        np.savez(file, donor_layer=result.donor_layer, donor_unit=result.donor_unit, value=result.value)
+
+
+def _summary(result: MatchResult) -> dict[str, Any]:
+    layers, units = result.value.shape
+    value = result.value[1:].ravel()
+    best = np.argsort(-value, kind="stable")[:_SHOWN] + units
+    quantiles = np.quantile(value, [0, 0.5, 1]).tolist()
+    return {
+        "match": result.match,
+        "layers": layers,
+        "units": units,
+        "source": result.source,
+        "value_quantiles": dict(zip(("lowest", "median", "highest"), quantiles, strict=True)),
+        "best_pairs": [
+            {
+                "receiver": [int(flat) // units, int(flat) % units],
+                "donor": [int(result.donor_layer.flat[flat]), int(result.donor_unit.flat[flat])],
+                "score": float(result.value.flat[flat]),
+            }
+            for flat in best
+        ],
+    }
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)

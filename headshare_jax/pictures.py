@@ -1,0 +1,84 @@
+"""Pictures of match scores and sharing maps."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from headshare_jax.errors import HeadshareError
+from headshare_jax.sharing import SharingMap
+from headshare_jax.similarity import MatchResult
+
+FORMATS = (".png", ".svg", ".pdf")
+_DONOR, _RECEIVER, _OWN = "#1b6ca8", "#d1495b", "#d9d9d9"
+
+
+def draw_scores(result: MatchResult, path: Path) -> None:
+    """Draws the score of every (receiver, donor) pair as a heatmap, with each receiver's best donor marked.
+
+    Raises:
+      HeadshareError: the result holds best donors only, or the file's ending is none of `FORMATS`.
+    """
+    if result.scores is None:
+        raise HeadshareError("This match result holds only the best donors; match again to draw all pairs.")
+    layers, units = result.value.shape
+    scores = np.where(np.isfinite(result.scores), result.scores, np.nan)
+    limit = float(np.nanmax(np.abs(scores)))
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(scores, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+    receivers = np.arange(units, layers * units)
+    axes.plot(result.donor.ravel()[units:], receivers, ".", color="black", markersize=2, label="best donor")
+    axes.set_title(f"Match scores of sharing units ({result.match})")
+    axes.set_xlabel("donor's layer")
+    axes.set_ylabel("receiver's layer")
+    shown = np.arange(0, layers, max(1, layers // 16))
+    for set_ticks in (axes.set_xticks, axes.set_yticks):
+        set_ticks(shown * units + (units - 1) / 2, [str(layer) for layer in shown])
+    axes.legend(loc="upper right")
+    figure.colorbar(image, ax=axes, label="score", shrink=0.8)
+    _save(figure, path)
+
+
+def draw_map(sharing: SharingMap, path: Path) -> None:
+    """Draws every unit as a dot, layers from left to right, and an arc from each donor to each of its receivers.
+
+    Raises:
+      HeadshareError: the file's ending is none of `FORMATS`.
+    """
+    layers, units = sharing.donor.shape
+    figure = Figure(figsize=(max(6, layers * 0.36), max(2.6, units * 0.3 + 1.6)), layout="constrained")
+    axes = figure.add_subplot()
+    layer, unit = np.divmod(np.arange(layers * units), units)
+    receives = sharing.receives.ravel()
+    gives = np.isin(np.arange(layers * units), sharing.donor.ravel()[receives])
+    for flat in np.flatnonzero(receives):
+        donor = sharing.donor.flat[flat]
+        _arc(axes, (layer[donor], unit[donor]), (layer[flat], unit[flat]))
+    for chosen, colour, label in (
+        (~receives & ~gives, _OWN, "own weights"),
+        (gives, _DONOR, "donor"),
+        (receives, _RECEIVER, "receiver"),
+    ):
+        axes.scatter(layer[chosen], unit[chosen], s=48, color=colour, label=label, zorder=3)
+    axes.set_title(f"{receives.sum()} of {receives.size} units use another unit's {sharing.tie} weights")
+    axes.set_xlabel("layer")
+    axes.set_ylabel("unit")
+    axes.set_yticks(np.arange(0, units, max(1, units // 8)))
+    axes.set_xticks(np.arange(0, layers, max(1, layers // 16)))
+    axes.set_ylim(units - 0.4, -0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    _save(figure, path)
+
+
+def _arc(axes: Axes, donor: tuple[int, int], receiver: tuple[int, int]) -> None:
+    style = {"arrowstyle": "-|>", "connectionstyle": "arc3,rad=-0.2", "color": _DONOR, "alpha": 0.35, "linewidth": 0.9}
+    axes.annotate("", xy=receiver, xytext=donor, arrowprops=style, zorder=2)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    if path.suffix.lower() not in FORMATS:
+        raise HeadshareError(f"A picture's name must end in {', '.join(FORMATS)}, unlike {path.name}.")
+    figure.savefig(path, dpi=150)
