@@ -1,5 +1,6 @@
 """Reading and writing checkpoints: Hugging Face, GGUF and native."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,12 @@ def locate(src: str | Path) -> Path:
     name = str(src)
     if not name.strip():
         raise HeadshareError("The name of the checkpoint is empty; give a folder, a .gguf file or a hub id.")
-    if Path(name).exists():
-        return Path(name)
-    if huggingface.is_hub_id(name) and not Path(name).parent.exists():
-        return huggingface.fetch(name)
-    raise HeadshareError(f"{name} does not exist; give a folder, a .gguf file or a hub id (owner/model).")
+    with suppress(OSError, ValueError):  # of a name that no file can have
+        if Path(name).exists():
+            return Path(name)
+        if huggingface.is_hub_id(name) and not Path(name).parent.exists():
+            return huggingface.fetch(name)
+    raise HeadshareError(f"{name[:200]} does not exist; give a folder, a .gguf file or a hub id (owner/model).")
 
 
 def open_checkpoint(src: str | Path) -> Checkpoint:
@@ -56,8 +58,8 @@ def open_checkpoint(src: str | Path) -> Checkpoint:
     if len(files) == 1:
         return gguf_file.open_file(files[0])
     raise HeadshareError(
-        f"{path} holds no checkpoint: no {native.DOCUMENT} (native), no config.json (Hugging Face)"
-        + (f", and more than one .gguf file ({', '.join(file.name for file in files)})." if files else ", no .gguf file.")
+        f"{path} holds no checkpoint: no {native.DOCUMENT} (native), no config.json (Hugging Face), and "
+        f"{'more than one' if files else 'no'} .gguf file."
     )
 
 
@@ -76,9 +78,8 @@ def load(
       HeadshareError: as `open_checkpoint`.
     """
     source = open_checkpoint(src) if isinstance(src, (str, Path)) else src
-    params = {
-        name: jnp.asarray(parameters.assemble(source, name), dtype) for name in parameters.parameter_names(source.config)
-    }
+    names = parameters.parameter_names(source.config)
+    params = {name: jnp.asarray(parameters.assemble(source, name), dtype) for name in names}
     return Llama(source.config, params, sharing=source.sharing, compute_dtype=compute_dtype, remat=remat)
 
 
@@ -107,7 +108,8 @@ def save(
     """
     if to not in ("native", "hf"):
         raise HeadshareError(f"The format {to!r} is not one of native, hf.")
-    with new_directory(Path(dst), overwrite=overwrite) as folder:
+    files = (getattr(source, "path", None), tokenizer_from)
+    with new_directory(Path(dst), overwrite=overwrite, keep=tuple(filter(None, files))) as folder:
         if tokenizer_from is not None:
             tokenizer.carry(tokenizer_from, folder)
         if to == "native":

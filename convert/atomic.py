@@ -14,32 +14,49 @@ from headshare_jax.errors import HeadshareError
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
-def check_output(path: Path, *, overwrite: bool) -> None:
-    """Raises HeadshareError if `path` cannot become an output: it exists, or its folder does not."""
-    if path.exists() and not overwrite:
+def check_output(path: Path, *, overwrite: bool, keep: tuple[Path, ...] = ()) -> None:
+    """Raises HeadshareError if `path` cannot become an output.
+
+    Args:
+      path: it must have a folder to lie in.
+      overwrite: it may exist; but a folder that holds the working directory or the home folder is never replaced.
+      keep: what must not be lost with an old folder, because it lies inside.
+    """
+    path = _resolved(path)
+    if not path.parent.is_dir():
+        raise HeadshareError(f"The folder {path.parent} for the output does not exist; create it first.")
+    if not path.exists():
+        return
+    if not overwrite:
         raise HeadshareError(f"The output {path} exists already; choose another name or pass --overwrite.")
-    if not path.absolute().parent.is_dir():
-        raise HeadshareError(f"The folder {path.absolute().parent} for the output does not exist; create it first.")
+    never = [Path.cwd(), _resolved(Path(os.path.expanduser("~")))]
+    lost = [kept for kept in never if kept.is_relative_to(path)]
+    lost += [kept for kept in keep if path in _resolved(kept).parents]
+    if lost:
+        raise HeadshareError(f"The folder {path} holds {lost[0]}, so it is not replaced; choose another name.")
 
 
 @contextmanager
-def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_directory(path: Path, *, overwrite: bool = False, keep: tuple[Path, ...] = ()) -> Iterator[Path]:
     """A folder to fill, which takes the name `path` when the block ends without an error.
 
     Until then an old output under that name stays as it is. After an error the new folder is removed; after a kill
     it is left behind under a hidden name that ends in `.partial`.
 
     Raises:
-      HeadshareError: `path` exists and `overwrite` is false, or it cannot be written.
+      HeadshareError: `path` cannot become an output (see `check_output`), is a file, or cannot be written.
     """
-    check_output(path, overwrite=overwrite)
+    check_output(path, overwrite=overwrite, keep=keep)
+    path = _resolved(path)
     if path.exists() and not path.is_dir():
         raise HeadshareError(f"The output {path} is a file, not a folder; choose another name.")
     with _explained(path):
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.absolute().parent))
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
         try:
             partial.chmod(0o777 & ~_umask())
             yield partial
+            if path.exists() and not overwrite:
+                raise HeadshareError(f"The output {path} was made by another program meanwhile; choose another name.")
             _take_place(partial, path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -50,14 +67,15 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A file name to write to, which takes the name `path` when the block ends without an error.
 
     Raises:
-      HeadshareError: `path` exists and `overwrite` is false, or it cannot be written.
+      HeadshareError: `path` cannot become an output (see `check_output`), is a folder, or cannot be written.
     """
     check_output(path, overwrite=overwrite)
+    path = _resolved(path)
     if path.is_dir():
         raise HeadshareError(f"The output {path} is a folder, not a file; choose another name.")
     with _explained(path):
         # The ending is kept: writers choose their format by it.
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".partial{path.suffix}", dir=path.absolute().parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".partial{path.suffix}", dir=path.parent)
         os.close(handle)
         partial = Path(name)
         try:
@@ -74,7 +92,7 @@ def _take_place(partial: Path, path: Path) -> None:
         return
     if _exchange(partial, path):
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.absolute().parent))
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
     os.rename(path, old)
     os.rename(partial, path)
     shutil.rmtree(old, ignore_errors=True)
@@ -85,8 +103,19 @@ def _exchange(one: Path, other: Path) -> bool:
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False
-    names = (os.fsencode(one.absolute()), os.fsencode(other.absolute()))
+    names = (os.fsencode(one), os.fsencode(other))
     return bool(renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)
+
+
+def _resolved(path: Path) -> Path:
+    """The absolute path behind symbolic links, so that a linked output is replaced rather than its link."""
+    try:
+        resolved = path.resolve()
+        # Fails on a name that no file can have.
+        resolved.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise HeadshareError(f"The path {str(path)[:200]!r} cannot be used: {error}.") from error
+    return resolved
 
 
 @contextmanager
@@ -95,7 +124,7 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
-        raise HeadshareError(f"Cannot write {path}: {reason}; nothing was left under that name.") from error
+        raise HeadshareError(f"Cannot write {path}: {reason}; what was there before is unchanged.") from error
 
 
 def _umask() -> int:

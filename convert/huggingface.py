@@ -1,18 +1,19 @@
 """Hugging Face checkpoints: directories and hub ids in, plain `LlamaForCausalLM` directories out."""
 
 import json
+import math
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from headshare_jax.config import LlamaConfig
 from headshare_jax.convert import keys
-from headshare_jax.convert.tensor_files import SafetensorsReader, TensorCheckpoint, TensorReader
+from headshare_jax.convert.safetensors_files import SafetensorsReader, write_safetensors
+from headshare_jax.convert.tensor_files import TensorCheckpoint, TensorReader
 from headshare_jax.convert.torch_files import TorchReader
 from headshare_jax.errors import HeadshareError
 from headshare_jax.modeling import normalized_rows
@@ -36,38 +37,42 @@ def open_directory(path: Path) -> TensorCheckpoint:
 
 
 def _reader(path: Path) -> TensorReader:
-    for pattern, reader in (("model*.safetensors", SafetensorsReader), ("pytorch_model*.bin", TorchReader)):
-        files = _weight_files(path, pattern)
+    for name, kind in (("model.safetensors", SafetensorsReader), ("pytorch_model.bin", TorchReader)):
+        files = weight_files(path, name)
         if files:
-            return reader(files)
+            return kind(files)
     raise HeadshareError(f"{path} has a config.json but no weights (model*.safetensors or pytorch_model*.bin).")
 
 
-def _weight_files(path: Path, pattern: str) -> list[Path]:
-    index = path / f"{pattern.replace('*', '')}.index.json"
+def weight_files(path: Path, name: str) -> list[Path]:
+    """The files that hold the weights: the one of this name, those of its index, or its shards."""
+    if (path / name).is_file():
+        return [path / name]
+    index = path / f"{name}.index.json"
     if not index.is_file():
-        return sorted(path.glob(pattern))
+        stem, ending = name.split(".")
+        return sorted(path.glob(f"{stem}-*-of-*.{ending}"))
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise HeadshareError(f"{index} has no usable weight_map.")
-    names = sorted(set(weight_map.values()))
-    outside = [name for name in names if Path(name).name != name]
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise HeadshareError(f"{index} has no usable weight_map; fetch it again.")
+    files = sorted(set(weight_map.values()))
+    outside = [file for file in files if Path(file).name != file]
     if outside:
         raise HeadshareError(f"{index} names files outside its folder: {', '.join(outside)}.")
-    missing = [name for name in names if not (path / name).is_file()]
+    missing = [file for file in files if not (path / file).is_file()]
     if missing:
         raise HeadshareError(f"{path} lacks shards that its index names: {', '.join(missing)}; fetch them.")
-    return [path / name for name in names]
+    return [path / file for file in files]
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; HeadshareError if it is anything else."""
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise HeadshareError(f"{path} is not readable JSON ({error}); fetch it again.") from error
     if not isinstance(value, dict):
-        raise HeadshareError(f"{path} does not hold a JSON object.")
+        raise HeadshareError(f"{path} does not hold a JSON object; fetch it again.")
     return value
 
 
@@ -79,50 +84,72 @@ def is_hub_id(name: str) -> bool:
 def fetch(hub_id: str) -> Path:
     """Downloads a model from the Hugging Face hub into its cache: safetensors if it has them, else .bin.
 
+    Without a network, what the cache holds is used.
+
     Raises:
       HeadshareError: the hub cannot be reached, or has no such model for this account.
     """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub import snapshot_download
 
     small = ["*.json", "tokenizer.model", "*.jinja", "merges.txt"]
     try:
-        files = HfApi().list_repo_files(hub_id)
-        weights = "model*.safetensors" if any(name.endswith(".safetensors") for name in files) else "pytorch_model*.bin"
-        return Path(snapshot_download(hub_id, allow_patterns=[*small, weights]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, RuntimeError) as error:
+        folder = Path(snapshot_download(hub_id, allow_patterns=[*small, "model*.safetensors"]))
+        if not any(folder.glob("model*.safetensors")):
+            folder = Path(snapshot_download(hub_id, allow_patterns=[*small, "pytorch_model*.bin"]))
+    except Exception as error:  # the hub's client lets the errors of its HTTP library through
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise HeadshareError(
             f"{hub_id} is not a local path, and fetching it from the Hugging Face hub failed: {reason}"
         ) from error
+    return folder
 
 
 def write(source: WeightSource, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes a source into an existing folder as a plain, dense `LlamaForCausalLM`; peak memory is one shard.
+    """Writes a source into an existing folder as a plain, dense `LlamaForCausalLM`; peak memory is one tensor.
 
     A shared model is expanded: every receiver gets its own copy of its donor's weights. A normalised output head
     (Baichuan-2) is written already normalised, since plain LLaMA has no such step.
     """
     tensors = keys.tensors(keys.LLAMA, source.config)
-    sizes = {
-        name: int(np.prod(tensor.shape)) * source.dtype(tensor.parts[0]).itemsize for name, tensor in tensors.items()
-    }
+    layout = {name: (tensor.shape, source.dtype(tensor.parts[0])) for name, tensor in tensors.items()}
+    write_weights(folder, layout, lambda name: encoded(source, tensors[name]), shard_bytes)
+    write_settings(source, folder)
+
+
+def write_weights(
+    folder: Path,
+    layout: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]],
+    value: Callable[[str], np.ndarray],
+    shard_bytes: int,
+) -> None:
+    """Writes `model.safetensors`, or shards with their index; peak memory is one tensor.
+
+    Args:
+      folder: an existing folder.
+      layout: shape and type of every tensor, by name.
+      value: gives a tensor by name.
+      shard_bytes: size beyond which a new shard begins.
+    """
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in layout.items()}
     shards = _plan_shards(sizes, shard_bytes)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        try:
-            save_file({name: _encoded(source, tensors[name]) for name in names}, folder / file, {"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"{file} could not be stored ({error})") from error
+        # Widest type first keeps every tensor at a multiple of its own width.
+        ordered = sorted(names, key=lambda name: -layout[name][1].itemsize)
+        write_safetensors(folder / file, {name: layout[name] for name in ordered}, map(value, ordered))
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         _write_json(folder / "model.safetensors.index.json", index)
+
+
+def write_settings(source: WeightSource, folder: Path, extra: Mapping[str, Any] | None = None) -> None:
+    """Writes `config.json`, with extra fields or other values of LLaMA's, and `generation_config.json`."""
     fields = source.config.to_hf()
-    _write_json(folder / "config.json", fields | {"dtype": str(source.dtype("embed_vd"))})
-    special = {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if fields[name] is not None}
-    _write_json(folder / "generation_config.json", special)
+    _write_json(folder / "config.json", fields | {"dtype": str(source.dtype("embed_vd"))} | dict(extra or {}))
+    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+    _write_json(folder / "generation_config.json", {name: fields[name] for name in tokens if fields[name] is not None})
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -142,9 +169,10 @@ def _plan_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
     return shards
 
 
-def _encoded(source: WeightSource, tensor: keys.Tensor) -> np.ndarray:
+def encoded(source: WeightSource, tensor: keys.Tensor) -> np.ndarray:
+    """One tensor of a plain LLaMA checkpoint."""
     (name,) = tensor.parts
     value = source.read(name, tensor.layer)
     if name == "head_vd" and source.config.normalize_head:
         value = np.asarray(normalized_rows(jnp.asarray(value)))
-    return np.ascontiguousarray(keys.encode(keys.LLAMA, source.config, name, value))
+    return keys.encode(keys.LLAMA, source.config, name, value)

@@ -80,7 +80,9 @@ class NativeCheckpoint:
         try:
             return ts.open(spec, open=True).result()
         except ValueError as error:
-            raise HeadshareError(f"{self.path / WEIGHTS} has no readable array {name}; the copy is incomplete.") from error
+            raise HeadshareError(
+                f"{self.path / WEIGHTS} has no readable array {name}; the copy is incomplete."
+            ) from error
 
     def _checked_index(self, projection: str) -> np.ndarray:
         stored = self._values(self._open(index_name(projection)), index_name(projection))

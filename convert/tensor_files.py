@@ -7,20 +7,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from headshare_jax.config import LlamaConfig
 from headshare_jax.convert import keys
 from headshare_jax.errors import HeadshareError
 from headshare_jax.sharing import SharingMap
 
-FLOATS: dict[str, np.dtype[Any]] = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
+# Of tensors with the same problem, this many are named.
+_NAMED = 20
 
 
 @dataclass(frozen=True)
@@ -40,37 +35,6 @@ class TensorReader(Protocol):
 
     def read(self, info: TensorInfo, name: str) -> np.ndarray:
         """One tensor's values."""
-
-
-class SafetensorsReader:
-    """Tensors of safetensors files; reads by file offset, so that no mapped pages count as memory."""
-
-    def __init__(self, files: list[Path]):
-        self.files = files
-
-    def infos(self) -> tuple[dict[str, TensorInfo], list[str]]:
-        found: dict[str, TensorInfo] = {}
-        problems = []
-        for path in self.files:
-            with _opened(path) as file:
-                for name in file.keys():  # noqa: SIM118 (not a mapping)
-                    part = file.get_slice(name)
-                    if name in found:
-                        problems.append(f"{name} stands in both {found[name].file.name} and {path.name}")
-                    found[name] = TensorInfo(tuple(part.get_shape()), FLOATS.get(part.get_dtype()), path)
-        return found, problems
-
-    def read(self, info: TensorInfo, name: str) -> np.ndarray:
-        with _opened(info.file) as file:
-            tensor: np.ndarray = file.get_tensor(name)
-        return tensor
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, "numpy", backend="pread")
-    except (SafetensorError, OSError) as error:
-        raise HeadshareError(f"{path} is truncated, corrupt or no safetensors file ({error}); fetch it again.") from error
 
 
 @dataclass
@@ -93,11 +57,11 @@ class TensorCheckpoint:
     _by_parameter: dict[str, list[TensorInfo]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        expected = keys.tensors(self.table, self.config)
         self._infos, problems = self.reader.infos()
-        problems += _compare(expected, self._infos, self.optional)
+        expected = self._expected()
+        problems += _compare(expected, self._infos, self.optional | {self.table["head_vd"].template})
         if not problems:
-            problems += self._untied_head()
+            problems += self._contradictions()
         if problems:
             raise HeadshareError(f"The tensors in {self.path} do not fit its configuration: {'; '.join(problems)}.")
         self._by_parameter = {}
@@ -107,14 +71,26 @@ class TensorCheckpoint:
 
     def dtype(self, name: str) -> np.dtype[Any]:
         """The type that holds every layer's values of a parameter exactly."""
-        types = {info.dtype for info in self._by_parameter[name]}
+        types = {info.dtype for info in self._by_parameter[name] if info.dtype is not None}
         return np.dtype(reduce(jnp.promote_types, types))
 
     def read(self, name: str, layer: int | None = None) -> np.ndarray:
         tensor = self.table[name].name(layer)
         return keys.decode(self.table, self.config, name, self.reader.read(self._infos[tensor], tensor))
 
-    def _untied_head(self) -> list[str]:
+    def _expected(self) -> dict[str, keys.Tensor]:
+        """Every tensor that the configuration asks for, unless its sizes are beyond any file."""
+        if self.config.num_layers > max(len(self._infos), 1):
+            raise HeadshareError(
+                f"The configuration of {self.path} asks for {self.config.num_layers} layers, but there are only "
+                f"{len(self._infos)} tensors; fetch it again."
+            )
+        try:
+            return keys.tensors(self.table, self.config)
+        except ValueError as error:
+            raise HeadshareError(f"The configuration of {self.path} asks for impossible sizes ({error}).") from error
+
+    def _contradictions(self) -> list[str]:
         """A stored head is fine beside tied embeddings as long as it is the same."""
         head, embed = self.table["head_vd"].template, self.table["embed_vd"].template
         if not self.config.tie_word_embeddings or head not in self._infos:
@@ -124,25 +100,28 @@ class TensorCheckpoint:
 
 
 def _compare(
-    expected: Mapping[str, keys.Tensor], found: Mapping[str, TensorInfo], optional: frozenset[str]
+    expected: Mapping[str, keys.Tensor], found: Mapping[str, TensorInfo], allowed: frozenset[str]
 ) -> list[str]:
-    problems = []
-    missing = [name for name in expected if name not in found]
-    head = {"lm_head.weight", "output.weight"}
-    unexpected = [
-        name
-        for name in found
-        if name not in expected and name not in optional and name not in head and not name.endswith("rotary_emb.inv_freq")
-    ]
-    if missing:
-        problems.append(f"missing: {', '.join(missing)}")
-    if unexpected:
-        problems.append(f"unexpected: {', '.join(unexpected)}")
-    for name, tensor in expected.items():
-        if name not in found:
-            continue
-        if found[name].shape != tensor.shape:
-            problems.append(f"{name} has shape {list(found[name].shape)} instead of {list(tensor.shape)}")
-        if found[name].dtype is None:
-            problems.append(f"{name} does not hold float32, float16 or bfloat16 values")
-    return problems
+    known = [name for name in expected if name in found]
+    lists = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [
+            name
+            for name in found
+            if name not in expected and name not in allowed and not name.endswith("rotary_emb.inv_freq")
+        ],
+        "misshapen": [
+            f"{name} has shape {list(found[name].shape)} instead of {list(expected[name].shape)}"
+            for name in known
+            if found[name].shape != expected[name].shape
+        ],
+        "not float32, float16 or bfloat16": [
+            name for name in known if found[name].dtype is None and expected[name].parts
+        ],
+    }
+    return [f"{problem}: {_listed(names)}" for problem, names in lists.items() if names]
+
+
+def _listed(names: list[str]) -> str:
+    rest = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,13 +1,19 @@
 """Tokenizers that travel with checkpoints."""
 
+import logging
 import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from headshare_jax.convert import gguf_tokenizer
+from headshare_jax.convert.gguf_header import read_header
 from headshare_jax.errors import HeadshareError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 FILES = (
     "tokenizer.json",
@@ -26,28 +32,48 @@ def load(path: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a checkpoint folder or GGUF file.
 
     Raises:
-      HeadshareError: there is none, or transformers cannot read it.
+      HeadshareError: there is none, or it cannot be read.
     """
+    if path.is_dir():
+        return _load_folder(path)
+    with tempfile.TemporaryDirectory() as folder:
+        gguf_tokenizer.write(read_header(path), Path(folder))
+        return _load_folder(Path(folder))
+
+
+def _load_folder(path: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
-    if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise HeadshareError(f"{path} carries no tokenizer; put its tokenizer.json (or tokenizer.model) there.")
     try:
-        tokenizer: PreTrainedTokenizerBase = (
-            AutoTokenizer.from_pretrained(path)
-            if path.is_dir()
-            else AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        )
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers lets a damaged file show itself in any way
         raise HeadshareError(f"The tokenizer of {path} cannot be read: {error}") from error
     return tokenizer
 
 
 def carry(source: Path, folder: Path) -> None:
-    """Puts a checkpoint's tokenizer into another checkpoint's folder; a checkpoint without one is left without."""
+    """Puts a checkpoint's tokenizer into another checkpoint's folder.
+
+    A checkpoint without one is left without; so is a GGUF file with an unusable one, with a warning.
+    """
     if source.is_dir():
         for name in FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
-    else:
-        load(source).save_pretrained(folder)
+        return
+    header = read_header(source)
+    if "tokenizer.ggml.model" not in header.metadata:
+        return
+    try:
+        gguf_tokenizer.write(header, folder)
+    except HeadshareError as error:
+        logger.warning("%s The output is left without one.", error)
+
+
+def chat_message(tokenizer: "PreTrainedTokenizerBase", message: str) -> list[int]:
+    """Token ids of one user message in the tokenizer's chat template, up to where the answer begins."""
+    messages = [{"role": "user", "content": message}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False).input_ids)

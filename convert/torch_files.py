@@ -7,10 +7,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from headshare_jax.convert.tensor_files import FLOATS, TensorInfo
+from headshare_jax.convert.tensor_files import TensorInfo
 from headshare_jax.errors import HeadshareError
 
-_TORCH_FLOATS = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+_FLOATS: dict[str, np.dtype[Any]] = {
+    "torch.float32": np.dtype(np.float32),
+    "torch.float16": np.dtype(np.float16),
+    "torch.bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
 
 
 class TorchReader:
@@ -27,13 +31,13 @@ class TorchReader:
             for name, tensor in self._tensors(path).items():
                 if name in found:
                     problems.append(f"{name} stands in both {found[name].file.name} and {path.name}")
-                kind = _TORCH_FLOATS.get(str(tensor.dtype))
-                found[name] = TensorInfo(tuple(tensor.shape), FLOATS[kind] if kind else None, path)
+                dtype = _FLOATS.get(str(tensor.dtype)) if str(tensor.layout) == "torch.strided" else None
+                found[name] = TensorInfo(tuple(tensor.shape), dtype, path)
         return found, problems
 
     def read(self, info: TensorInfo, name: str) -> np.ndarray:
-        tensor = self._tensors(info.file)[name].contiguous()
-        if str(tensor.dtype) == "torch.bfloat16":
+        tensor = self._tensors(info.file)[name].detach().contiguous()
+        if info.dtype == ml_dtypes.bfloat16:
             bits: np.ndarray = tensor.view(_torch().uint16).numpy()
             return bits.view(ml_dtypes.bfloat16)
         values: np.ndarray = tensor.numpy()
@@ -42,6 +46,7 @@ class TorchReader:
     def _tensors(self, path: Path) -> dict[str, Any]:
         """The file's tensors, mapped rather than read where its format allows; one file is open at a time."""
         if self._open is None or self._open[0] != path:
+            self._open = None
             self._open = (path, _load(path))
         return self._open[1]
 
@@ -59,7 +64,7 @@ def _load(path: Path) -> dict[str, Any]:
             f"{path} is corrupt, or holds objects that only running its pickled code could load, which is never done; "
             "convert it to safetensors where you trust it."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # a damaged pickle shows itself in any way
         raise HeadshareError(f"{path} is truncated, corrupt or no PyTorch file ({error}); fetch it again.") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise HeadshareError(f"{path} does not hold a plain dictionary of tensors.")
