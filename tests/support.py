@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import transformers
 
-from headshare_jax import Llama, LlamaConfig, parameters
+from headshare_jax import Llama, LlamaConfig, SharingMap, parameters
 
 TINY: dict[str, Any] = {
     "vocab_size": 160,
@@ -115,3 +115,17 @@ def jax_logits(model: Llama, tokens: np.ndarray, **inputs: Any) -> np.ndarray:
 @jax.jit
 def _forward(model: Llama, tokens_bt: jax.Array, **inputs: jax.Array) -> jax.Array:
     return model(tokens_bt, **inputs)
+
+
+def sharing_by_hand(model: Llama, tie: str, pairs: dict[int, int]) -> SharingMap:
+    """A map for a model, from flat receivers to flat donors."""
+    config = model.config
+    flat = np.arange(config.num_units)
+    flat[list(pairs)] = list(pairs.values())
+    donor = flat.reshape(config.num_layers, config.num_kv_heads)
+    return SharingMap(donor, np.zeros(donor.shape), config.heads_per_unit, tie=tie)
+
+
+def compilations(function: Any) -> int:
+    """How often a jitted function has been compiled."""
+    return int(function._cache_size())
