@@ -2,11 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import reduce
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax.numpy as jnp
 import numpy as np
 
 from headshare_jax.config import LlamaConfig
@@ -72,7 +70,7 @@ class TensorCheckpoint:
     def dtype(self, name: str) -> np.dtype[Any]:
         """The type that holds every layer's values of a parameter exactly."""
         types = {info.dtype for info in self._by_parameter[name] if info.dtype is not None}
-        return np.dtype(reduce(jnp.promote_types, types))
+        return types.pop() if len(types) == 1 else np.dtype(np.float32)
 
     def read(self, name: str, layer: int | None = None) -> np.ndarray:
         tensor = self.table[name].name(layer)
