@@ -135,7 +135,7 @@ class SharingMap:
         """
         try:
             document = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise HeadshareError(f"The map is not valid JSON: {error}.") from error
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise HeadshareError(f'The map is not a {FORMAT} document (its "format" says otherwise).')
@@ -205,20 +205,18 @@ def _map_fields(document: Mapping[str, Any]) -> dict[str, Any]:
         donor[layer, unit] = donor_layer * units + donor_unit
         if entry.get("score") is not None:
             score[layer, unit] = float(entry["score"])
-    ratio = document.get("ratio")
-    texts = {name: document.get(name) for name in ("match", "source")}
-    if any(value is not None and not isinstance(value, str) for value in texts.values()):
-        raise ValueError("match and source must be text or null")
+    match, ratio, seed, source = (document.get(name) for name in ("match", "ratio", "seed", "source"))
     return {
         "donor": donor,
         "score": score,
         "heads_per_unit": _whole(model["heads_per_unit"], "heads_per_unit", 1),
-        "tie": check_tie(str(document["tie"])),
-        "method": str(document["method"]),
-        "chains": str(document["chains"]),
-        "ratio": None if ratio is None else float(ratio),
-        "seed": document.get("seed"),
-        **texts,
+        "tie": check_tie(_text(document["tie"], "tie")),
+        "method": _text(document["method"], "method"),
+        "chains": _text(document["chains"], "chains"),
+        "match": None if match is None else _text(match, "match"),
+        "ratio": None if ratio is None else _fraction(ratio, "ratio"),
+        "seed": None if seed is None else _whole(seed, "seed", 0),
+        "source": None if source is None else _text(source, "source"),
     }
 
 
@@ -234,6 +232,18 @@ def _unit(layer: Any, unit: Any, shape: tuple[int, ...]) -> tuple[int, int]:
 def _whole(value: Any, name: str, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise HeadshareError(f"{name} in the map must be a whole number of at least {least}, not {value!r}.")
+    return value
+
+
+def _fraction(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise HeadshareError(f"{name} in the map must be a number of at least 0 and below 1, not {value!r}.")
+    return float(value)
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise HeadshareError(f"{name} in the map must be text, not {value!r}.")
     return value
 
 
