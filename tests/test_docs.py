@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import jax
 import pytest
 import tiny_cli_model
 
@@ -40,8 +41,10 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_commands_and_examples_run(page: Path, workplace: Path) -> None:
     for args in commands(page):
         assert cli.run(args) == 0, shlex.join(args)
-    for example in blocks(page, "python"):
-        exec(compile(example, str(page), "exec"), {})
+    # A reader has JAX's default rules of promotion.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for example in blocks(page, "python"):
+            exec(compile(example, str(page), "exec"), {})
 
 
 def test_readme_shows_the_main_commands() -> None:
