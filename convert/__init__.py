@@ -7,22 +7,24 @@ from typing import Any
 import jax.numpy as jnp
 
 from headshare_jax import parameters
-from headshare_jax.convert import gguf_file, huggingface, native, tokenizer
+from headshare_jax.convert import compact, gguf_file, huggingface, native, tokenizer
 from headshare_jax.convert.atomic import new_directory
+from headshare_jax.convert.cast import cast
 from headshare_jax.convert.tensor_files import TensorCheckpoint
 from headshare_jax.errors import HeadshareError
 from headshare_jax.modeling import Llama
 from headshare_jax.parameters import WeightSource
 
-__all__ = ["MAP_FILE", "load", "locate", "open_checkpoint", "save"]
+__all__ = ["FORMATS", "MAP_FILE", "load", "locate", "open_checkpoint", "save"]
 
 Checkpoint = TensorCheckpoint | native.NativeCheckpoint
 
+FORMATS = ("native", "hf", "hf-compact")
 MAP_FILE = "headshare_map.json"
 
 
 def locate(src: str | Path) -> Path:
-    """The local path of a checkpoint: the path itself, or that of a hub id once it is fetched.
+    """The local path of a checkpoint: the path itself, the only GGUF file in it, or a hub id's once it is fetched.
 
     Raises:
       HeadshareError: an empty name, or neither a path nor a hub id that can be fetched.
@@ -32,10 +34,17 @@ def locate(src: str | Path) -> Path:
         raise HeadshareError("The name of the checkpoint is empty; give a folder, a .gguf file or a hub id.")
     with suppress(OSError, ValueError):  # of a name that no file can have
         if Path(name).exists():
-            return Path(name)
+            return _only_gguf(Path(name))
         if huggingface.is_hub_id(name) and not Path(name).parent.exists():
             return huggingface.fetch(name)
     raise HeadshareError(f"{name[:200]} does not exist; give a folder, a .gguf file or a hub id (owner/model).")
+
+
+def _only_gguf(path: Path) -> Path:
+    if not path.is_dir() or native.is_native(path) or (path / "config.json").is_file():
+        return path
+    files = list(path.glob("*.gguf"))
+    return files[0] if len(files) == 1 else path
 
 
 def open_checkpoint(src: str | Path) -> Checkpoint:
@@ -52,14 +61,13 @@ def open_checkpoint(src: str | Path) -> Checkpoint:
         return gguf_file.open_file(path)
     if native.is_native(path):
         return native.NativeCheckpoint(path)
+    if compact.is_compact(path):
+        return compact.open_directory(path)
     if (path / "config.json").is_file():
         return huggingface.open_directory(path)
-    files = sorted(path.glob("*.gguf"))
-    if len(files) == 1:
-        return gguf_file.open_file(files[0])
     raise HeadshareError(
         f"{path} holds no checkpoint: no {native.DOCUMENT} (native), no config.json (Hugging Face), and "
-        f"{'more than one' if files else 'no'} .gguf file."
+        f"{'more than one' if any(path.glob('*.gguf')) else 'no'} .gguf file."
     )
 
 
@@ -75,11 +83,11 @@ def load(
       remat: as in `Llama`.
 
     Raises:
-      HeadshareError: as `open_checkpoint`.
+      HeadshareError: as `open_checkpoint`, or a type that is none of these.
     """
-    source = open_checkpoint(src) if isinstance(src, (str, Path)) else src
+    source = cast(open_checkpoint(src) if isinstance(src, (str, Path)) else src, dtype)
     names = parameters.parameter_names(source.config)
-    params = {name: jnp.asarray(parameters.assemble(source, name), dtype) for name in names}
+    params = {name: jnp.asarray(parameters.assemble(source, name)) for name in names}
     return Llama(source.config, params, sharing=source.sharing, compute_dtype=compute_dtype, remat=remat)
 
 
@@ -97,8 +105,9 @@ def save(
     Args:
       source: a model, or an opened checkpoint, which is converted without ever being in memory as a whole.
       dst: folder to make.
-      to: `native` (a shared model stays small) or `hf` (plain `LlamaForCausalLM`, a shared model at its full size,
-        with its map beside it).
+      to: `native` (a shared model stays small), `hf` (plain `LlamaForCausalLM`, a shared model at its full size) or
+        `hf-compact` (a shared model stays small, and runs so in PyTorch with `trust_remote_code=True`); the last two
+        have its map beside it.
       tokenizer_from: checkpoint whose tokenizer to carry along.
       overwrite: replace an existing output.
       provenance: plain data to keep in a native checkpoint's `headshare.json`.
@@ -106,8 +115,8 @@ def save(
     Raises:
       HeadshareError: unknown format, an output that exists, or one that cannot be written.
     """
-    if to not in ("native", "hf"):
-        raise HeadshareError(f"The format {to!r} is not one of native, hf.")
+    if to not in FORMATS:
+        raise HeadshareError(f"The format {to!r} is not one of {', '.join(FORMATS)}.")
     files = (getattr(source, "path", None), tokenizer_from)
     with new_directory(Path(dst), overwrite=overwrite, keep=tuple(filter(None, files))) as folder:
         if tokenizer_from is not None:
@@ -115,6 +124,6 @@ def save(
         if to == "native":
             native.write(source, folder, provenance=provenance)
         else:
-            huggingface.write(source, folder)
+            (huggingface if to == "hf" else compact).write(source, folder)
             if source.sharing is not None:
                 (folder / MAP_FILE).write_text(source.sharing.to_json())

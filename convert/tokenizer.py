@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headshare_jax.convert import gguf_tokenizer
+from headshare_jax.convert import compact, gguf_tokenizer
 from headshare_jax.convert.gguf_header import read_header
 from headshare_jax.errors import HeadshareError
 
@@ -42,12 +42,14 @@ def load(path: Path) -> "PreTrainedTokenizerBase":
 
 
 def _load_folder(path: Path) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, LlamaConfig
 
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise HeadshareError(f"{path} carries no tokenizer; put its tokenizer.json (or tokenizer.model) there.")
+    # A compact checkpoint's configuration is code, which no tokenizer needs.
+    config = LlamaConfig() if compact.is_compact(path) else None
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
     except Exception as error:  # transformers lets a damaged file show itself in any way
         raise HeadshareError(f"The tokenizer of {path} cannot be read: {error}") from error
     return tokenizer

@@ -1,0 +1,161 @@
+"""Compact Hugging Face checkpoints: every stored head once, and the PyTorch code that runs the model at that size.
+
+The projections that a map ties lie in pools, `model.q_pool.weight` [P, H, D] with `model.q_pool.index` [layers, heads]
+saying which row each head is; everything else lies as in a plain LLaMA checkpoint.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from headshare_jax import parameters
+from headshare_jax.config import LlamaConfig
+from headshare_jax.convert import huggingface, keys
+from headshare_jax.convert.safetensors_files import SafetensorsReader
+from headshare_jax.convert.tensor_files import TensorCheckpoint
+from headshare_jax.errors import HeadshareError
+from headshare_jax.parameters import WeightSource
+from headshare_jax.sharing import SharingMap
+
+MODEL_TYPE, ARCHITECTURE, MAP_FIELD = "headshare", "HeadshareForCausalLM", "headshare_map"
+# Shipped inside every checkpoint and run there by transformers; never imported here, since it needs torch.
+MODELING = Path(__file__).with_name("modeling_headshare.py")
+
+# [P, H, D] <-> [P, D, H]
+_ROWS_TURNED = keys.Layout(lambda tensor, heads: tensor.swapaxes(1, 2), lambda value, heads: value.swapaxes(1, 2))
+POOLS: keys.KeyTable = {
+    "q_pool_pdh": keys.Key("model.q_pool.weight", _ROWS_TURNED),
+    "k_pool_pdh": keys.Key("model.k_pool.weight", _ROWS_TURNED),
+    "v_pool_pdh": keys.Key("model.v_pool.weight", _ROWS_TURNED),
+    "o_pool_phd": keys.Key("model.o_pool.weight", keys.SAME),
+    "q_bias_ph": keys.Key("model.q_pool.bias", keys.SAME),
+    "k_bias_ph": keys.Key("model.k_pool.bias", keys.SAME),
+    "v_bias_ph": keys.Key("model.v_pool.bias", keys.SAME),
+}
+
+
+def is_compact(path: Path) -> bool:
+    """Whether a folder is a compact checkpoint."""
+    config = path / "config.json"
+    return config.is_file() and bool(huggingface.read_json(config).get("model_type") == MODEL_TYPE)
+
+
+class CompactCheckpoint(TensorCheckpoint):
+    """A compact checkpoint on disk, as a `WeightSource`; reads no more than the heads of the layer asked for.
+
+    Raises:
+      HeadshareError: as `TensorCheckpoint`, or an index is not that of the map.
+    """
+
+    reader: SafetensorsReader
+
+    def read(self, name: str, layer: int | None = None) -> np.ndarray:
+        projection = parameters.pooled_projection(name)
+        if projection is None or projection not in _tie(self.sharing):
+            return super().read(name, layer)
+        pool = POOLS[name].template
+        rows = parameters.pool_index(self.config, projection, self.sharing)[layer]
+        return keys.decode(POOLS, self.config, name, self.reader.read_rows(self._infos[pool], pool, rows))
+
+    def _expected(self) -> dict[str, keys.Tensor]:
+        return _pooled(super()._expected(), self.config, self.sharing)
+
+    def _contradictions(self) -> list[str]:
+        indices = _indices(self.config, self.sharing)
+        wrong = [
+            name
+            for name, index in indices.items()
+            if not np.array_equal(self.reader.read(self._infos[name], name), index)
+        ]
+        return super()._contradictions() + [f"{name} disagrees with {MAP_FIELD} in config.json" for name in wrong]
+
+
+def open_directory(path: Path) -> CompactCheckpoint:
+    """Opens a compact checkpoint, whether this library wrote it or PyTorch's `save_pretrained`.
+
+    Raises:
+      HeadshareError: no configuration, no map, no weights, or one of them unusable or at odds with another.
+    """
+    fields = huggingface.read_json(path / "config.json")
+    document = fields.pop(MAP_FIELD, None)
+    sharing = None if document is None else SharingMap.from_json(json.dumps(document))
+    config = LlamaConfig.from_hf(fields | {"architectures": ["LlamaForCausalLM"]})
+    if sharing is not None:
+        sharing.check_model(config)
+    files = huggingface.weight_files(path, "model.safetensors")
+    if not files:
+        raise HeadshareError(f"{path} has a config.json but no weights (model*.safetensors); fetch them.")
+    return CompactCheckpoint(path, config, keys.LLAMA, SafetensorsReader(files), sharing=sharing)
+
+
+def write(source: WeightSource, folder: Path, *, shard_bytes: int = huggingface.SHARD_BYTES) -> None:
+    """Writes a source into an existing folder; peak memory is two copies of its largest tensor, such as a pool.
+
+    A normalised output head (Baichuan-2) is written already normalised.
+    """
+    config, sharing = source.config, source.sharing
+    indices = _indices(config, sharing)
+    tensors = _pooled(keys.tensors(keys.LLAMA, config), config, sharing)
+    layout = {
+        name: (tensor.shape, indices[name].dtype if name in indices else source.dtype(tensor.parts[0]))
+        for name, tensor in tensors.items()
+    }
+    pools = {key.template: name for name, key in POOLS.items()}
+
+    def value(name: str) -> np.ndarray:
+        if name in indices:
+            return indices[name]
+        if name in pools:
+            return keys.encode(POOLS, config, pools[name], parameters.assemble(source, pools[name]))
+        return huggingface.encoded(source, tensors[name])
+
+    huggingface.write_weights(folder, layout, value, shard_bytes)
+    huggingface.write_settings(source, folder, _settings(sharing))
+    shutil.copyfile(MODELING, folder / MODELING.name)
+
+
+def _settings(sharing: SharingMap | None) -> dict[str, Any]:
+    """What `config.json` says beyond LLaMA's fields, and in place of some."""
+    module = MODELING.stem
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        "auto_map": {
+            "AutoConfig": f"{module}.HeadshareConfig",
+            "AutoModel": f"{module}.HeadshareModel",
+            "AutoModelForCausalLM": f"{module}.{ARCHITECTURE}",
+        },
+        MAP_FIELD: None if sharing is None else json.loads(sharing.to_json()),
+    }
+
+
+def _pooled(dense: dict[str, keys.Tensor], config: LlamaConfig, sharing: SharingMap | None) -> dict[str, keys.Tensor]:
+    """Every tensor of a compact checkpoint, from those of the expanded one."""
+    tie = _tie(sharing)
+    tensors = {
+        name: tensor for name, tensor in dense.items() if parameters.pooled_projection(tensor.parts[0]) not in tie
+    }
+    for name in parameters.parameter_names(config):
+        if parameters.pooled_projection(name) in tie:
+            shape = parameters.stored_shape(config, name, sharing)
+            shape = keys.encode(POOLS, config, name, np.broadcast_to(np.int8(0), shape)).shape
+            tensors[POOLS[name].template] = keys.Tensor((name,), None, shape)
+    # An index is no parameter's tensor.
+    return tensors | {name: keys.Tensor((), None, index.shape) for name, index in _indices(config, sharing).items()}
+
+
+def _indices(config: LlamaConfig, sharing: SharingMap | None) -> dict[str, np.ndarray]:
+    """The tensors that say which pool row each head of each layer is, int32 [L, heads], by name."""
+    return {_index_name(p): parameters.pool_index(config, p, sharing) for p in _tie(sharing)}
+
+
+def _index_name(projection: str) -> str:
+    return f"model.{projection}_pool.index"
+
+
+def _tie(sharing: SharingMap | None) -> tuple[str, ...]:
+    """The projections that lie in pools."""
+    return () if sharing is None else tuple(sharing.tie)

@@ -1,0 +1,158 @@
+"""A LLaMA model whose attention heads share weights: each stored head is held once, whoever uses it.
+
+Made by headshare-jax, and self-contained: needs PyTorch and transformers only.
+"""
+
+# mypy: allow-untyped-calls
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+
+# Where many small products cost less than one copy of the weights; elsewhere every launch of a product costs more.
+VIEWS_ON = ("cpu",)
+
+
+class HeadshareConfig(LlamaConfig):
+    """A LLaMA configuration with the sharing map, as in `headshare_map.json`; None for a model that shares nothing."""
+
+    model_type = "headshare"
+    # LLaMA's plan splits projections that are pooled here.
+    base_model_tp_plan: ClassVar[dict[str, Any]] = {}
+    headshare_map: dict[str, Any] | None = None
+
+
+def pool_index(config: HeadshareConfig, projection: str) -> list[list[int]]:
+    """Pool row of every head of every layer."""
+    assert config.headshare_map is not None
+    assert config.num_key_value_heads is not None
+    units = config.num_key_value_heads
+    heads = config.num_attention_heads // units if projection in "qo" else 1
+    donor = list(range(config.num_hidden_layers * units))
+    for receiver in config.headshare_map["receivers"]:
+        donor_layer, donor_unit = receiver["donor"]
+        donor[receiver["layer"] * units + receiver["unit"]] = donor_layer * units + donor_unit
+    stored = [unit for unit, its_donor in enumerate(donor) if unit == its_donor]
+    first_row = {unit: place * heads for place, unit in enumerate(stored)}
+    rows = [first_row[unit] + head for unit in donor for head in range(heads)]
+    return [rows[start : start + units * heads] for start in range(0, len(rows), units * heads)]
+
+
+class HeadPool(nn.Module):
+    """The stored heads of one projection.
+
+    Attributes:
+      weight: [P, H, D], one stored head a row.
+      bias: [P, H], or None.
+      index: int32 [L, heads], row of every head of every layer.
+    """
+
+    index: torch.Tensor
+
+    def __init__(self, index: list[list[int]], head_dim: int, hidden_size: int, bias: bool):
+        super().__init__()
+        rows = max(max(layer) for layer in index) + 1
+        self.weight = nn.Parameter(torch.empty(rows, head_dim, hidden_size))
+        self.bias = nn.Parameter(torch.empty(rows, head_dim)) if bias else None
+        self.register_buffer("index", torch.tensor(index, dtype=torch.int32))
+
+    def pieces(self, layer: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """One layer's heads in order: weights [n * H, D] and biases [n * H] of pieces of n heads.
+
+        On a CPU these are views of the pool's runs of rows, elsewhere one copy.
+        """
+        if self.weight.device.type in VIEWS_ON:
+            rows: list[Any] = _runs(self.index[layer].tolist())
+        else:
+            rows = [self.index[layer]]
+        bias = self.bias
+        return [(self.weight[row].flatten(0, 1), None if bias is None else bias[row].flatten()) for row in rows]
+
+
+class HeadsIn(nn.Module):
+    """One layer's q, k or v projection, in place of its `nn.Linear`."""
+
+    pool: HeadPool
+
+    def __init__(self, pool: HeadPool, layer: int):
+        super().__init__()
+        # Past nn.Module's own attributes: the pool belongs to the model, not to this layer.
+        self.__dict__["pool"] = pool
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pieces = self.pool.pieces(self.layer)
+        return torch.cat([nn.functional.linear(x, weight, bias) for weight, bias in pieces], dim=-1)
+
+
+class HeadsOut(nn.Module):
+    """One layer's o projection, in place of its `nn.Linear`; its bias is the layer's own."""
+
+    pool: HeadPool
+
+    def __init__(self, pool: HeadPool, layer: int, bias: nn.Parameter | None):
+        super().__init__()
+        self.__dict__["pool"] = pool
+        self.layer = layer
+        self.bias = bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = [weight for weight, _ in self.pool.pieces(self.layer)]
+        parts = x.split([weight.shape[0] for weight in weights], dim=-1)
+        out: torch.Tensor = sum(part @ weight for part, weight in zip(parts, weights, strict=True))
+        return out if self.bias is None else out + self.bias
+
+
+class HeadshareModel(LlamaModel):
+    """LlamaModel with one pool of heads for every projection that the map's `tie` names."""
+
+    config: HeadshareConfig
+    config_class = HeadshareConfig
+
+    def __init__(self, config: HeadshareConfig):
+        super().__init__(config)
+        for projection in config.headshare_map["tie"] if config.headshare_map else "":
+            attentions: list[Any] = [layer.self_attn for layer in self.layers]
+            bias = config.attention_bias and projection != "o"
+            pool = HeadPool(pool_index(config, projection), attentions[0].head_dim, config.hidden_size, bias)
+            setattr(self, f"{projection}_pool", pool)
+            for layer, attention in enumerate(attentions):
+                if projection == "o":
+                    attention.o_proj = HeadsOut(pool, layer, attention.o_proj.bias)
+                else:
+                    setattr(attention, f"{projection}_proj", HeadsIn(pool, layer))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, HeadPool):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+class HeadshareForCausalLM(LlamaForCausalLM):
+    """HeadshareModel with a language modelling head."""
+
+    config: HeadshareConfig
+    config_class = HeadshareConfig
+
+    def __init__(self, config: HeadshareConfig):
+        super(LlamaForCausalLM, self).__init__(config)
+        self.model = HeadshareModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+def _runs(rows: list[int]) -> list[slice]:
+    """The rows as slices of consecutive ones."""
+    runs: list[slice] = []
+    for row in rows:
+        if runs and runs[-1].stop == row:
+            runs[-1] = slice(runs[-1].start, row + 1)
+        else:
+            runs.append(slice(row, row + 1))
+    return runs
