@@ -8,7 +8,7 @@ import pytest
 from support import VARIANTS, tiny_model
 
 import headshare_jax
-from headshare_jax import HeadshareError, Llama, match
+from headshare_jax import HeadshareError, Llama, match, similarity
 from headshare_jax.similarity import MATCH_FUNCTIONS
 
 WEIGHTED = tuple(name for name in MATCH_FUNCTIONS if name != "random")
@@ -77,14 +77,16 @@ def test_the_first_layer_has_no_donors() -> None:
         assert (result.donor_layer[1:] < np.arange(1, 3)[:, None]).all()
 
 
-def test_a_sum_longer_than_a_chunk_is_whole() -> None:
-    model = tiny_model(hidden_size=128, head_dim=64, num_hidden_layers=2)
-    vectors = unit_vectors(model, "q")
-    assert vectors.shape[1] > 4096
+@pytest.mark.parametrize("function", ["k", "qk"])
+def test_features_longer_than_a_chunk_are_summed_whole(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(similarity, "CHUNK_BYTES", 1)
+    model = tiny_model(hidden_size=36, head_dim=16)
+    vectors = unit_vectors(model, function)
+    assert vectors.shape[1] % 128, "the last chunk is a part of one"
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    scores = match(model, "q").scores
+    scores = match(model, function).scores
     assert scores is not None
-    np.testing.assert_allclose(scores[2:, :2], unit[2:] @ unit[:2].T, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(scores[4:, :4], unit[4:] @ unit[:4].T, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("layers_in_block", [0, 1, 2, 3, 6])

@@ -1,0 +1,55 @@
+"""The parameter tree, and fingerprints of attention weights."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from support import VARIANTS, saved_hf_model, sharing_by_hand, tiny_model
+
+import headshare_jax
+from headshare_jax import Llama, fingerprint, parameters, share, unshare
+
+
+@pytest.mark.parametrize("name", ["gqa", "tied", "attention bias", "mlp bias", "wide heads"])
+def test_parameters_have_the_shapes_that_their_names_spell(name: str) -> None:
+    dense = tiny_model(**VARIANTS[name])
+    for model in (dense, share(dense, sharing_by_hand(dense, "qk", {3: 0}))):
+        for parameter in parameters.parameter_names(model.config):
+            value = getattr(model, parameter)
+            assert value.shape == parameters.stored_shape(model.config, parameter, model.sharing)
+            assert value.ndim == len(parameters.axes(parameter))
+            layer = 1 if parameters.is_layered(parameter) else None
+            assert model.read(parameter, layer).shape == parameters.slice_shape(model.config, parameter)
+
+
+def test_a_model_assembled_from_its_slices_is_the_same() -> None:
+    dense = tiny_model(attention_bias=True)
+    for model in (dense, share(dense, sharing_by_hand(dense, "qkvo", {2: 0, 5: 1}))):
+        for name in parameters.parameter_names(model.config):
+            np.testing.assert_array_equal(parameters.assemble(model, name), getattr(model, name)[...])
+
+
+def changed(model: Llama, name: str) -> Llama:
+    """A copy in which one number of a parameter is another."""
+    params = {name: getattr(model, name)[...] for name in parameters.parameter_names(model.config)}
+    place = (-1,) * params[name].ndim
+    params[name] = params[name].at[place].add(jnp.ones((), params[name].dtype))
+    return Llama(model.config, params)
+
+
+def test_fingerprints_are_of_the_attention_weights() -> None:
+    model = tiny_model()
+    for name in parameters.parameter_names(model.config):
+        same = fingerprint(changed(model, name)) == fingerprint(model)
+        assert same == (parameters.pooled_projection(name) is None), name
+
+
+def test_a_fingerprint_does_not_depend_on_storage(tmp_path: Path) -> None:
+    folder = saved_hf_model(tmp_path, dtype=torch.bfloat16)
+    on_disk = headshare_jax.open_checkpoint(folder)
+    model = headshare_jax.load(folder, dtype="float32")
+    assert fingerprint(on_disk) == fingerprint(model)
+    shared = share(model, sharing_by_hand(model, "qkv", {3: 0}))
+    assert fingerprint(shared) == fingerprint(unshare(shared)) != fingerprint(model)
