@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from fuzzing import damaged, open_or_refuse
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support import hf_logits, jax_logits, random_tokens, tiny_hf_model
 from support_gguf import Kind, adjacent_pairs, write_gguf
 
 import headshare_jax
 from headshare_jax import HeadshareError, LlamaConfig, RopeScaling, parameters
+from headshare_jax.convert.gguf_header import read_header
 from headshare_jax.rope import inverse_frequencies
 
 # Wide enough for one block of the coarsest types.
@@ -301,3 +305,23 @@ def test_another_version_or_byte_order_is_refused(tmp_path: Path, version: int) 
     path.write_bytes(content)
     with pytest.raises(HeadshareError, match="another version or byte order"):
         headshare_jax.open_checkpoint(path)
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    divisors = np.ones(8)
+    metadata = {"general.name": "tiny", "tokenizer.ggml.tokens": ["a", "b"], "tokenizer.ggml.scores": [0.5, 1.5]}
+    folder = tmp_path_factory.mktemp("pristine")
+    return write_gguf(folder / "model.gguf", tiny_hf_model(), rope_divisors=divisors, metadata=metadata)
+
+
+@settings(max_examples=150)
+@given(data=st.data())
+def test_a_damaged_header_never_gives_another_error(
+    tmp_path_factory: pytest.TempPathFactory, pristine: Path, data: st.DataObject
+) -> None:
+    content = pristine.read_bytes()
+    header = min(tensor.offset for tensor in read_header(pristine).tensors.values())
+    path = tmp_path_factory.mktemp("fuzz") / "model.gguf"
+    path.write_bytes(damaged(content[:header], data) + content[header:])
+    open_or_refuse(path)
