@@ -76,17 +76,23 @@ def perplexity(
       progress: called with the windows done and in all.
 
     Raises:
-      HeadshareError: fewer than two tokens, or an impossible window, stride or batch size.
+      HeadshareError: fewer than two tokens, one outside the vocabulary, or an impossible window, stride, number of windows or
+        batch size.
     """
-    tokens = np.asarray(tokens, np.int32)
+    tokens = np.asarray(tokens)
     if tokens.ndim != 1 or tokens.size < 2:
         raise HeadshareError(f"Perplexity needs a text of at least two tokens, not {tokens.size}.")
+    vocab_size = model.config.vocab_size
+    if tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise HeadshareError(f"The text holds a token outside the model's vocabulary of {vocab_size}.")
     seq_len = min(seq_len, tokens.size)
     stride = seq_len if stride is None else stride
     if seq_len < 2 or batch_size < 1:
         raise HeadshareError(f"seq_len ({seq_len}) must be at least 2, and batch_size ({batch_size}) at least 1.")
     if not 1 <= stride <= seq_len:
         raise HeadshareError(f"The stride must be from 1 to seq_len ({seq_len}), not {stride}.")
+    if max_windows is not None and max_windows < 1:
+        raise HeadshareError(f"max_windows must be at least 1, not {max_windows}.")
     starts = np.arange(0, tokens.size - seq_len + 1, stride)[:max_windows]
     total, scored = 0.0, 0
     for done, (batch, first_scored) in _batches(tokens, starts, seq_len, stride, batch_size):

@@ -71,12 +71,12 @@ def generate(
         raise HeadshareError("Generation needs at least one token in every prompt.")
     if max_new_tokens < 1:
         raise HeadshareError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
+    if not all(0 <= token < model.config.vocab_size for prompt in prompts for token in prompt):
+        raise HeadshareError(f"A prompt holds a token outside the vocabulary of {model.config.vocab_size}.")
     padded, new = _bucket(max(lengths)), _bucket(max_new_tokens)
     tokens_bt = np.zeros((len(prompts), padded), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_bt[row, padded - len(prompt) :] = prompt
-    if tokens_bt.min() < 0 or tokens_bt.max() >= model.config.vocab_size:
-        raise HeadshareError(f"A prompt holds a token outside the vocabulary of {model.config.vocab_size}.")
     stops = model.config.eos_token_ids if stop_tokens is None else tuple(stop_tokens)
     start_b = jnp.asarray([padded - length for length in lengths], jnp.int32)
     cache = model.empty_cache(start_b, padded + new)
