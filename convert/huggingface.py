@@ -20,7 +20,11 @@ from headshare_jax.modeling import normalized_rows
 from headshare_jax.parameters import WeightSource
 
 SHARD_BYTES = 5 * 10**9
-_TABLES = {"LlamaForCausalLM": keys.LLAMA, "BaichuanForCausalLM": keys.BAICHUAN}
+_TABLES = {
+    "LlamaForCausalLM": keys.LLAMA,
+    "BaichuanForCausalLM": keys.BAICHUAN,
+    "BaiChuanForCausalLM": keys.BAICHUAN,
+}
 
 
 def open_directory(path: Path) -> TensorCheckpoint:

@@ -193,7 +193,7 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any]) -> Self:
-        """Reads the fields of a Hugging Face `config.json` (LlamaForCausalLM or Baichuan-2).
+        """Reads the fields of a Hugging Face `config.json` (LlamaForCausalLM or Baichuan).
 
         Both spellings of rotary settings are read: `rope_theta` with `rope_scaling`, and `rope_parameters`.
 
@@ -303,18 +303,20 @@ class _ConfigReader:
         if not isinstance(names, list):
             raise HeadshareError(f"architectures in config.json must be a list of names, not {names!r}.")
         model_type = self.left.get("model_type")
-        if "BaichuanForCausalLM" in names:
-            if "max_position_embeddings" not in self.left:
+        for name, normalizes_head in (("BaichuanForCausalLM", True), ("BaiChuanForCausalLM", False)):
+            if name in names and "max_position_embeddings" not in self.left:
                 raise HeadshareError(
-                    "This BaichuanForCausalLM has no max_position_embeddings, so it is a 13B with ALiBi positions, "
-                    "which are not supported; only the rotary Baichuan-2 models are."
+                    f"This {name} has no max_position_embeddings, so it is a 13B with ALiBi positions, which are not "
+                    "supported; only the rotary Baichuan models are."
                 )
-            return "BaichuanForCausalLM", True
+            if name in names:
+                return name, normalizes_head
         if "LlamaForCausalLM" in names or (not names and model_type == "llama"):
             return "LlamaForCausalLM", False
         found = ", ".join(map(str, names)) or f"model_type {model_type!r}"
         raise HeadshareError(
-            f"The architecture in config.json ({found}) is not supported; LlamaForCausalLM and BaichuanForCausalLM are."
+            f"The architecture in config.json ({found}) is not supported; LlamaForCausalLM, BaichuanForCausalLM "
+            "(Baichuan-2) and BaiChuanForCausalLM (Baichuan-1) are."
         )
 
     def _rope(self, max_positions: int) -> tuple[float, RopeScaling | None]:
