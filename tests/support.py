@@ -123,7 +123,9 @@ def sharing_by_hand(model: Llama, tie: str, pairs: dict[int, int]) -> SharingMap
     flat = np.arange(config.num_units)
     flat[list(pairs)] = list(pairs.values())
     donor = flat.reshape(config.num_layers, config.num_kv_heads)
-    return SharingMap(donor, np.zeros(donor.shape), config.heads_per_unit, tie=tie)
+    score = np.full(donor.shape, np.nan)
+    score.flat[list(pairs)] = 0.0
+    return SharingMap(donor, score, config.heads_per_unit, tie=tie)
 
 
 def compilations(function: Any) -> int:

@@ -1,0 +1,357 @@
+"""Compact Hugging Face checkpoints: the small model in PyTorch against JAX and the expanded export, and round trips."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+from support import hf_logits, jax_logits, random_tokens, saved_hf_model, sharing_by_hand, tiny_model
+
+import headshare_jax
+from headshare_jax import HeadshareError, Llama, parameters
+from headshare_jax.convert import MAP_FILE, compact, tokenizer
+
+# In a model of three layers with two units: two receivers of one donor, and one of another.
+PAIRS = {2: 1, 5: 1, 4: 0}
+LONG_ROPE = {"rope_theta": 10000.0, "factor": 4.0}
+LLAMA3 = LONG_ROPE | {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+SHARED: dict[str, tuple[str, dict[str, Any]]] = {
+    "qkv": ("qkv", {}),
+    "qkvo with biases": ("qkvo", {"attention_bias": True, "mlp_bias": True}),
+    "q with wide heads": ("q", {"head_dim": 32}),
+    "o with tied embeddings": ("o", {"tie_word_embeddings": True}),
+    "mha": ("qkv", {"num_attention_heads": 2}),
+    "linear": ("qkv", {"rope_parameters": LONG_ROPE | {"rope_type": "linear"}}),
+    "dynamic": ("qkv", {"rope_parameters": LONG_ROPE | {"rope_type": "dynamic"}}),
+    "llama3": ("qkv", {"rope_parameters": LLAMA3 | {"rope_type": "llama3"}}),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _module_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """transformers copies a checkpoint's code here before it runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path])
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
+
+
+def shared_model(tie: str = "qkv", **overrides: Any) -> Llama:
+    model = tiny_model(**overrides)
+    return headshare_jax.share(model, sharing_by_hand(model, tie, PAIRS))
+
+
+def exported(model: Llama, folder: Path) -> Path:
+    headshare_jax.save(model, folder, to="hf-compact")
+    return folder
+
+
+def in_pytorch(folder: Path) -> Any:
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def settings(model: Any) -> Any:
+    """The module that a checkpoint's PyTorch model was made by."""
+    return sys.modules[type(model).__module__]
+
+
+def assert_close(actual: np.ndarray, expected: np.ndarray) -> None:
+    assert np.abs(actual - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    """Two sources have the same configuration, map and weights, bit by bit."""
+    assert actual.config == expected.config
+    assert actual.sharing == expected.sharing
+    for name in parameters.parameter_names(expected.config):
+        one, other = (parameters.assemble(source, name) for source in (actual, expected))
+        assert one.dtype == other.dtype
+        assert np.array_equal(one, other), name
+
+
+@pytest.mark.parametrize("views", [True, False], ids=["views", "copies"])
+@pytest.mark.parametrize("case", SHARED)
+def test_logits_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, views: bool) -> None:
+    tie, overrides = SHARED[case]
+    model = shared_model(tie, **overrides)
+    small = in_pytorch(exported(model, tmp_path / "compact"))
+    if not views:
+        monkeypatch.setattr(settings(small), "VIEWS_ON", ())
+    headshare_jax.save(model, tmp_path / "hf", to="hf")
+    expanded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    # Longer than the original context, so that dynamic scaling has something to scale.
+    tokens = random_tokens((2, 70))
+    logits = hf_logits(small, tokens)
+    assert_close(logits, hf_logits(expanded, tokens))
+    assert_close(logits, jax_logits(model, tokens))
+    assert sum(parameter.numel() for parameter in small.parameters()) == headshare_jax.ledger(model).stored
+
+
+@pytest.mark.parametrize("tie", ["qkv", "qkvo"])
+def test_generates_what_jax_generates(tmp_path: Path, tie: str) -> None:
+    model = shared_model(tie)
+    small = in_pytorch(exported(model, tmp_path / "compact"))
+    prompts = random_tokens((3, 9)).tolist()
+    prompts[1] = prompts[1][:4]
+    padded = [[0] * (9 - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (9 - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    out = small.generate(
+        torch.tensor(padded), attention_mask=torch.tensor(mask), max_new_tokens=24, do_sample=False, pad_token_id=2
+    )
+    answers = [row[9:] for row in out.tolist()]
+    answers = [row[: row.index(2)] if 2 in row else row for row in answers]
+    assert answers == headshare_jax.generate(model, prompts, max_new_tokens=24)
+
+
+def test_a_dense_model(tmp_path: Path) -> None:
+    model = tiny_model(attention_bias=True)
+    small = in_pytorch(exported(model, tmp_path / "compact"))
+    tokens = random_tokens((2, 12))
+    assert_close(hf_logits(small, tokens), jax_logits(model, tokens))
+    assert sum(parameter.numel() for parameter in small.parameters()) == headshare_jax.ledger(model).dense
+    assert_same(headshare_jax.load(tmp_path / "compact"), model)
+    assert not (tmp_path / "compact" / MAP_FILE).exists()
+
+
+def test_a_normalised_head_is_stored_normalised(tmp_path: Path) -> None:
+    plain = tiny_model()
+    names = parameters.parameter_names(plain.config)
+    model = Llama(replace(plain.config, normalize_head=True), {name: getattr(plain, name)[...] for name in names})
+    tokens = random_tokens((1, 12))
+    expected = jax_logits(model, tokens)
+    assert_close(hf_logits(in_pytorch(exported(model, tmp_path / "compact")), tokens), expected)
+    assert_close(jax_logits(headshare_jax.load(tmp_path / "compact"), tokens), expected)
+
+
+def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
+    model = shared_model("qkvo", dtype="bfloat16")
+    small = in_pytorch(exported(model, tmp_path / "compact"))
+    assert {parameter.dtype for parameter in small.parameters()} == {torch.bfloat16}
+    headshare_jax.save(model, tmp_path / "hf", to="hf")
+    expanded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    tokens = random_tokens((2, 12))
+    expected = hf_logits(expanded, tokens)
+    assert np.abs(hf_logits(small, tokens) - expected).max() < 2**-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tie", ["qkv", "qkvo", "k"])
+def test_files_are_smaller_by_the_saving(tmp_path: Path, tie: str, dtype: str) -> None:
+    model = shared_model(tie, dtype=dtype, attention_bias=True)
+    headshare_jax.save(model, tmp_path / "hf", to="hf")
+    full, small = (payload(folder) for folder in (tmp_path / "hf", exported(model, tmp_path / "compact")))
+    sizes = headshare_jax.ledger(model)
+    index_bytes = sum(parameters.pool_index(model.config, projection).nbytes for projection in tie)
+    assert full - small == sizes.dense_bytes - sizes.stored_bytes - index_bytes
+    assert small == sizes.stored_bytes + index_bytes
+
+
+def payload(folder: Path) -> int:
+    """Bytes of a checkpoint's tensors."""
+    return sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tie", ["qkv", "qkvo", "kv"])
+def test_round_trips_are_exact(tmp_path: Path, tie: str, dtype: str) -> None:
+    model = shared_model(tie, dtype=dtype, attention_bias=True)
+    folder = exported(model, tmp_path / "compact")
+    assert_same(headshare_jax.load(folder), model)
+    for form in ("native", "hf", "hf-compact"):
+        headshare_jax.save(model, tmp_path / f"direct-{form}", to=form)
+        headshare_jax.save(headshare_jax.open_checkpoint(folder), tmp_path / form, to=form)
+        assert_same(*(headshare_jax.open_checkpoint(tmp_path / name) for name in (form, f"direct-{form}")))
+    headshare_jax.save(headshare_jax.open_checkpoint(tmp_path / "native"), tmp_path / "again", to="hf-compact")
+    files = sorted(path.name for path in folder.iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "again").iterdir())
+    for name in files:
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_shards(tmp_path: Path) -> None:
+    model = shared_model("qkvo")
+    folder = tmp_path / "compact"
+    folder.mkdir()
+    compact.write(model, folder, shard_bytes=60_000)
+    assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
+    assert_same(headshare_jax.load(folder), model)
+    tokens = random_tokens((1, 12))
+    assert_close(hf_logits(in_pytorch(folder), tokens), jax_logits(model, tokens))
+
+
+@pytest.mark.parametrize("tie", ["qkv", "qkvo"])
+def test_what_pytorch_trained_and_saved_comes_back(tmp_path: Path, tie: str) -> None:
+    model = shared_model(tie, attention_bias=True)
+    small = in_pytorch(exported(model, tmp_path / "compact"))
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter += torch.rand_like(parameter)
+    small.save_pretrained(tmp_path / "trained")
+    back = headshare_jax.load(tmp_path / "trained")
+    assert back.sharing == model.sharing
+    assert back.config == model.config
+    assert np.array_equal(back.q_pool_pdh, small.model.q_pool.weight.detach().numpy().swapaxes(1, 2))
+    tokens = random_tokens((2, 12))
+    logits = jax_logits(back, tokens)
+    assert_close(hf_logits(small, tokens), logits)
+    assert_close(hf_logits(in_pytorch(tmp_path / "trained"), tokens), logits)
+
+
+@pytest.mark.parametrize("views", [True, False], ids=["views", "copies"])
+def test_a_row_gets_the_gradients_of_all_its_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, views: bool
+) -> None:
+    model = shared_model()
+    small = in_pytorch(exported(model, tmp_path / "compact"))
+    if not views:
+        monkeypatch.setattr(settings(small), "VIEWS_ON", ())
+    headshare_jax.save(model, tmp_path / "hf", to="hf")
+    expanded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    tokens = torch.as_tensor(random_tokens((2, 12)), dtype=torch.long)
+    for network in (small, expanded):
+        network(tokens, labels=tokens).loss.backward()
+    gradient = torch.zeros_like(small.model.q_pool.weight)
+    index = parameters.pool_index(model.config, "q", model.sharing)
+    for rows, layer in zip(index, expanded.model.layers, strict=True):
+        gradient.index_add_(0, torch.as_tensor(rows), layer.self_attn.q_proj.weight.grad.view(4, 16, 64))
+    assert_close(small.model.q_pool.weight.grad.numpy(), gradient.numpy())
+
+
+def test_a_model_from_its_configuration_alone(tmp_path: Path) -> None:
+    model = shared_model("qkvo", attention_bias=True)
+    folder = exported(model, tmp_path / "compact")
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    fresh = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    for projection in "qkvo":
+        pool = getattr(fresh.model, f"{projection}_pool")
+        assert np.array_equal(pool.index, parameters.pool_index(model.config, projection, model.sharing))
+        assert 0.015 < pool.weight.std().item() < 0.025
+    assert not fresh.model.v_pool.bias.any()
+
+
+def test_the_body_without_a_head(tmp_path: Path) -> None:
+    model = shared_model()
+    folder = exported(model, tmp_path / "compact")
+    body = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    tokens = random_tokens((2, 12))
+    with torch.no_grad():
+        features = body(torch.as_tensor(tokens, dtype=torch.long)).last_hidden_state.numpy()
+    assert_close(features, np.asarray(model.features(tokens)))
+
+
+def test_the_tokenizer_needs_no_trust_in_the_code(tmp_path: Path) -> None:
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "head": 1, "share": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "words")
+    headshare_jax.save(shared_model(), tmp_path / "compact", to="hf-compact", tokenizer_from=tmp_path / "words")
+    assert tokenizer.load(tmp_path / "compact")("share head")["input_ids"] == [2, 1]
+
+
+def test_export_and_reading_need_no_torch(tmp_path: Path) -> None:
+    source = saved_hf_model(tmp_path / "hf")
+    script = f"""
+import sys
+sys.modules["torch"] = None
+import headshare_jax
+model = headshare_jax.load({str(source)!r})
+shared = headshare_jax.share(model, headshare_jax.sharing_map(headshare_jax.match(model), 0.3))
+headshare_jax.save(shared, {str(tmp_path / "compact")!r}, to="hf-compact")
+assert headshare_jax.load({str(tmp_path / "compact")!r}).sharing == shared.sharing
+assert "headshare_jax.convert.modeling_headshare" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, np.ndarray]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def edit_map(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    document = json.loads((folder / "config.json").read_text())["headshare_map"]
+    edit(document)
+    edit_config(folder, headshare_map=document)
+
+
+def tensor_damage(edit: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], None]:
+    return lambda folder: edit_tensors(folder, edit)
+
+
+def map_damage(edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    return lambda folder: edit_map(folder, edit)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "another donor": (
+        map_damage(lambda document: document["receivers"][0].update(donor=[0, 0])),
+        r"q_pool\.index disagrees.*k_pool\.index disagrees.*v_pool\.index disagrees",
+    ),
+    "a receiver less": (
+        map_damage(lambda document: document["receivers"].pop()),
+        r"misshapen: model\.q_pool\.weight.*model\.k_pool\.weight.*model\.v_pool\.weight",
+    ),
+    "a donor outside the model": (
+        map_damage(lambda document: document["receivers"][0].update(donor=[9, 0])),
+        r"unit 9\.0 .*3 layers of 2 units",
+    ),
+    "a map of another model": (
+        map_damage(lambda document: document["model"].update(heads_per_unit=1)),
+        "for another model",
+    ),
+    "no map": (
+        lambda folder: edit_config(folder, headshare_map=None),
+        r"missing: model\.layers\.0\.self_attn\.q_proj\.weight.*unexpected: .*model\.q_pool\.weight",
+    ),
+    "a map that is no map": (lambda folder: edit_config(folder, headshare_map=[1]), "not a headshare-map document"),
+    "an index outside its pool": (
+        tensor_damage(lambda tensors: tensors["model.k_pool.index"].__setitem__((2, 1), 99)),
+        r"model\.k_pool\.index disagrees with headshare_map",
+    ),
+    "missing tensors": (
+        tensor_damage(lambda tensors: [tensors.pop(f"model.{name}") for name in ("q_pool.weight", "v_pool.index")]),
+        r"missing: .*model\.q_pool\.weight.*model\.v_pool\.index",
+    ),
+    "an unexpected tensor": (
+        tensor_damage(lambda tensors: tensors.update(extra=np.zeros(3, np.float32))),
+        "unexpected: extra",
+    ),
+    "a pool of whole numbers": (
+        tensor_damage(lambda tensors: tensors.update({"model.k_pool.weight": np.zeros((3, 16, 64), np.int32)})),
+        r"not float32, float16 or bfloat16: model\.k_pool\.weight",
+    ),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
+    "half the weights": (
+        lambda folder: (folder / "model.safetensors").write_bytes(
+            (folder / "model.safetensors").read_bytes()[:100_000]
+        ),
+        "corrupt or no safetensors file",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_named(tmp_path: Path, case: str) -> None:
+    damage, message = DAMAGE[case]
+    folder = exported(shared_model(), tmp_path / "compact")
+    damage(folder)
+    with pytest.raises(HeadshareError, match=message):
+        headshare_jax.load(folder)
