@@ -1,0 +1,64 @@
+"""Device meshes, and the one table that says which axis of which array lies on which axis of a mesh."""
+
+from collections.abc import Sequence
+from math import prod
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from headshare_jax import parameters
+from headshare_jax.config import LlamaConfig
+from headshare_jax.errors import HeadshareError
+
+AXES = ("data", "fsdp", "tensor")
+# By the letter of an array's axis. A pool is cut along D, never along its rows, so that gathering rows stays local.
+RULES: dict[str, str | tuple[str, ...]] = {"d": "fsdp", "f": "tensor", "v": "tensor"}
+POOL_RULES: dict[str, str | tuple[str, ...]] = {"d": ("fsdp", "tensor")}
+BATCH = ("data", "fsdp")
+
+
+def make_mesh(sizes: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes `AXES`; one size may be -1, for all devices that the others leave.
+
+    Raises:
+      HeadshareError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = list(sizes)
+    if len(shape) != len(AXES) or shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
+        raise HeadshareError(
+            f"A mesh needs a positive size for each of {', '.join(AXES)} (one may be -1), not {sizes}."
+        )
+    known = prod(size for size in shape if size != -1)
+    if -1 in shape:
+        if len(devices) % known:
+            raise HeadshareError(f"A mesh of {tuple(sizes)} does not fit {len(devices)} devices.")
+        shape[shape.index(-1)] = len(devices) // known
+    if prod(shape) != len(devices):
+        raise HeadshareError(
+            f"A mesh of {' x '.join(map(str, shape))} ({', '.join(AXES)}) needs {prod(shape)} devices, "
+            f"but there are {len(devices)}."
+        )
+    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def parameter_sharding(mesh: Mesh, config: LlamaConfig, name: str, shape: Sequence[int]) -> NamedSharding:
+    """Where a parameter lies; an axis that its part of the mesh does not divide is not cut."""
+    rules = RULES if parameters.pooled_projection(name) is None else POOL_RULES
+    spec = []
+    for letter, size in zip(parameters.axes(name), shape, strict=True):
+        placed = rules.get(letter)
+        names = (placed,) if isinstance(placed, str) else placed or ()
+        spec.append(placed if names and size % prod(mesh.shape[axis] for axis in names) == 0 else None)
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Where a batch lies whose rows are along `axis`: cut over the data and fsdp axes."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())

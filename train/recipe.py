@@ -1,0 +1,293 @@
+"""Recipes: everything that defines a PostShare run, read from YAML and checked."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from headshare_jax.errors import HeadshareError
+from headshare_jax.modeling import COMPUTE_DTYPES, REMAT_POLICIES
+from headshare_jax.train.losses import PENALTIES
+
+T = TypeVar("T")
+
+STAGES = ("align", "tied")
+SCHEDULES = ("cosine", "wsd", "constant")
+WEIGHT_SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Who is to share with whom: a map that exists, or how to make one.
+
+    Attributes:
+      map: file of a sharing map; the other fields are not used then.
+      ratio, match, tie, chains: as of `headshare share`.
+    """
+
+    map: str | None = None
+    ratio: float = 0.3
+    match: str = "qk"
+    tie: str = "qkv"
+    chains: str = "resolve"
+
+
+@dataclass(frozen=True)
+class Data:
+    """Text to train and to evaluate on.
+
+    Attributes:
+      train: text, JSONL or parquet file, or data set `name[:config[:split]]`.
+      eval: held-out text of the same kinds; None for no evaluation.
+      text_field: field or column that holds the text.
+      seq_len: tokens in a training block.
+      workers: processes that tokenise.
+      eval_windows: windows of `seq_len` tokens to evaluate on.
+    """
+
+    train: str
+    eval: str | None = None
+    text_field: str = "text"
+    seq_len: int = 4096
+    workers: int = 1
+    eval_windows: int = 16
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW and its learning rate; the defaults are the paper's (section 4.1).
+
+    Attributes:
+      schedule: `cosine` to `end_rate` times the peak; `wsd`, constant and then linear over the last fifth; `constant`.
+      warmup: steps of linear warm-up.
+      weight_decay: of matrices; norms and biases have none.
+      clip: most that the global norm of the gradients may be.
+    """
+
+    schedule: str = "cosine"
+    warmup: int = 0
+    end_rate: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training.
+
+    Attributes:
+      kind: `align` trains the dense model with the similarity penalty, then shares it; `tied` trains the shared model.
+      steps: optimizer steps.
+      learning_rate: its peak.
+      lm_weight, sim_weight: weights of the next-token loss and of the penalty (`align` only).
+      sim_schedule: `constant`, or a `linear` or `cosine` ramp of `sim_weight` from 0 to its full value.
+      penalty: form of the similarity penalty.
+      z_weight: weight of the squared log-partition.
+      distill_weight: weight of the divergence from the dense model.
+      temperature: of the distillation.
+      trainable: `all`, `attention`, or a comma-separated list of patterns of parameter names (`*_pool_*`).
+    """
+
+    kind: str = "align"
+    steps: int = 1000
+    learning_rate: float = 5e-5
+    lm_weight: float = 0.5
+    sim_weight: float = 0.5
+    sim_schedule: str = "constant"
+    penalty: str = "norm"
+    z_weight: float = 0.0
+    distill_weight: float = 0.0
+    temperature: float = 1.0
+    trainable: str = "all"
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Sizes of the device mesh; one may be -1, for all devices that the others leave."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """When to save and evaluate, in steps, and how many of the last checkpoints to keep besides the best."""
+
+    every: int = 200
+    keep: int = 2
+    eval_every: int = 200
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A PostShare run.
+
+    Attributes:
+      model: native or Hugging Face folder, .gguf file, or hub id.
+      batch_size: sequences in a step, over all devices and accumulation steps.
+      accumulate: parts that a step's batch is cut into, run one after another.
+      compute_dtype: `float32` or `bfloat16`; master weights and optimizer state are float32.
+      remat: `none`, `dots` or `full`.
+      max_bad_steps: steps in a row whose loss or gradients may be NaN or infinite (they are skipped) before it stops.
+      seed: of the order of the blocks.
+    """
+
+    model: str
+    data: Data
+    sharing: Sharing = field(default_factory=Sharing)
+    stages: tuple[Stage, ...] = (Stage(),)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    mesh: Mesh = field(default_factory=Mesh)
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    batch_size: int = 128
+    accumulate: int = 1
+    compute_dtype: str = "bfloat16"
+    remat: str = "full"
+    max_bad_steps: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        choices: list[tuple[str, str, tuple[str, ...]]] = [
+            ("compute_dtype", self.compute_dtype, COMPUTE_DTYPES),
+            ("remat", self.remat, ("none", *REMAT_POLICIES)),
+            ("optimizer.schedule", self.optimizer.schedule, SCHEDULES),
+        ]
+        for place, stage in enumerate(self.stages):
+            choices += [
+                (f"stages.{place}.kind", stage.kind, STAGES),
+                (f"stages.{place}.penalty", stage.penalty, PENALTIES),
+                (f"stages.{place}.sim_schedule", stage.sim_schedule, WEIGHT_SCHEDULES),
+            ]
+        for name, value, allowed in choices:
+            if value not in allowed:
+                raise HeadshareError(f"{name} must be one of {', '.join(allowed)}, not {value!r}.")
+        if not self.stages or [stage.kind for stage in self.stages] != sorted(stage.kind for stage in self.stages):
+            raise HeadshareError("stages must name at least one stage, and align before tied.")
+        whole = {"batch_size": self.batch_size, "accumulate": self.accumulate, "data.seq_len": self.data.seq_len}
+        whole |= {f"stages.{place}.steps": stage.steps for place, stage in enumerate(self.stages)}
+        whole |= {"checkpoints.every": self.checkpoints.every, "checkpoints.keep": self.checkpoints.keep}
+        whole |= {"checkpoints.eval_every": self.checkpoints.eval_every, "data.workers": self.data.workers}
+        for name, count in whole.items():
+            if count < 1:
+                raise HeadshareError(f"{name} must be at least 1, not {count}.")
+        if self.batch_size % self.accumulate:
+            raise HeadshareError(
+                f"batch_size ({self.batch_size}) must be a multiple of accumulate ({self.accumulate})."
+            )
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+
+def load(path: Path) -> Recipe:
+    """Reads a recipe from YAML.
+
+    Raises:
+      HeadshareError: no readable YAML, or keys or values that are not a recipe's (the nearest right key is named).
+    """
+    try:
+        document = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise HeadshareError(f"The recipe {path} is not readable YAML: {' '.join(str(error).split())}.") from error
+    return from_mapping(document)
+
+
+def from_mapping(document: Any) -> Recipe:
+    """A recipe from plain data; raises HeadshareError as `load`."""
+    return _build(Recipe, document, "")
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The recipe with every value spelled out; `load` reads it back."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(recipe)), sort_keys=False)
+
+
+def difference(old: Recipe, new: Recipe) -> list[str]:
+    """Lines `key: old -> new` for every value that differs."""
+    before, after = (_flat(_plain(dataclasses.asdict(recipe))) for recipe in (old, new))
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _build(kind: type[T], document: Any, where: str) -> T:
+    if not isinstance(document, Mapping):
+        raise HeadshareError(f"{where or 'The recipe'} must be a mapping of keys to values, not {document!r}.")
+    hints = typing.get_type_hints(kind)
+    for key in document:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, 1, 0.5)
+            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(hints)}."
+            raise HeadshareError(f"The recipe has an unknown key {_joined(where, key)}; {hint}")
+    values = {key: _value(hints[key], value, _joined(where, key)) for key, value in document.items()}
+    required = [f.name for f in dataclasses.fields(kind) if _is_required(f)]  # type: ignore[arg-type]
+    missing = [name for name in required if name not in values]
+    if missing:
+        raise HeadshareError(f"The recipe lacks {', '.join(_joined(where, name) for name in missing)}.")
+    return kind(**values)
+
+
+def _is_required(entry: "dataclasses.Field[Any]") -> bool:
+    return entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(kind)
+    if origin is types.UnionType:
+        return None if value is None else _value(typing.get_args(kind)[0], value, where)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise HeadshareError(f"{where} must be a list, not {value!r}.")
+        return tuple(_value(typing.get_args(kind)[0], item, f"{where}.{place}") for place, item in enumerate(value))
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, where)  # type: ignore[arg-type]
+    return _scalar(kind, value, where)
+
+
+def _scalar(kind: Any, value: Any, where: str) -> Any:
+    if kind is float and isinstance(value, str):
+        # YAML takes 5e-5, without a point, for text.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
+        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+        raise HeadshareError(f"{where} must be {names[kind]}, not {value!r}.")
+    return kind(value)
+
+
+def _joined(where: str, key: Any) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _flat(value: Any, where: str = "") -> dict[str, Any]:
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return {where: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flat(item, _joined(where, key))
+    return flat
