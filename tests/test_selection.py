@@ -85,6 +85,15 @@ def test_forbidding_chains_needs_more_than_the_best_donors(llama_2_7b: Path) -> 
         sharing_map(result, 0.9, chains="forbid")
 
 
+@pytest.mark.parametrize(
+    ("layers", "units", "ratio", "count"), [(12, 5, 0.35, 21), (10, 10, 0.47, 47), (30, 10, 0.09, 27)]
+)
+def test_a_count_is_not_lost_to_rounding(layers: int, units: int, ratio: float, count: int) -> None:
+    assert ratio * layers * units < count
+    scores = np.random.default_rng(0).random((layers * units, layers * units))
+    assert len(sharing_map(result_of(scores, units), ratio).receivers) == count
+
+
 @given(result=results(), ratio=RATIOS)
 def test_resolving_shares_the_units_with_the_highest_scores(result: MatchResult, ratio: float) -> None:
     count = feasible(result, ratio)
