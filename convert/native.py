@@ -1,8 +1,14 @@
 """The native format: an Orbax checkpoint of the parameter tree, and `headshare.json` beside it."""
 
 import json
-from collections.abc import Sequence
+import logging
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,8 +27,11 @@ from headshare_jax.sharing import PROJECTIONS, SharingMap
 
 DOCUMENT, WEIGHTS = "headshare.json", "weights"
 FORMAT, VERSION = "headshare-native", 1
-# Parameters without layers are cut into chunks of at most this size; the others have one chunk for each layer.
+# Parameters without layers are cut into chunks of about this size; the others have one for each layer or pool row.
 CHUNK_BYTES = 64 * 2**20
+FLOATS = ("float32", "bfloat16", "float16")
+# What TensorStore raises, by the kind of damage.
+_UNREADABLE = (ValueError, OSError, RuntimeError, IndexError, KeyError, NotImplementedError, OverflowError)
 
 
 def is_native(path: Path) -> bool:
@@ -48,9 +57,10 @@ class NativeCheckpoint:
             raise HeadshareError(f"{path / DOCUMENT} lacks or garbles a field ({error!r}).") from error
         if self.sharing is not None:
             self.sharing.check_model(self.config)
-        self._arrays = {name: self._open(name) for name in parameters.parameter_names(self.config)}
-        self._index = {p: self._checked_index(p) for p in PROJECTIONS}
-        self._check_shapes()
+        names = (*parameters.parameter_names(self.config), *map(index_name, PROJECTIONS))
+        self._arrays = {name: self._open(name) for name in names}
+        self._check_arrays()
+        self._index = {projection: self._checked_index(projection) for projection in PROJECTIONS}
 
     def dtype(self, name: str) -> np.dtype[Any]:
         return np.dtype(self._arrays[name].dtype.numpy_dtype)
@@ -67,62 +77,68 @@ class NativeCheckpoint:
     def _values(self, array: ts.TensorStore, name: str) -> np.ndarray:
         try:
             return np.asarray(array.read().result())
-        except ValueError as error:
+        except _UNREADABLE as error:
             raise HeadshareError(f"{self.path / WEIGHTS / name} is incomplete or corrupt ({error}).") from error
 
     def _open(self, name: str) -> ts.TensorStore:
         spec = {
             "driver": "zarr",
-            "kvstore": {"driver": "file", "path": f"{self.path / WEIGHTS / name}/"},
+            "kvstore": {"driver": "file", "path": f"{self.path.absolute() / WEIGHTS / name}/"},
             # A lost chunk must be an error, never zeros.
             "fill_missing_data_reads": False,
         }
         try:
             return ts.open(spec, open=True).result()
-        except ValueError as error:
+        except _UNREADABLE as error:
             raise HeadshareError(
                 f"{self.path / WEIGHTS} has no readable array {name}; the copy is incomplete."
             ) from error
 
-    def _checked_index(self, projection: str) -> np.ndarray:
-        stored = self._values(self._open(index_name(projection)), index_name(projection))
-        expected = parameters.pool_index(self.config, projection, self.sharing)
-        if not np.array_equal(stored, expected):
-            raise HeadshareError(f"{index_name(projection)} in {self.path} disagrees with the map in {DOCUMENT}.")
-        return expected
-
-    def _check_shapes(self) -> None:
-        problems = [
-            f"{name} has shape {list(array.shape)} instead of {list(expected)}"
-            for name, array in self._arrays.items()
-            if array.shape != (expected := parameters.stored_shape(self.config, name, self.sharing))
-        ]
+    def _check_arrays(self) -> None:
+        """Compares every array's shape and type with those that the configuration and the map call for."""
+        problems = []
+        for name in parameters.parameter_names(self.config):
+            problems += self._mismatch(name, parameters.stored_shape(self.config, name, self.sharing), FLOATS)
+        for projection in PROJECTIONS:
+            shape = (self.config.num_layers, parameters.heads_per_layer(self.config, projection))
+            problems += self._mismatch(index_name(projection), shape, ("int32",))
         if problems:
             raise HeadshareError(f"The arrays in {self.path} do not fit {DOCUMENT}: {'; '.join(problems)}.")
 
+    def _mismatch(self, name: str, shape: tuple[int, ...], types: Collection[str]) -> list[str]:
+        array = self._arrays[name]
+        problems = []
+        if array.shape != shape:
+            problems.append(f"{name} has shape {list(array.shape)} instead of {list(shape)}")
+        if array.dtype.name not in types:
+            problems.append(f"{name} holds {array.dtype.name} instead of {' or '.join(types)}")
+        return problems
+
+    def _checked_index(self, projection: str) -> np.ndarray:
+        name = index_name(projection)
+        expected = parameters.pool_index(self.config, projection, self.sharing)
+        if not np.array_equal(self._values(self._arrays[name], name), expected):
+            raise HeadshareError(f"{name} in {self.path} disagrees with the map in {DOCUMENT}.")
+        return expected
+
 
 def write(source: WeightSource, folder: Path, *, provenance: dict[str, Any] | None = None) -> None:
-    """Writes a source into an existing folder; peak memory is two copies of its largest parameter.
+    """Writes a source into an existing folder; peak memory is its largest parameter and a few chunks.
 
     Args:
       source: a model or an opened checkpoint; a shared one stores each head once.
       folder: an empty folder.
       provenance: plain data to keep in `headshare.json`, such as where the weights came from.
+
+    Raises:
+      OSError: the folder cannot be written to.
     """
     config, names = source.config, parameters.parameter_names(source.config)
-    tree: dict[str, Any] = {name: _Deferred(source, name) for name in names}
-    tree |= {index_name(p): parameters.pool_index(config, p, source.sharing) for p in PROJECTIONS}
-    save_args = {name: ocp.SaveArgs() for name in tree} | {name: _chunks(source, name) for name in names}
-    registry = type_handlers.create_type_handler_registry(
-        (_Deferred, _DeferredHandler()), (np.ndarray, type_handlers.NumpyHandler())
-    )
-    # Plain zarr arrays without compression: weights do not compress, and a layer can be read by itself.
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False, type_handler_registry=registry)
-    with ocp.Checkpointer(handler) as checkpointer:
-        try:
-            checkpointer.save(folder.absolute() / WEIGHTS, args=ocp.args.PyTreeSave(tree, save_args=save_args))
-        except ValueError as error:
-            raise OSError(f"the weights could not be stored ({error})") from error
+    tree = {name: _Deferred(partial(parameters.assemble, source, name), parameters.is_layered(name)) for name in names}
+    for projection in PROJECTIONS:
+        index = partial(parameters.pool_index, config, projection, source.sharing)
+        tree[index_name(projection)] = _Deferred(index, layered=False)
+    _store(tree, folder.absolute() / WEIGHTS)
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -141,18 +157,43 @@ def write(source: WeightSource, folder: Path, *, provenance: dict[str, Any] | No
     (folder / DOCUMENT).write_text(json.dumps(document, indent=1) + "\n")
 
 
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Orbax would warn of each setting that is chosen here on purpose."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+@_without_warnings()
+def _store(tree: dict[str, "_Deferred"], path: Path) -> None:
+    registry = type_handlers.create_type_handler_registry((_Deferred, _DeferredHandler()))
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(path, args=ocp.args.PyTreeSave(tree))
+    except ValueError as error:
+        # TensorStore tells the system's own reason only in its text.
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+
+
+@dataclass(frozen=True)
 class _Deferred:
-    """A parameter that is assembled only when its turn to be written comes."""
+    """An array that is assembled only when its turn to be written comes; a layered one has a chunk for each row."""
 
-    def __init__(self, source: WeightSource, name: str):
-        self.source, self.name = source, name
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return parameters.assemble(self.source, self.name)
+    assemble: Callable[[], np.ndarray]
+    layered: bool
 
 
 class _DeferredHandler(type_handlers.NumpyHandler):  # type: ignore[misc]
-    """Writes deferred parameters one after another, so that one at a time is in memory."""
+    """Writes deferred arrays one after another, so that one at a time is in memory."""
 
     async def serialize(
         self,
@@ -160,24 +201,38 @@ class _DeferredHandler(type_handlers.NumpyHandler):  # type: ignore[misc]
         infos: Sequence[type_handlers.ParamInfo],
         args: Sequence[ocp.SaveArgs] | None = None,
     ) -> Sequence[Future[Any]]:
-        for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
-            for written in await super().serialize([np.asarray(value)], [info], [arg]):
-                written.result()
+        for value, info in zip(values, infos, strict=True):
+            await info.await_path_creation()
+            _write_array(Path(info.parent_dir) / info.name, value.assemble(), value.layered)
         return []
 
 
-def _chunks(source: WeightSource, name: str) -> ocp.SaveArgs:
-    if not parameters.is_layered(name):
-        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
-    slice_bytes = source.dtype(name).itemsize * int(np.prod(parameters.slice_shape(source.config, name)))
-    return ocp.SaveArgs(chunk_byte_size=slice_bytes, shard_axes=(0,))
+def _write_array(path: Path, value: np.ndarray, layered: bool) -> None:
+    """Writes a plain zarr array: weights do not compress, and a layer or a head can be read by itself."""
+    row_bytes = value.nbytes // len(value)
+    rows = 1 if layered else max(1, CHUNK_BYTES // row_bytes)
+    chunk = (min(rows, len(value)), *value.shape[1:])
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": f"{path}/"},
+        "metadata": {"compressor": None, "chunks": chunk},
+    }
+    array = ts.open(spec, create=True, dtype=value.dtype, shape=value.shape).result()
+    slices = [slice(start, min(start + rows, len(value))) for start in range(0, len(value), rows)]
+    at_once = max(1, CHUNK_BYTES // (rows * row_bytes))
+    for first in range(0, len(slices), at_once):
+        writes = [array[part].write(value[part]) for part in slices[first : first + at_once]]
+        # Every write is waited for, so that after an error none goes on behind the back of whoever cleans up.
+        errors = [error for error in [write.exception() for write in writes] if error is not None]
+        if errors:
+            raise errors[0]
 
 
 def _read_document(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise HeadshareError(f"{path} is not readable JSON ({error}).") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise HeadshareError(f"{path} is not readable JSON ({error}); copy it again.") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise HeadshareError(f'{path} is not a {FORMAT} document (its "format" says otherwise).')
     if document.get("version") != VERSION:
