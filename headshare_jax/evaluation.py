@@ -76,8 +76,8 @@ def perplexity(
       progress: called with the windows done and in all.
 
     Raises:
-      HeadshareError: fewer than two tokens, one outside the vocabulary, or an impossible window, stride, number of windows or
-        batch size.
+      HeadshareError: fewer than two tokens, one outside the vocabulary, or an impossible window, stride, number of
+        windows or batch size.
     """
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or tokens.size < 2:
