@@ -55,8 +55,7 @@ def new_directory(path: Path, *, overwrite: bool = False, keep: tuple[Path, ...]
         try:
             partial.chmod(0o777 & ~_umask())
             yield partial
-            if path.exists() and not overwrite:
-                raise HeadshareError(f"The output {path} was made by another program meanwhile; choose another name.")
+            check_output(path, overwrite=overwrite, keep=keep)
             _take_place(partial, path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -81,6 +80,7 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         try:
             partial.chmod(0o666 & ~_umask())
             yield partial
+            check_output(path, overwrite=overwrite)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
