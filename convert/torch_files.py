@@ -17,12 +17,18 @@ _FLOATS: dict[str, np.dtype[Any]] = {
 }
 
 
+# Pages of a mapped file count as memory once they are read, so after this many bytes it is mapped anew.
+_MAPPED_BYTES = 64 * 2**20
+
+
 class TorchReader:
     """Tensors of `.bin` files, opened with `weights_only`; needs PyTorch."""
 
     def __init__(self, files: list[Path]):
         self.files = files
         self._open: tuple[Path, dict[str, Any]] | None = None
+        self._mapped = False
+        self._bytes_read = 0
 
     def infos(self) -> tuple[dict[str, TensorInfo], list[str]]:
         found: dict[str, TensorInfo] = {}
@@ -37,6 +43,7 @@ class TorchReader:
 
     def read(self, info: TensorInfo, name: str) -> np.ndarray:
         tensor = self._tensors(info.file)[name].detach().contiguous()
+        self._bytes_read += tensor.nbytes
         if info.dtype == ml_dtypes.bfloat16:
             bits: np.ndarray = tensor.view(_torch().uint16).numpy()
             return bits.view(ml_dtypes.bfloat16)
@@ -45,19 +52,23 @@ class TorchReader:
 
     def _tensors(self, path: Path) -> dict[str, Any]:
         """The file's tensors, mapped rather than read where its format allows; one file is open at a time."""
-        if self._open is None or self._open[0] != path:
+        if self._open is None or self._open[0] != path or (self._mapped and self._bytes_read > _MAPPED_BYTES):
             self._open = None
-            self._open = (path, _load(path))
+            tensors, self._mapped = _load(path)
+            self._open, self._bytes_read = (path, tensors), 0
         return self._open[1]
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path) -> tuple[dict[str, Any], bool]:
+    """A file's tensors, and whether they are mapped."""
     torch = _torch()
+    mapped = True
     try:
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:
             # Files from before PyTorch 1.6 cannot be mapped.
+            mapped = False
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise HeadshareError(
@@ -68,7 +79,7 @@ def _load(path: Path) -> dict[str, Any]:
         raise HeadshareError(f"{path} is truncated, corrupt or no PyTorch file ({error}); fetch it again.") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise HeadshareError(f"{path} does not hold a plain dictionary of tensors.")
-    return tensors
+    return tensors, mapped
 
 
 def _torch() -> Any:

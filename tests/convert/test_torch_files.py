@@ -59,6 +59,22 @@ def test_weights_are_those_of_the_safetensors_checkpoint(tmp_path: Path, dtype: 
     check_same(write_bin(tmp_path / "bin", dtype, shards), saved_hf_model(tmp_path / "hf", dtype=dtype))
 
 
+def test_files_are_mapped_anew_before_their_pages_fill_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, loads = write_bin(tmp_path / "bin"), []
+    load = torch.load
+
+    def counted(*args: Any, **settings: Any) -> Any:
+        loads.append(args)
+        return load(*args, **settings)
+
+    monkeypatch.setattr(torch, "load", counted)
+    headshare_jax.load(folder)
+    assert len(loads) == 1
+    monkeypatch.setattr("headshare_jax.convert.torch_files._MAPPED_BYTES", 100_000)
+    check_same(folder, saved_hf_model(tmp_path / "hf"))
+    assert 4 <= len(loads) <= 8
+
+
 def test_shards_without_an_index(tmp_path: Path) -> None:
     folder = write_bin(tmp_path / "bin", shards=2)
     (folder / "pytorch_model.bin.index.json").unlink()
