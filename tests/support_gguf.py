@@ -58,7 +58,7 @@ def write_gguf(
             continue
         matrix = adjacent_pairs(name, tensor.numpy(), config)
         stored, kind = (matrix, Kind.F32) if matrix.ndim == 1 else store(matrix)
-        writer.add_tensor(_NAMES.get_name(name, (".weight", ".bias")), stored, raw_dtype=kind)
+        writer.add_tensor(gguf_name(name), stored, raw_dtype=kind)
     if rope_divisors is not None:
         writer.add_tensor("rope_freqs.weight", rope_divisors.astype(np.float32))
     writer.write_header_to_file()
@@ -66,6 +66,11 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of a transformers tensor."""
+    return str(_NAMES.get_name(name, (".weight", ".bias")))
 
 
 def adjacent_pairs(name: str, tensor: np.ndarray, config: Any) -> np.ndarray:
@@ -83,5 +88,10 @@ def adjacent_pairs(name: str, tensor: np.ndarray, config: Any) -> np.ndarray:
 
 
 def _add(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
-    kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    kinds: dict[type, Any] = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+    }
     kinds.get(type(value), writer.add_array)(name, value)

@@ -24,8 +24,19 @@ def write_baichuan(folder: Path, model: Any, architecture: str = BAICHUAN_2, dro
         prefix = f"model.layers.{layer}.self_attn."
         parts = [state.pop(f"{prefix}{projection}_proj.weight") for projection in "qkv"]
         state[f"{prefix}W_pack.weight"] = torch.cat(parts)
-    taken = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
-    taken += ("max_position_embeddings", "rms_norm_eps", "bos_token_id", "eos_token_id", "tie_word_embeddings")
+    taken = [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "hidden_act",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "bos_token_id",
+        "eos_token_id",
+        "tie_word_embeddings",
+    ]
     fields = {name: getattr(model.config, name) for name in taken if name not in drop}
     fields |= {"architectures": [architecture], "model_type": "baichuan", "auto_map": {"AutoConfig": "c.C"}}
     folder.mkdir()
@@ -70,8 +81,8 @@ def test_baichuan_2_keeps_its_head_in_native_and_exports_it_normalised(tmp_path:
     for name in parameters.parameter_names(source.config):
         assert parameters.assemble(native, name).tobytes() == parameters.assemble(source, name).tobytes(), name
     headshare_jax.save(native, tmp_path / "hf", to="hf")
-    exported: Any
-    exported, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    exported, info = loaded
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     check_logits(hf_logits(exported.eval(), tokens), hf_logits(normalized(model), tokens))

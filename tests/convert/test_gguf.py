@@ -15,7 +15,7 @@ from fuzzing import damaged, open_or_refuse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import hf_logits, jax_logits, random_tokens, tiny_hf_model
-from support_gguf import Kind, adjacent_pairs, write_gguf
+from support_gguf import Kind, adjacent_pairs, gguf_name, write_gguf
 
 import headshare_jax
 from headshare_jax import HeadshareError, LlamaConfig, RopeScaling, parameters
@@ -70,12 +70,11 @@ def half_split(name: str, tensor: np.ndarray, config: Any) -> np.ndarray:
 
 def as_transformers_reads(path: Path, model: Any) -> Any:
     """The model with the weights that the gguf package dequantises out of the file."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
     tensors = {
         tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in gguf.GGUFReader(path).tensors
     }
     state = {
-        name: torch.tensor(half_split(name, tensors[names.get_name(name, (".weight", ".bias"))], model.config))
+        name: torch.tensor(half_split(name, tensors[gguf_name(name)], model.config))
         for name in model.state_dict()
         if not (name == "lm_head.weight" and model.config.tie_word_embeddings)
     }
@@ -148,10 +147,10 @@ def test_architectures(tmp_path: Path, overrides: dict[str, Any]) -> None:
 
 def test_metadata_that_may_be_absent(tmp_path: Path) -> None:
     model = tiny_hf_model(num_key_value_heads=4, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
-    optional = ("vocab_size", "attention.head_count_kv", "attention.key_length", "attention.value_length")
-    optional += ("rope.dimension_count", "rope.freq_base")
-    drop = (*(f"llama.{name}" for name in optional), "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id")
-    path = write_gguf(tmp_path / "model.gguf", model, drop=drop)
+    heads = ("attention.head_count_kv", "attention.key_length", "attention.value_length", "rope.dimension_count")
+    drop = [f"llama.{name}" for name in ("vocab_size", *heads, "rope.freq_base")]
+    drop += ["tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id"]
+    path = write_gguf(tmp_path / "model.gguf", model, drop=tuple(drop))
     config = headshare_jax.open_checkpoint(path).config
     assert (config.bos_token_id, config.eos_token_ids, config.pad_token_id) == (None, (), None)
     assert replace(config, bos_token_id=1, eos_token_ids=(2,)) == LlamaConfig.from_hf(model.config.to_dict())
@@ -235,10 +234,10 @@ def test_gguf_to_native_to_hf_to_native_keeps_every_bit(tmp_path: Path, tied: bo
         one, other = parameters.assemble(first, name), parameters.assemble(last, name)
         assert one.dtype == other.dtype
         assert one.tobytes() == other.tobytes(), name
-    with torch.no_grad():
-        exported: Any = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    exported: Any = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf")
     assert np.array_equal(
-        hf_logits(exported, random_tokens((1, 9))), hf_logits(as_transformers_reads(path, model), random_tokens((1, 9)))
+        hf_logits(exported.eval(), random_tokens((1, 9))),
+        hf_logits(as_transformers_reads(path, model), random_tokens((1, 9))),
     )
 
 

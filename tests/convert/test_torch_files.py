@@ -28,7 +28,7 @@ def write_bin(folder: Path, dtype: torch.dtype = torch.float32, shards: int = 1,
     if shards == 1:
         torch.save(state, folder / "pytorch_model.bin", **settings)
         return folder
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(shards):
         file = f"pytorch_model-{number + 1:05d}-of-{shards:05d}.bin"
         part = {name: value.clone() for name, value in list(state.items())[number::shards]}
