@@ -1,48 +1,190 @@
-"""Text to measure with: local files and data sets."""
+"""Text to measure with and to train on: local files and data sets."""
 
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from headshare_jax.errors import HeadshareError
 
+# Characters of a text file that are in memory at a time.
+PIECE = 2**18
+_JSON_LINES = (".jsonl", ".ndjson", ".json")
+_ROWS = 1024
 
-def read(spec: str) -> str:
-    """The text of a local file, or a data set's `text` column joined by blank lines.
+
+class Piece(NamedTuple):
+    """Some text of a document.
+
+    Attributes:
+      text: it follows directly on the piece before, if that was not its document's last.
+      last: the document ends here.
+      done: how much of the corpus has been read, in the unit of its size.
+    """
+
+    text: str
+    last: bool
+    done: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents that are read one after another, as often as wanted, a little at a time.
+
+    Attributes:
+      size: bytes of a text or JSONL file, rows of a parquet file or data set.
+      digest: gives a key of the content and of how it is read; a file is read for it.
+      pieces: gives the documents from the first on; raises HeadshareError where they cannot be read.
+    """
+
+    size: int
+    digest: Callable[[], str]
+    pieces: Callable[[], Iterator[Piece]]
+
+
+def read(spec: str, *, field: str = "text") -> str:
+    """A whole corpus as one text, documents joined by blank lines.
 
     Args:
-      spec: path of a UTF-8 text file, or `name[:config[:split]]` of a data set (split `test` by default).
+      spec, field: as for `open_corpus`, but with the split `test` by default.
 
     Raises:
       HeadshareError: nothing there, not text, or an empty text.
     """
-    path = Path(spec)
-    if path.is_dir():
-        raise HeadshareError(f"{path} is a folder; give a text file.")
-    if path.exists():
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise HeadshareError(f"{path} cannot be read as UTF-8 text: {error}.") from error
-    else:
-        text = "\n\n".join(_dataset_texts(spec))
+    pieces = open_corpus(spec, field=field, split="test").pieces()
+    text = "".join(piece.text + "\n\n" * piece.last for piece in pieces).removesuffix("\n\n")
     if not text.strip():
         raise HeadshareError(f"The text {spec} is empty; give one with words in it.")
     return text
 
 
-def _dataset_texts(spec: str) -> list[str]:
+def open_corpus(spec: str, *, field: str = "text", split: str = "train") -> Corpus:
+    """Opens a local file or a data set.
+
+    Args:
+      spec: path of a JSONL (.jsonl, .ndjson, .json) or parquet (.parquet) file, whose rows are the documents; of any
+        other UTF-8 text file, which is one document; or `name[:config[:split]]` of a data set, whose rows are.
+      field: field or column that holds the text of a row; a null there is an empty document.
+      split: of a data set whose name has none.
+
+    Raises:
+      HeadshareError: nothing there, or not readable, or without that column.
+    """
+    path = Path(spec)
+    if path.is_dir():
+        raise HeadshareError(f"{path} is a folder; give a text file.")
+    if not path.exists():
+        return _data_set(spec, field, split)
+    ending = path.suffix.lower()
+    if ending == ".parquet":
+        return _parquet(path, field)
+    if ending in _JSON_LINES:
+        return Corpus(path.stat().st_size, lambda: f"json {sha256(path)}", lambda: _json_lines(path, field))
+    return Corpus(path.stat().st_size, lambda: f"text {sha256(path)}", lambda: _text_file(path))
+
+
+def _text_file(path: Path) -> Iterator[Piece]:
+    with _reading(path, "UTF-8 text"), path.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8") as file:
+        text = _lines(file)
+        while text:
+            following = _lines(file)
+            yield Piece(text, not following, raw.tell())
+            text = following
+
+
+def _lines(file: io.TextIOWrapper) -> str:
+    """About `PIECE` characters, up to a line's end unless the line is as long again; tokens rarely reach across one."""
+    return file.read(PIECE) + file.readline(PIECE)
+
+
+def _json_lines(path: Path, field: str) -> Iterator[Piece]:
+    done = 0
+    with _reading(path, "JSON lines"), path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            done += len(line)
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)[field]
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise HeadshareError(f"Line {number} of {path} is not a JSON object with a field {field}.") from error
+            yield Piece(_text(value, f"Line {number} of {path}", field), True, done)
+
+
+def _parquet(path: Path, field: str) -> Corpus:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise HeadshareError(_needs_datasets(f"To read {path}")) from error
+    with _reading(path, "parquet"), parquet.ParquetFile(path) as file:
+        _check_column(field, file.schema_arrow.names, str(path))
+        size = file.metadata.num_rows
+
+    def pieces() -> Iterator[Piece]:
+        with _reading(path, "parquet"), parquet.ParquetFile(path) as file:
+            batches = file.iter_batches(_ROWS, columns=[field])
+            yield from _rows((batch.column(0).to_pylist() for batch in batches), str(path), field)
+
+    return Corpus(size, lambda: f"parquet {sha256(path)}", pieces)
+
+
+def _data_set(spec: str, field: str, split: str) -> Corpus:
     try:
         import datasets
     except ImportError as error:
-        raise HeadshareError(
-            f"{spec} is not a file; to read it as a data set, install one more package: "
-            "pip install 'headshare-jax[eval]'."
-        ) from error
-    name, config, split = [*spec.split(":"), "", ""][:3]
+        raise HeadshareError(_needs_datasets(f"{spec} is not a file; to read it as a data set")) from error
+    name, config, own_split = [*spec.split(":"), "", ""][:3]
     try:
-        data = datasets.load_dataset(name, config or None, split=split or "test")
+        data = datasets.load_dataset(name, config or None, split=own_split or split)
     except Exception as error:  # every data set has its own ways to fail
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise HeadshareError(f"{spec} is neither a file nor a data set that can be loaded: {reason}") from error
-    if "text" not in data.column_names:
-        raise HeadshareError(f"The data set {spec} has no column named text (it has {', '.join(data.column_names)}).")
-    return list(data["text"])
+    _check_column(field, data.column_names, f"The data set {spec}")
+    column = data.select_columns([field])
+
+    def pieces() -> Iterator[Piece]:
+        yield from _rows((batch[field] for batch in column.iter(_ROWS)), f"the data set {spec}", field)
+
+    return Corpus(len(data), lambda: f"data set {data._fingerprint}", pieces)
+
+
+def _rows(batches: Iterator[list[Any]], where: str, field: str) -> Iterator[Piece]:
+    done = 0
+    for batch in batches:
+        for value in batch:
+            done += 1
+            yield Piece(_text(value, f"Row {done} of {where}", field), True, done)
+
+
+def _text(value: Any, where: str, field: str) -> str:
+    if not isinstance(value, str | None):
+        raise HeadshareError(f"{where} has {value!r:.40} in {field}, which is not text; name the field that holds it.")
+    # JSON can spell half a surrogate pair, which is no character.
+    return (value or "").encode(errors="replace").decode()
+
+
+def _check_column(field: str, columns: list[str], where: str) -> None:
+    if field not in columns:
+        raise HeadshareError(f"{where} has no column named {field} (it has {', '.join(columns)}).")
+
+
+def _needs_datasets(what: str) -> str:
+    return f"{what}, install one more package: pip install 'headshare-jax[eval]'."
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes; HeadshareError if it cannot be read."""
+    with _reading(path, "a file"), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _reading(path: Path, kind: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise HeadshareError(f"{path} cannot be read as {kind}: {str(error).splitlines()[0]}.") from error

@@ -1,0 +1,429 @@
+"""Packed blocks and their cache; the order of batches."""
+
+import json
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import datasets
+import numpy as np
+import pyarrow
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from headshare_jax import HeadshareError
+from headshare_jax.convert import text
+from headshare_jax.train import data
+from headshare_jax.train.data import Batches, Blocks, prepare
+
+EOS = "</s>"
+DOCUMENTS = ["One document.", "", "Another one,\nwith two lines: é.", "x", "The last of them."]
+
+
+class RecordingTokenizer(PreTrainedTokenizerFast):
+    """Keeps what it has been called with."""
+
+    seen: list[str]
+
+    def __call__(self, texts: list[str], **options: Any) -> Any:
+        self.seen += texts
+        return super().__call__(texts, **options)
+
+
+def byte_tokenizer(eos: str | None = EOS, *, reverse: bool = False) -> RecordingTokenizer:
+    """A token for every byte, and one for the end; reversed, other ids for the same bytes."""
+    alphabet = [EOS, *sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=reverse)]
+    backend = Tokenizer(models.BPE({token: place for place, token in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = RecordingTokenizer(tokenizer_object=backend, eos_token=eos)  # type: ignore[no-untyped-call]
+    tokenizer.seen = []
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> RecordingTokenizer:
+    return byte_tokenizer()
+
+
+def json_lines(path: Path, documents: list[str | None], field: str = "text") -> str:
+    path.write_text("".join(json.dumps({field: document}) + "\n" for document in documents))
+    return str(path)
+
+
+def packed_by_hand(documents: list[str], seq_len: int, eos: str | None = EOS) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and segments of non-empty documents, one token after another."""
+    reference = byte_tokenizer()
+    tokens, numbers = [], []
+    for number, document in enumerate(filter(None, documents)):
+        [ids] = reference([document + (eos or "")]).input_ids
+        tokens += ids
+        numbers += [number] * len(ids)
+    blocks = range(0, len(tokens) - seq_len + 1, seq_len)
+    segments = [[number - numbers[start] + 1 for number in numbers[start : start + seq_len]] for start in blocks]
+    shape = (len(blocks), seq_len)
+    return np.reshape(tokens[: len(blocks) * seq_len], shape), np.reshape(segments, shape)
+
+
+# Packing.
+
+
+@given(
+    documents=st.lists(st.text("ab é\n", max_size=20), min_size=1, max_size=12),
+    seq_len=st.integers(1, 12),
+    batch_characters=st.integers(1, 40),
+    workers=st.integers(1, 3),
+    eos=st.sampled_from([EOS, None]),
+)
+def test_blocks_hold_the_documents(
+    documents: list[str], seq_len: int, batch_characters: int, workers: int, eos: str | None
+) -> None:
+    tokens, segments = packed_by_hand(documents, seq_len, eos)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(data, "_BATCH_CHARACTERS", batch_characters):
+        source = json_lines(Path(folder) / "documents.jsonl", [*documents, None])
+
+        def blocks() -> Blocks:
+            return prepare(source, byte_tokenizer(eos), seq_len=seq_len, workers=workers, cache=Path(folder) / "cache")
+
+        if not len(tokens):
+            with pytest.raises(HeadshareError, match=rf"seq_len {seq_len};"):
+                blocks()
+            return
+        result = blocks()
+        np.testing.assert_array_equal(result.tokens, tokens)
+        np.testing.assert_array_equal(result.segments, segments)
+    assert result.tokens.dtype == result.segments.dtype == np.int32
+    assert (result.count, result.seq_len, result.total_tokens) == (*tokens.shape, tokens.size)
+
+
+def test_a_text_file_is_one_document(
+    tokenizer: RecordingTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = "\n\n".join(DOCUMENTS) * 3
+    (tmp_path / "words.txt").write_text(words)
+    monkeypatch.setattr(text, "PIECE", 16)
+    monkeypatch.setattr(data, "_BATCH_CHARACTERS", 50)
+    blocks = prepare(str(tmp_path / "words.txt"), tokenizer, seq_len=1, workers=2, cache=tmp_path / "cache")
+    assert tokenizer.decode(blocks.tokens.ravel().tolist()) == words + EOS
+    assert (blocks.segments == 1).all()
+
+
+def test_blocks_are_read_only_files(tokenizer: RecordingTokenizer, tmp_path: Path) -> None:
+    source = json_lines(tmp_path / "documents.jsonl", [*DOCUMENTS])
+    blocks = prepare(source, tokenizer, seq_len=8, cache=tmp_path / "cache")
+    for array, name in ((blocks.tokens, "tokens.npy"), (blocks.segments, "segments.npy")):
+        assert isinstance(array, np.memmap)
+        assert not array.flags.writeable
+        np.testing.assert_array_equal(array, np.load(tmp_path / "cache" / blocks.digest / name))
+
+
+def of_jsonl(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    return json_lines(folder / "documents.jsonl", [*DOCUMENTS, None], "content")
+
+
+def of_parquet(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    table = pyarrow.table({"number": range(len(DOCUMENTS) + 1), "content": [*DOCUMENTS, None]})
+    parquet.write_table(table, folder / "documents.parquet", row_group_size=2)
+    return str(folder / "documents.parquet")
+
+
+def of_data_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    def load_dataset(name: str, config: str | None, split: str) -> datasets.Dataset:
+        assert (name, config, split) == ("some/set", "raw", "train")
+        return datasets.Dataset.from_dict({"number": range(len(DOCUMENTS) + 1), "content": [*DOCUMENTS, None]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return "some/set:raw"
+
+
+@pytest.mark.parametrize("make", [of_jsonl, of_parquet, of_data_set])
+def test_rows_are_documents(
+    make: Callable[[Path, pytest.MonkeyPatch], str],
+    tokenizer: RecordingTokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(data, "_BATCH_CHARACTERS", 20)
+    blocks = prepare(
+        make(tmp_path, monkeypatch),
+        tokenizer,
+        seq_len=6,
+        text_field="content",
+        cache=tmp_path / "cache",
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    tokens, segments = packed_by_hand(DOCUMENTS, 6)
+    np.testing.assert_array_equal(blocks.tokens, tokens)
+    np.testing.assert_array_equal(blocks.segments, segments)
+    assert len(seen) > 2
+    assert seen == sorted(seen)
+    assert seen[-1][0] == seen[-1][1]
+
+
+def test_workers_are_all_the_threads_there_are(
+    tokenizer: RecordingTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+    monkeypatch.setattr(data, "_BATCH_CHARACTERS", 10)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "before")
+    prepare(
+        json_lines(tmp_path / "documents.jsonl", [*DOCUMENTS]),
+        tokenizer,
+        seq_len=4,
+        cache=tmp_path / "cache",
+        progress=lambda done, total: seen.add(os.environ["TOKENIZERS_PARALLELISM"]),
+    )
+    assert seen == {"false"}
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "before"
+
+
+# The cache.
+
+
+def test_a_second_call_does_not_tokenise(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    source = json_lines(tmp_path / "documents.jsonl", [*DOCUMENTS])
+    first = prepare(source, tokenizer, seq_len=8, cache=tmp_path / "cache")
+    assert tokenizer.seen == list(filter(None, DOCUMENTS))
+    tokenizer.seen.clear()
+    moved = Path(source).rename(tmp_path / "moved.jsonl")
+    second = prepare(str(moved), tokenizer, seq_len=8, workers=2, cache=tmp_path / "cache")
+    assert tokenizer.seen == []
+    assert second.digest == first.digest
+    np.testing.assert_array_equal(second.tokens, first.tokens)
+
+
+def test_the_digest_is_of_all_that_makes_the_blocks(tokenizer: RecordingTokenizer, tmp_path: Path) -> None:
+    source = json_lines(tmp_path / "documents.jsonl", [*DOCUMENTS])
+    as_text = tmp_path / "documents.txt"
+    as_text.write_bytes(Path(source).read_bytes())
+    other = json_lines(tmp_path / "other.jsonl", [*DOCUMENTS, "more"])
+    both = tmp_path / "both.jsonl"
+    both.write_text(json.dumps({"text": "twenty characters...", "more": "twenty of the others"}))
+    calls: list[tuple[str, RecordingTokenizer, dict[str, Any]]] = [
+        (source, tokenizer, {"seq_len": 8}),
+        (source, tokenizer, {"seq_len": 9}),
+        (source, byte_tokenizer(reverse=True), {"seq_len": 8}),
+        (source, byte_tokenizer(None), {"seq_len": 8}),
+        (other, tokenizer, {"seq_len": 8}),
+        (str(as_text), tokenizer, {"seq_len": 8}),
+        (str(both), tokenizer, {"seq_len": 8}),
+        (str(both), tokenizer, {"seq_len": 8, "text_field": "more"}),
+    ]
+    digests = {prepare(path, words, cache=tmp_path / "cache", **how).digest for path, words, how in calls}
+    assert len(digests) == len(calls)
+    assert {folder.name for folder in (tmp_path / "cache").iterdir()} == digests
+
+
+def test_a_tokenizer_that_was_stored_to_cut_texts_does_not(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=10)
+    source = json_lines(tmp_path / "documents.jsonl", [*DOCUMENTS])
+    blocks = prepare(source, tokenizer, seq_len=8, cache=tmp_path / "cache")
+    np.testing.assert_array_equal(blocks.tokens, packed_by_hand(DOCUMENTS, 8)[0])
+    assert prepare(source, tokenizer, seq_len=8, cache=tmp_path / "cache").digest == blocks.digest
+
+
+def flip_last_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("tokens.npy", flip_last_byte),
+        ("segments.npy", flip_last_byte),
+        ("segments.npy", lambda path: os.truncate(path, 200)),
+        ("tokens.npy", os.unlink),
+        ("blocks.json", os.unlink),
+        ("blocks.json", lambda path: path.write_text("[]")),
+        ("blocks.json", lambda path: os.truncate(path, 5)),
+    ],
+)
+def test_a_damaged_cache_is_made_anew(
+    name: str, damage: Callable[[Path], Any], tokenizer: RecordingTokenizer, tmp_path: Path
+) -> None:
+    source, cache = json_lines(tmp_path / "documents.jsonl", [*DOCUMENTS]), tmp_path / "cache"
+    blocks = prepare(source, tokenizer, seq_len=8, cache=cache)
+    tokens, segments = np.array(blocks.tokens), np.array(blocks.segments)
+    damage(cache / blocks.digest / name)
+    again = prepare(source, tokenizer, seq_len=8, cache=cache)
+    np.testing.assert_array_equal(again.tokens, tokens)
+    np.testing.assert_array_equal(again.segments, segments)
+    assert [folder.name for folder in cache.iterdir()] == [blocks.digest]
+
+
+def test_another_process_may_be_first(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    source, cache = json_lines(tmp_path / "documents.jsonl", [*DOCUMENTS]), tmp_path / "cache"
+    others: list[Blocks] = []
+
+    def overtake(done: int, total: int) -> None:
+        if not others:
+            others.append(prepare(source, tokenizer, seq_len=8, cache=cache))
+
+    blocks = prepare(source, tokenizer, seq_len=8, cache=cache, progress=overtake)
+    assert len(tokenizer.seen) == 2 * len(list(filter(None, DOCUMENTS)))
+    np.testing.assert_array_equal(blocks.tokens, others[0].tokens)
+    assert [folder.name for folder in cache.iterdir()] == [blocks.digest]
+
+
+def test_an_interrupted_call_leaves_nothing(tokenizer: RecordingTokenizer, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    source = json_lines(tmp_path / "documents.jsonl", [*DOCUMENTS])
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, tokenizer, seq_len=8, cache=tmp_path / "cache", progress=interrupt)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+# Bad input.
+
+
+def test_bad_input_is_refused(tokenizer: RecordingTokenizer, tmp_path: Path) -> None:
+    good = json_lines(tmp_path / "documents.jsonl", [*DOCUMENTS])
+    tokens = sum(len(document.encode()) + 1 for document in filter(None, DOCUMENTS))
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        (good, {"seq_len": 1000}, f"documents.jsonl has {tokens} tokens, .* 1000"),
+        (good, {"seq_len": 0}, r"seq_len \(0\)"),
+        (good, {"workers": 0}, r"workers \(0\)"),
+        (good, {"text_field": "content"}, "Line 1 of .* field content"),
+        (good, {"cache": Path(good) / "cache"}, "cache"),
+        (str(tmp_path), {}, "folder"),
+    ]
+    for source, changes, message in cases:
+        settings: dict[str, Any] = {"seq_len": 8, "cache": tmp_path / "cache"} | changes
+        with pytest.raises(HeadshareError, match=message):
+            prepare(source, tokenizer, **settings)
+    assert not [folder for folder in tmp_path.rglob("*") if folder.name == "blocks.json"]
+
+
+def test_text_files_need_no_data_sets(
+    tokenizer: RecordingTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("datasets", "pyarrow"):
+        monkeypatch.setitem(sys.modules, name, None)
+    (tmp_path / "words.txt").write_text("just words")
+    assert prepare(str(tmp_path / "words.txt"), tokenizer, seq_len=4, cache=tmp_path / "cache").count == 2
+
+
+# The order of batches.
+
+
+def numbered_blocks(count: int, seq_len: int = 3) -> Blocks:
+    """Blocks that hold their own number in all tokens, and its negative in all segments."""
+    tokens = np.repeat(np.arange(count, dtype=np.int32)[:, None], seq_len, axis=1)
+    return Blocks(tokens, -tokens, "digest")
+
+
+def order(count: int, *, seed: int, batch_size: int = 16, accumulate: int = 1, epochs: int = 1) -> np.ndarray:
+    """Blocks in the order in which they are seen, [epochs, count]."""
+    batches = Batches(numbered_blocks(count), batch_size=batch_size, accumulate=accumulate, seed=seed)
+    steps = -(-count * epochs // batch_size)
+    seen = np.concatenate([batches.at(step)[0][..., 0].ravel() for step in range(steps)])
+    return seen[: count * epochs].reshape(epochs, count)
+
+
+# Grain needs about 10 ms to place one of very few blocks.
+@settings(max_examples=25)
+@given(count=st.integers(1, 40), per_part=st.integers(1, 6), accumulate=st.integers(1, 4), seed=st.integers(0, 2**70))
+def test_every_block_comes_once_in_an_epoch(count: int, per_part: int, accumulate: int, seed: int) -> None:
+    seen = order(count, seed=seed, batch_size=per_part * accumulate, accumulate=accumulate, epochs=2)
+    np.testing.assert_array_equal(np.sort(seen, axis=1), np.tile(np.arange(count), (2, 1)))
+
+
+def test_the_order_depends_on_seed_and_epoch_alone() -> None:
+    orders = np.concatenate([order(64, seed=seed, epochs=4) for seed in range(4)])
+    assert len(np.unique(orders, axis=0)) == len(orders) == 16
+    np.testing.assert_array_equal(orders[:4], order(64, seed=0, batch_size=24, accumulate=3, epochs=4))
+
+
+def test_a_run_that_was_begun_can_be_resumed_with_another_release() -> None:
+    """The order itself is what a checkpoint relies on: it keeps the step and nothing else."""
+    known = [[5, 3, 6, 7, 4, 2, 1, 0], [6, 5, 4, 1, 0, 7, 3, 2]]
+    np.testing.assert_array_equal(order(8, seed=0, epochs=2), known)
+
+
+def test_parts_hold_the_blocks_of_one_batch() -> None:
+    blocks = numbered_blocks(10)
+    whole = Batches(blocks, batch_size=6, accumulate=1, seed=1).at(3)
+    tokens, segments = Batches(blocks, batch_size=6, accumulate=2, seed=1).at(3)
+    assert tokens.shape == segments.shape == (2, 3, 3)
+    assert tokens.dtype == segments.dtype == np.int32
+    np.testing.assert_array_equal(tokens.reshape(1, 6, 3), whole[0])
+    np.testing.assert_array_equal(segments, -tokens)
+
+
+@pytest.mark.parametrize("rows", [slice(1, 3), slice(None), np.array([3, 0]), np.array([], np.int64)])
+def test_rows_are_a_part_of_the_batch_and_no_other_is_read(rows: slice | np.ndarray) -> None:
+    class Watched(np.ndarray):
+        read: list[int]
+
+        def __getitem__(self, place: Any) -> Any:
+            self.read += place.ravel().tolist()
+            return np.asarray(self)[place]
+
+    blocks = numbered_blocks(50)
+    whole = Batches(blocks, batch_size=8, accumulate=2, seed=1).at(7)
+    watched = blocks.tokens.view(Watched)
+    watched.read = []
+    part = Batches(Blocks(watched, blocks.segments, "digest"), batch_size=8, accumulate=2, seed=1).at(7, rows)
+    for some, everything in zip(part, whole, strict=True):
+        np.testing.assert_array_equal(some, everything[:, rows])
+    assert sorted(watched.read) == sorted(whole[0][:, rows, 0].ravel())
+
+
+def test_a_stream_is_the_steps_in_order() -> None:
+    batches = Batches(numbered_blocks(11), batch_size=4, accumulate=2, seed=3)
+    rows = np.array([1])
+    streamed = list(batches.stream(5, 12, rows))
+    assert [step for step, *_ in streamed] == list(range(5, 12))
+    for step, *parts in streamed:
+        np.testing.assert_array_equal(parts, batches.at(step, rows))
+    assert list(batches.stream(5, 5)) == []
+
+
+def test_a_stream_reads_a_little_ahead_and_ends_when_it_is_closed() -> None:
+    asked = []
+
+    class Watched(Batches):
+        def at(self, step: int, rows: slice | np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+            asked.append(step)
+            return super().at(step, rows)
+
+    threads = threading.active_count()
+    stream = Watched(numbered_blocks(11), batch_size=4, accumulate=2, seed=3).stream(0, 10**12)
+    assert [next(stream)[0] for _ in range(3)] == [0, 1, 2]
+    stream.close()
+    assert threading.active_count() == threads
+    assert asked == list(range(len(asked)))
+    assert len(asked) <= 8
+
+
+def test_an_error_while_reading_ahead_is_raised() -> None:
+    batches = Batches(numbered_blocks(11), batch_size=4, accumulate=2, seed=3)
+    with pytest.raises(IndexError):
+        list(batches.stream(0, 3, np.array([2])))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"batch_size": 5}, "multiple"), ({"batch_size": 0}, "positive"), ({"accumulate": 0}, "0"), ({"seed": -1}, "-1")],
+)
+def test_impossible_batches_are_refused(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(HeadshareError, match=message):
+        Batches(numbered_blocks(4), **({"batch_size": 4, "accumulate": 2, "seed": 0} | changes))

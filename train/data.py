@@ -1,0 +1,282 @@
+"""Training data: documents packed into fixed blocks of tokens on disk, and their order, a pure function of the step."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import grain
+import numpy as np
+
+from headshare_jax.convert import text
+from headshare_jax.convert.atomic import new_directory
+from headshare_jax.errors import HeadshareError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+# To be raised when the same text is packed into other blocks than before.
+_FORMAT = 1
+_ARRAYS = ("tokens.npy", "segments.npy")
+_DOCUMENT = "blocks.json"
+# Characters that are tokenised at a time.
+_BATCH_CHARACTERS = 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Packed blocks, read from disk as they are used.
+
+    Attributes:
+      tokens: int32 [n, T], read-only.
+      segments: int32 [n, T], read-only; the document of every token, counted from 1 in its block; 0 is padding.
+      digest: key of the content: of the text, the tokenizer, and how they were packed.
+    """
+
+    tokens: np.ndarray
+    segments: np.ndarray
+    digest: str
+
+    @property
+    def count(self) -> int:
+        """Number of blocks."""
+        return int(self.tokens.shape[0])
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens in a block."""
+        return int(self.tokens.shape[1])
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens in all blocks."""
+        return int(self.tokens.size)
+
+
+def prepare(
+    source: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    seq_len: int,
+    text_field: str = "text",
+    workers: int = 1,
+    cache: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Blocks:
+    """Tokenises and packs a text, or finds that done in the cache.
+
+    A row of a JSONL or parquet file or of a data set is one document, a text file as a whole is one (tokenised in
+    pieces that end with a line). Each is followed by the tokenizer's end-of-sequence token, if it has one. They are
+    packed back to back: one that crosses a block's border goes on in the next block, as document 1 there. What is left
+    after the last whole block is dropped.
+
+    Args:
+      source: as for `headshare_jax.convert.text.open_corpus`; a data set's split is `train` by default.
+      tokenizer: it adds no other special tokens.
+      seq_len: T, tokens in a block.
+      text_field: field or column that holds the text of a row.
+      workers: threads that tokenise; the result does not depend on them.
+      cache: folder of all packed texts, made if absent; each is in a folder of its own, named by its digest. A damaged
+        one is made anew.
+      progress: called with what has been read and the whole: bytes of a text or JSONL file, rows of any other.
+
+    Raises:
+      HeadshareError: a text that cannot be read or is shorter than a block, or a cache that cannot be written.
+    """
+    if seq_len < 1 or workers < 1:
+        raise HeadshareError(f"seq_len ({seq_len}) and workers ({workers}) must be at least 1.")
+    corpus = text.open_corpus(source, field=text_field)
+    parts = [_FORMAT, corpus.digest(), _tokenizer_digest(tokenizer), seq_len, text_field]
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    folder = cache / digest
+    if not _is_stored(folder):
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with new_directory(folder, overwrite=folder.exists()) as partial, _no_threads_in_tokenizers():
+                encoded = _encoded(corpus, tokenizer, workers, progress)
+                _write(partial, _packed(encoded, seq_len, source), seq_len)
+                sums = {name: text.sha256(partial / name) for name in _ARRAYS}
+                (partial / _DOCUMENT).write_text(json.dumps({"source": source, "sha256": sums}, indent=2))
+        except OSError as error:
+            raise HeadshareError(f"The cache {cache} cannot be made: {error.strerror}.") from error
+        except HeadshareError:
+            # Another process may have been first to write the same.
+            if not _is_stored(folder):
+                raise
+    tokens, segments = (np.load(folder / name, mmap_mode="r") for name in _ARRAYS)
+    return Blocks(tokens, segments, digest)
+
+
+def _tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
+    if tokenizer.is_fast:
+        # A tokenizer may be stored with these; calling it as here drops them, which is to leave its digest the same.
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = sorted(file for file in Path(folder).rglob("*") if file.is_file())
+        sums = [(str(file.relative_to(folder)), text.sha256(file)) for file in files]
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+
+
+def _is_stored(folder: Path) -> bool:
+    """Whether a folder of the cache is there and undamaged."""
+    try:
+        sums = json.loads((folder / _DOCUMENT).read_text())["sha256"]
+        return all(text.sha256(folder / name) == sums[name] for name in _ARRAYS)
+    except (HeadshareError, OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _write(folder: Path, packed: Iterable[tuple[np.ndarray, np.ndarray]], seq_len: int) -> None:
+    with ExitStack() as stack:
+        files = [stack.enter_context((folder / name).open("wb")) for name in _ARRAYS]
+        count = 0
+        for file in files:
+            _write_header(file, count, seq_len)
+        for arrays in packed:
+            count += len(arrays[0])
+            for file, array in zip(files, arrays, strict=True):
+                file.write(array.astype("<i4").tobytes())
+        for file in files:
+            file.seek(0)
+            _write_header(file, count, seq_len)
+
+
+def _write_header(file: Any, count: int, seq_len: int) -> None:
+    """The head of an .npy file; NumPy makes it equally long for every count."""
+    np.lib.format.write_array_header_1_0(file, {"descr": "<i4", "fortran_order": False, "shape": (count, seq_len)})
+
+
+def _packed(encoded: Iterable[np.ndarray], seq_len: int, source: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Tokens and segments [some, seq_len] from tokens and their documents' numbers, [2, some]."""
+    rest, any_block = np.empty((2, 0), np.int64), False
+    for pair in encoded:
+        pair = np.concatenate([rest, pair], axis=1)
+        whole = pair.shape[1] - pair.shape[1] % seq_len
+        rest, any_block = pair[:, whole:], any_block or whole > 0
+        tokens, documents = pair[:, :whole].reshape(2, -1, seq_len)
+        begins = np.diff(documents, axis=1, prepend=documents[:, :1]) != 0
+        yield tokens, 1 + np.cumsum(begins, axis=1)
+    if not any_block:
+        raise HeadshareError(
+            f"{source} has {rest.shape[1]} tokens, but one block takes seq_len {seq_len}; give more text or a smaller "
+            "seq_len."
+        )
+
+
+def _encoded(
+    corpus: text.Corpus, tokenizer: "PreTrainedTokenizerBase", workers: int, progress: Callable[[int, int], None]
+) -> Iterator[np.ndarray]:
+    """Tokens and the numbers of their documents, int64 [2, some], in order."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def encode(batch: list[tuple[int, text.Piece]]) -> tuple[np.ndarray, int]:
+        texts = [piece.text for _, piece in batch]
+        rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+        rows = [row + end * piece.last for row, (_, piece) in zip(rows, batch, strict=True)]
+        documents = np.repeat([number for number, _ in batch], [len(row) for row in rows])
+        return np.stack([np.concatenate([np.array(row, np.int64) for row in rows]), documents]), batch[-1][1].done
+
+    for pair, done in _in_order(encode, _batches(corpus.pieces()), workers):
+        yield pair
+        progress(done, corpus.size)
+    progress(corpus.size, corpus.size)
+
+
+def _batches(pieces: Iterable[text.Piece]) -> Iterator[list[tuple[int, text.Piece]]]:
+    """Pieces with the numbers of their documents, some at a time; empty documents are left out."""
+    batch: list[tuple[int, text.Piece]] = []
+    number = size = 0
+    for piece in pieces:
+        if piece.text:
+            batch.append((number, piece))
+            size += len(piece.text)
+        number += piece.last
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Generator[R, None, None]:
+    """The function's values, computed in threads, for a few items ahead of the value that is wanted."""
+    with ThreadPoolExecutor(workers) as pool:
+        running: deque[Future[R]] = deque()
+        for item in items:
+            running.append(pool.submit(function, item))
+            if len(running) > 2 * workers:
+                yield running.popleft().result()
+        yield from (future.result() for future in running)
+
+
+@contextmanager
+def _no_threads_in_tokenizers() -> Iterator[None]:
+    """Lets a call of a tokenizer use one thread instead of all cores, so that `workers` means what it says."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
+class Batches:
+    """The batches of every step, from all blocks in random order, anew in every epoch, for ever.
+
+    Which blocks a step sees follows from the seed and the step alone: there is no position to save, and a run resumes
+    exactly, with any number of hosts. Every block comes once in an epoch; a batch may lie across two epochs.
+    """
+
+    def __init__(self, blocks: Blocks, *, batch_size: int, accumulate: int, seed: int) -> None:
+        """Orders the blocks.
+
+        Args:
+          blocks: what to train on.
+          batch_size: B, blocks in a step.
+          accumulate: A, parts that a step's batch is cut into.
+          seed: of the order, not negative.
+
+        Raises:
+          HeadshareError: a batch that cannot be cut so, or a negative seed.
+        """
+        if batch_size < 1 or accumulate < 1 or batch_size % accumulate:
+            raise HeadshareError(f"batch_size ({batch_size}) must be a positive multiple of accumulate ({accumulate}).")
+        if seed < 0:
+            raise HeadshareError(f"The seed must not be negative, but is {seed}.")
+        self._blocks, self._batch_size, self._accumulate = blocks, batch_size, accumulate
+        # Grain takes seed + epoch for an epoch's seed, so seeds in a row would give the same orders one epoch apart.
+        mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        self._order = grain.MapDataset.range(blocks.count).shuffle(seed=mixed).repeat()
+
+    def at(self, step: int, rows: slice | np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and segments of a step, int32 [A, B / A, T].
+
+        Args:
+          step: counted from 0.
+          rows: the rows wanted of every part, of B / A; no other is read.
+        """
+        place_ab = step * self._batch_size + np.arange(self._batch_size).reshape(self._accumulate, -1)
+        place_ab = place_ab[:, slice(None) if rows is None else rows]
+        block_ab = np.array([self._order[int(place)] for place in place_ab.flat], np.int64).reshape(place_ab.shape)
+        return np.asarray(self._blocks.tokens[block_ab]), np.asarray(self._blocks.segments[block_ab])
+
+    def stream(
+        self, start: int, stop: int, rows: slice | np.ndarray | None = None
+    ) -> Generator[tuple[int, np.ndarray, np.ndarray], None, None]:
+        """The steps from `start` up to `stop`, each with its tokens and segments as `at` gives them, read ahead."""
+        return _in_order(lambda step: (step, *self.at(step, rows)), range(start, stop), workers=1)
