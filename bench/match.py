@@ -1,0 +1,257 @@
+"""Matching all heads of a model, against a PyTorch loop over pairs of heads and against plain matrix products.
+
+Run from the repository root: python bench/match.py
+"""
+
+import math
+import resource
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from common import cores, machine, report, seconds
+from rich.table import Table
+
+from headshare_jax import LlamaConfig, fingerprint, match, similarity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Match random weights of the shape of Llama-2-7B, 8 of its 32 layers."""
+
+    layers: int = 8
+    heads: int = 32
+    width: int = 4096
+    head_dim: int = 128
+    pairs: int = 200
+    """Pairs of heads to time the loop on."""
+    repeats: int = 5
+    """The best time of so many is taken."""
+    matrices: tuple[int, ...] = (2048, 4096)
+    """Sizes of the square matrices whose product is the limit."""
+    block_bytes: int = similarity.BLOCK_BYTES
+    """As in `headshare_jax.match`."""
+    quick: bool = False
+    """A tiny model instead, to test this benchmark; its figures mean nothing."""
+    json: Path | None = None
+    """Where to write the result; bench/results/match.json by default."""
+
+
+class RandomWeights:
+    """Random attention weights in float32, served layer by layer."""
+
+    sharing = None
+
+    def __init__(self, options: Options):
+        heads, width, head_dim = options.heads, options.width, options.head_dim
+        self.config = LlamaConfig(
+            vocab_size=2,
+            hidden_size=width,
+            intermediate_size=2,
+            num_layers=options.layers,
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_dim=head_dim,
+        )
+        rng = np.random.default_rng(0)
+        shapes = {f"{letter}_pool_pdh": (heads, width, head_dim) for letter in "qkv"}
+        shapes["o_pool_phd"] = (heads, head_dim, width)
+        self.weights = {
+            (name, layer): rng.standard_normal(shape, np.float32)
+            for layer in range(options.layers)
+            for name, shape in shapes.items()
+        }
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        return np.dtype(np.float32)
+
+    def read(self, name: str, layer: int | None = None) -> np.ndarray:
+        assert layer is not None
+        return self.weights[name, layer]
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Measures everything; peak memory first, before there is anything but the weights and the matching."""
+    where, libraries = machine("jax", "numpy", "torch"), peak_rss()
+    source = RandomWeights(options)
+    first = seconds(lambda: match(source, "qk", block_bytes=options.block_bytes))
+    peak = peak_rss()
+    times, rates = best_times(source, options)
+    loop, stacked, difference = pytorch(source, options)
+
+    pairs = options.layers * (options.layers - 1) // 2 * options.heads**2
+    layer_bytes = 4 * options.heads * 2 * options.width * options.head_dim
+    block = max(1, min(options.layers, options.block_bytes // layer_bytes))
+    flops = 2 * 2 * options.width * options.head_dim
+    gflops = {
+        "executed": flops * executed_pairs(options, block) / times["scores"] / 1e9,
+        "useful": flops * pairs / times["scores"] / 1e9,
+    }
+    weights_bytes = sum(value.nbytes for value in source.weights.values())
+    return {
+        "machine": where,
+        "options": {key: value for key, value in asdict(options).items() if key != "json"},
+        "pairs": pairs,
+        "layers_per_block": block,
+        "seconds": {
+            "first_match": first,
+            **times,
+            "pytorch_loop_pair": loop,
+            "pytorch_loop": loop * pairs,
+            "pytorch_stacked": stacked,
+        },
+        "speedup": {name: loop * pairs / times[name] for name in ("match", "scores")},
+        "largest_difference": difference,
+        "matmul_gflops": rates,
+        "gflops": gflops,
+        "fraction_of_matmul": {name: rate / max(rates.values()) for name, rate in gflops.items()},
+        "bytes": {"weights": weights_bytes, "libraries": libraries, "peak_rss": peak},
+        "growth": growth(source, options),
+    }
+
+
+def peak_rss() -> int:
+    """Bytes; Linux counts in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def scores(source: RandomWeights, options: Options, layers: int) -> np.ndarray:
+    """All cosines and nothing else, the source's reads included."""
+
+    def read(layer: int) -> list[np.ndarray]:
+        return [source.read(name, layer) for name in ("q_pool_pdh", "k_pool_pdh")]
+
+    dim = 2 * options.width * options.head_dim
+    return similarity.cosine_scores(read, layers, options.heads, dim, block_bytes=options.block_bytes)
+
+
+def best_times(source: RandomWeights, options: Options) -> tuple[dict[str, float], dict[int, float]]:
+    """Best seconds of match and its two parts, and best GFLOP/s of matrix products, measured in turns."""
+    functions: dict[str, Callable[[], Any]] = {
+        "match": lambda: match(source, "qk", block_bytes=options.block_bytes),
+        "scores": lambda: scores(source, options, options.layers),
+        "fingerprint": lambda: fingerprint(source),
+    }
+    multiply = jax.jit(lambda a: jnp.matmul(a, a, precision="highest"))
+
+    def product(matrix: jax.Array) -> None:
+        multiply(matrix).block_until_ready()
+
+    matrices = {size: jax.random.normal(jax.random.key(0), (size, size)) for size in options.matrices}
+    times = dict.fromkeys(functions, math.inf)
+    rates = dict.fromkeys(options.matrices, 0.0)
+    for matrix in matrices.values():
+        product(matrix)
+    for _ in range(options.repeats):
+        for name, function in functions.items():
+            for size, matrix in matrices.items():
+                took = seconds(partial(product, matrix))
+                rates[size] = max(rates[size], 2e-9 * size**3 / took)
+            times[name] = min(times[name], seconds(function))
+    return times, rates
+
+
+def executed_pairs(options: Options, block: int) -> int:
+    """Pairs of heads multiplied: all of a block of layers with all of the same and of every earlier block."""
+    layers, step = options.layers, block
+    blocks = [min(step, layers - start) for start in range(0, layers, step)]
+    return options.heads**2 * sum(rows * columns for i, rows in enumerate(blocks) for columns in blocks[: i + 1])
+
+
+def pytorch(source: RandomWeights, options: Options) -> tuple[float, float, float]:
+    """Seconds a pair in a loop, seconds of one stacked product, and the largest difference of the loop from match."""
+    # Only here, so that it has no part in the memory that matching takes.
+    import torch
+
+    torch.set_num_threads(cores())
+    layers, heads = options.layers, options.heads
+    q, k = ([torch.from_numpy(source.read(f"{letter}_pool_pdh", layer)) for layer in range(layers)] for letter in "qk")
+
+    def vector(layer: int, head: int) -> torch.Tensor:
+        return torch.cat([q[layer][head].flatten(), k[layer][head].flatten()])
+
+    def cosine(receiver: tuple[int, int], donor: tuple[int, int]) -> float:
+        return torch.nn.functional.cosine_similarity(vector(*receiver), vector(*donor), dim=0).item()
+
+    def stacked() -> torch.Tensor:
+        units = torch.stack([vector(layer, head) for layer in range(layers) for head in range(heads)])
+        units /= units.norm(dim=1, keepdim=True)
+        return units @ units.T
+
+    rng = np.random.default_rng(0)
+    sample = []
+    for _ in range(options.pairs):
+        donor_layer, receiver_layer = sorted(rng.choice(layers, 2, replace=False).tolist())
+        receiver_head, donor_head = rng.integers(heads, size=2).tolist()
+        sample.append(((receiver_layer, receiver_head), (donor_layer, donor_head)))
+    cosine(*sample[0])
+    found: list[float] = []
+    took = seconds(lambda: found.extend(cosine(*pair) for pair in sample))
+    ours = scores(source, options, layers).reshape(layers, heads, layers, heads)
+    differences = [ours[receiver + donor] - value for (receiver, donor), value in zip(sample, found, strict=True)]
+    return took / len(sample), min(seconds(stacked) for _ in range(2)), float(np.max(np.abs(differences)))
+
+
+def growth(source: RandomWeights, options: Options) -> list[dict[str, float]]:
+    """Seconds of all cosines of the first 2, 4, 8, ... layers."""
+    rows = []
+    for layers in (2**power for power in range(1, options.layers.bit_length()) if 2**power <= options.layers):
+        scores(source, options, layers)
+        took = min(seconds(partial(scores, source, options, layers)) for _ in range(options.repeats))
+        pairs = layers * (layers - 1) // 2 * options.heads**2
+        rows.append({"layers": layers, "pairs": pairs, "seconds": took, "microseconds_per_pair": took / pairs * 1e6})
+    return rows
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    times, rates, fraction = result["seconds"], result["gflops"], result["fraction_of_matmul"]
+    compared = Table("", "seconds", "times the loop's speed", title=f"{result['pairs']:,} pairs of heads")
+    loop = times["pytorch_loop"]
+    for name, took in {
+        f"PyTorch, pair by pair (from {result['options']['pairs']} pairs)": loop,
+        "PyTorch, one product, all heads in memory": times["pytorch_stacked"],
+        "headshare, match, first call (compiles)": times["first_match"],
+        "headshare, match": times["match"],
+        "  of it all cosines": times["scores"],
+        "  of it the fingerprint of the weights": times["fingerprint"],
+    }.items():
+        compared.add_row(name, f"{took:.2f}", "" if "fingerprint" in name else f"{loop / took:,.0f}x")
+    limit = Table("", "GFLOP/s", "of the best product", title="all cosines against matrix products")
+    best = max(result["matmul_gflops"].values())
+    for size, rate in result["matmul_gflops"].items():
+        limit.add_row(f"float32 product of {size} x {size}", f"{rate:.1f}", f"{rate / best:.0%}")
+    for kind, name in {"executed": "executed", "useful": "useful (donor in an earlier layer)"}.items():
+        limit.add_row(f"all cosines, {name}", f"{rates[kind]:.1f}", f"{fraction[kind]:.0%}")
+    grown = Table("layers", "pairs", "seconds", "microseconds a pair", title="growth with depth")
+    for row in result["growth"]:
+        grown.add_row(*(f"{row[key]:{form}}" for key, form in zip(row, ("", ",", ".3f", ".1f"), strict=True)))
+    return [compared, limit, grown]
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    sizes = result["bytes"]
+    return [
+        f"peak RSS {sizes['peak_rss'] / 1e6:,.0f} MB, of it the weights {sizes['weights'] / 1e6:,.0f} MB, "
+        f"Python and libraries {sizes['libraries'] / 1e6:,.0f} MB; blocks of {result['layers_per_block']} layers",
+        f"largest difference from PyTorch's cosines: {result['largest_difference']:.1e}",
+    ]
+
+
+def tiny(json: Path | None) -> Options:
+    return Options(
+        heads=8, width=256, head_dim=32, pairs=20, repeats=2, matrices=(256,), block_bytes=2**20, quick=True, json=json
+    )
+
+
+if __name__ == "__main__":
+    options = tyro.cli(Options)
+    if options.quick:
+        options = tiny(options.json)
+    result = run(options)
+    report("match", result, tables(result), notes(result), options.json)
