@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from headshare_jax import parameters
-from headshare_jax.convert import compact, gguf_file, huggingface, native, tokenizer
+from headshare_jax.convert import compact, gguf_file, huggingface, map_file, native, tokenizer
 from headshare_jax.convert.atomic import new_directory
 from headshare_jax.convert.cast import cast
 from headshare_jax.convert.tensor_files import TensorCheckpoint
@@ -20,7 +20,7 @@ __all__ = ["FORMATS", "MAP_FILE", "load", "locate", "open_checkpoint", "save"]
 Checkpoint = TensorCheckpoint | native.NativeCheckpoint
 
 FORMATS = ("native", "hf", "hf-compact")
-MAP_FILE = "headshare_map.json"
+MAP_FILE = map_file.NAME
 
 
 def locate(src: str | Path) -> Path:
@@ -74,7 +74,7 @@ def open_checkpoint(src: str | Path) -> Checkpoint:
 def load(
     src: str | Path | WeightSource, *, dtype: str | None = None, compute_dtype: str = "float32", remat: str = "none"
 ) -> Llama:
-    """Loads a model; peak memory is its own size plus one parameter.
+    """Loads a model; peak memory is its own size plus two parameters.
 
     Args:
       src: native or Hugging Face folder, GGUF file, hub id, or an opened checkpoint.

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
@@ -172,9 +173,16 @@ def _without_warnings() -> Iterator[None]:
 @_without_warnings()
 def _store(tree: dict[str, "_Deferred"], path: Path) -> None:
     registry = type_handlers.create_type_handler_registry((_Deferred, _DeferredHandler()))
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
+    # One process writes all of it; in a distributed program the others do not come here, so it must not wait for them.
+    mine = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=mine, active_processes={mine}, barrier_sync_key_prefix="headshare"
+    )
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False, type_handler_registry=registry, multiprocessing_options=alone
+    )
     try:
-        with ocp.Checkpointer(handler) as checkpointer:
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             checkpointer.save(path, args=ocp.args.PyTreeSave(tree))
     except ValueError as error:
         # TensorStore tells the system's own reason only in its text.

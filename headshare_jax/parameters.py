@@ -6,6 +6,7 @@ A name's suffix spells its axes: `v` vocabulary, `d` width, `f` MLP width, `h` h
 
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -107,38 +108,59 @@ def pool_index(config: LlamaConfig, projection: str, sharing: SharingMap | None 
     return np.arange(config.num_layers * heads, dtype=np.int32).reshape(config.num_layers, heads)
 
 
-def assemble(source: WeightSource, name: str) -> np.ndarray:
-    """A whole parameter of a source as a model stores it, built layer by layer.
+def assemble(source: WeightSource, name: str, part: tuple[slice, ...] = ()) -> np.ndarray:
+    """A whole parameter of a source as a model stores it, or a part of it, built layer by layer.
 
-    Peak memory is the parameter plus one layer's slice of it.
+    Peak memory is what is returned plus one layer's slice of the parameter.
+
+    Args:
+      source: the weights.
+      name: a parameter.
+      part: slices of the stored parameter's axes; layers and pool rows are never cut, only the axes after them.
     """
     config = source.config
     if not is_layered(name):
-        return source.read(name)
-    value = np.empty(stored_shape(config, name, source.sharing), source.dtype(name))
+        return source.read(name)[part]
+    inner = part[1:]
+    shape = (stored_shape(config, name, source.sharing)[0], *_cut(slice_shape(config, name), name, inner))
+    value = np.empty(shape, source.dtype(name))
     start = 0
     for layer in range(config.num_layers):
         rows = source.read(name, layer)
         if pooled_projection(name) is None:
-            value[layer] = rows
+            value[layer] = rows[inner]
             continue
         kept = list(_kept_heads(config, name, layer, source.sharing))
-        value[start : start + len(kept)] = rows[kept]
+        value[start : start + len(kept)] = rows[kept][(slice(None), *inner)]
         start += len(kept)
     return value
 
 
+def _cut(shape: tuple[int, ...], name: str, inner: tuple[slice, ...]) -> tuple[int, ...]:
+    """Shape of what `inner` leaves of a slice's axes behind the leading one of the stored parameter."""
+    behind = shape if pooled_projection(name) is None else shape[1:]
+    cuts = (*inner, *[slice(None)] * (len(behind) - len(inner)))
+    return tuple(len(range(size)[cut]) for size, cut in zip(behind, cuts, strict=True))
+
+
 def fingerprint(source: WeightSource) -> str:
-    """SHA-256 of the attention weights as float32, layer by layer, whatever the format or storage dtype.
+    """SHA-256 of the attention weights as float32, whatever the format or storage dtype: of every tensor's own SHA-256.
 
     16-bit weights and their exact float32 copies have the same fingerprint; a receiver counts as holding its donor's
-    weights.
+    weights. The four projections of a layer are in memory at a time.
     """
     digest = hashlib.sha256()
-    for layer in range(source.config.num_layers):
-        for name in ("q_pool_pdh", "k_pool_pdh", "v_pool_pdh", "o_pool_phd"):
-            digest.update(np.ascontiguousarray(source.read(name, layer), np.float32).data)
+    # On few cores hashing in one thread takes longer than all products of matching.
+    with ThreadPoolExecutor(len(PROJECTIONS)) as threads:
+        for layer in range(source.config.num_layers):
+            weights = [source.read(name, layer) for name in ("q_pool_pdh", "k_pool_pdh", "v_pool_pdh", "o_pool_phd")]
+            for part in threads.map(_sha256, weights):
+                digest.update(part)
     return f"sha256:{digest.hexdigest()}"
+
+
+def _sha256(values: np.ndarray) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(values, np.float32).data).digest()
 
 
 def _kept_heads(config: LlamaConfig, name: str, layer: int, sharing: SharingMap | None) -> Iterator[int]:

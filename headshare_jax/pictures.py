@@ -1,6 +1,8 @@
 """Pictures of match scores and sharing maps."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -70,6 +72,33 @@ def draw_map(sharing: SharingMap, path: Path) -> None:
     axes.set_ylim(units - 0.4, -0.6)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    _save(figure, path)
+
+
+def draw_training(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws a PostShare run's losses, similarity penalty and held-out perplexity by step.
+
+    Raises:
+      HeadshareError: the file's ending is none of `FORMATS`.
+    """
+    panels = {
+        "loss per token": ("lm_loss",),
+        "similarity penalty": ("sim_loss",),
+        "held-out perplexity": ("shared_perplexity", "dense_perplexity"),
+    }
+    panels = {title: names for title, names in panels.items() if any(name in line for line in lines for name in names)}
+    figure = Figure(figsize=(4.5 * len(panels), 3.4), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name, colour in zip(names, (_DONOR, _RECEIVER), strict=False):
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=colour, label=name.replace("_", " "))
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(names) > 1:
+            axes.set_yscale("log")
+            axes.legend(frameon=False)
     _save(figure, path)
 
 

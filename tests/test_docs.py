@@ -29,16 +29,20 @@ def commands(page: Path) -> list[list[str]]:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what the documentation's examples start from: a model `my-llama` and a text `text.txt`."""
+    """A folder with what the documentation's examples start from: the model `my-llama`, and texts."""
     tiny_cli_model.saved(tmp_path / "my-llama")
-    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 120)
+    for name in ("text.txt", "train.txt", "held-out.txt"):
+        (tmp_path / name).write_text("The quick brown fox jumps over the lazy dog. " * 120)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HEADSHARE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(demo, "smollm2", lambda: tmp_path / "my-llama")
     return tmp_path
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_examples_run(page: Path, workplace: Path) -> None:
+    for number, recipe in enumerate(blocks(page, "yaml")):
+        (workplace / f"recipe{number or ''}.yaml").write_text(recipe)
     for args in commands(page):
         assert cli.run(args) == 0, shlex.join(args)
     # A reader has JAX's default rules of promotion.

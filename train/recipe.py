@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,11 +43,11 @@ class Data:
     """Text to train and to evaluate on.
 
     Attributes:
-      train: text, JSONL or parquet file, or data set `name[:config[:split]]`.
+      train: text, JSONL or parquet file, or data set `name[:config[:split]]` (split `train` by default).
       eval: held-out text of the same kinds; None for no evaluation.
       text_field: field or column that holds the text.
       seq_len: tokens in a training block.
-      workers: processes that tokenise.
+      workers: threads that tokenise.
       eval_windows: windows of `seq_len` tokens to evaluate on.
     """
 
@@ -191,8 +191,13 @@ class Recipe:
         return sum(stage.steps for stage in self.stages)
 
 
-def load(path: Path) -> Recipe:
+def load(path: Path, changes: Sequence[str] = ()) -> Recipe:
     """Reads a recipe from YAML.
+
+    Args:
+      path: the file.
+      changes: values to use instead of the file's, as `key=value` with dots between nested keys and YAML values, such
+        as `stages.0.steps=50`.
 
     Raises:
       HeadshareError: no readable YAML, or keys or values that are not a recipe's (the nearest right key is named).
@@ -201,7 +206,32 @@ def load(path: Path) -> Recipe:
         document = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise HeadshareError(f"The recipe {path} is not readable YAML: {' '.join(str(error).split())}.") from error
+    for change in changes:
+        document = _changed(document, change)
     return from_mapping(document)
+
+
+def _changed(document: Any, change: str) -> Any:
+    key, equals, text = change.partition("=")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise HeadshareError(f"The value in {change!r} is not readable YAML.") from error
+    if not equals or not key:
+        raise HeadshareError(f"{change!r} does not have the form key=value.")
+    *parents, last = key.split(".")
+    place = document
+    for name in parents:
+        if isinstance(place, dict):
+            place = place.setdefault(name, {})
+        elif isinstance(place, list) and name.isdigit() and int(name) < len(place):
+            place = place[int(name)]
+        else:
+            raise HeadshareError(f"The recipe has no {name} to change in {key}.")
+    if not isinstance(place, dict):
+        raise HeadshareError(f"The recipe has no {last} to change in {key}.")
+    place[last] = value
+    return document
 
 
 def from_mapping(document: Any) -> Recipe:

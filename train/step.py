@@ -131,10 +131,7 @@ def first_state(context: StageContext, params: Params) -> TrainState:
     return TrainState(params, context.optimizer().init(params), jnp.int32(0), jnp.int32(0))
 
 
-Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-
-
-def make_step(context: StageContext, *, state_sharding: Any = None) -> Step:
+def make_step(context: StageContext, *, state_sharding: Any = None) -> jax.stages.Wrapped:
     """The jitted step `(state, frozen, teacher, tokens, segments) -> (state, metrics)`.
 
     `frozen` holds the parameters that do not train, `teacher` the dense model's (empty without distillation);
@@ -142,7 +139,8 @@ def make_step(context: StageContext, *, state_sharding: Any = None) -> Step:
     whose loss or gradients are not finite changes nothing but the counters.
 
     Metrics, float32 scalars: `loss`, `lm_loss` (nats per token), `sim_loss`, `distill_loss`, `gradient_norm`,
-    `learning_rate`, `sim_weight`, `tokens` (predicted), `skipped` (1 for a skipped step).
+    `learning_rate`, `sim_weight`, `tokens` (predicted), `skipped` (1 for a skipped step), `bad_in_row` (steps skipped
+    since the last good one).
     """
     optimizer, rate = context.optimizer(), context.learning_rate()
     out = None if state_sharding is None else (state_sharding, None)
@@ -154,19 +152,23 @@ def make_step(context: StageContext, *, state_sharding: Any = None) -> Step:
         (loss, metrics), gradients = loss_and_gradients(
             context, state.params, frozen, teacher, tokens_abt, segments_abt, state.step
         )
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        # optax raises floats to the power of its integer counts.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            learning_rate = jnp.asarray(rate(state.step), jnp.float32)
         changed = (optax.apply_updates(state.params, updates), opt_state)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(good, new, old), changed, (state.params, state.opt_state)
         )
         metrics |= {
             "gradient_norm": norm,
-            "learning_rate": jnp.asarray(rate(state.step), jnp.float32),
+            "learning_rate": learning_rate,
             "skipped": 1 - good.astype(jnp.float32),
         }
         bad_in_row = jnp.where(good, 0, state.bad_in_row + 1)
+        metrics |= {"bad_in_row": bad_in_row.astype(jnp.float32)}
         return TrainState(params, opt_state, state.step + 1, bad_in_row), metrics
 
     return step
@@ -209,7 +211,7 @@ def loss_and_gradients(
     else:
         nothing = (jnp.float32(0), jnp.zeros(2), jax.tree.map(jnp.zeros_like, params))
         (loss, parts, gradients), _ = jax.lax.scan(accumulate, nothing, (tokens_abt, segments_abt))
-    metrics = {"lm_loss": parts[0], "distill_loss": parts[1], "tokens": count}
+    metrics = {"lm_loss": parts[0], "sim_loss": jnp.float32(0), "distill_loss": parts[1], "tokens": count}
     if stage.kind == "align":
         weight = context.sim_weight(step)
         sim, sim_gradients = jax.value_and_grad(

@@ -18,6 +18,7 @@ from headshare_jax.cli.evaluate import Evaluate
 from headshare_jax.cli.generate import Generate
 from headshare_jax.cli.inspect import Inspect
 from headshare_jax.cli.match import Match
+from headshare_jax.cli.postshare import Postshare
 from headshare_jax.cli.share import Share
 from headshare_jax.errors import HeadshareError
 
@@ -26,6 +27,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "convert": Convert,
     "match": Match,
     "share": Share,
+    "postshare": Postshare,
     "eval": Evaluate,
     "generate": Generate,
     "inspect": Inspect,

@@ -71,6 +71,21 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextmanager
+def progress_with_text(label: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar with a text that changes; yields the function to call with the steps done and the text."""
+    columns = (
+        TextColumn(label),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=_errors) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done, text: bar.update(task, completed=done, description=text)
+
+
 def megabytes(count: int) -> str:
     """Bytes in MB (10^6), to one decimal."""
     return f"{count / 1e6:,.1f} MB"

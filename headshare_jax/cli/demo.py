@@ -1,7 +1,6 @@
 """`headshare demo`: the whole story on a real model."""
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from headshare_jax.cli.inspect import ledger_data, ledger_table
 from headshare_jax.cli.match import matched
 from headshare_jax.convert import tokenizer
 from headshare_jax.convert.atomic import check_output, new_directory, new_file
+from headshare_jax.convert.cache import cache_directory
 from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluation import Perplexity, perplexity
 from headshare_jax.generation import generate
@@ -143,13 +143,6 @@ def held_out_text() -> str:
 
     names = sorted(topics)
     return "\n\n".join(topics[name] for name in names[len(names) // 2 :])
-
-
-def cache_directory() -> Path:
-    """Where downloads are kept: `$HEADSHARE_CACHE`, or the user's cache folder."""
-    if "HEADSHARE_CACHE" in os.environ:
-        return Path(os.environ["HEADSHARE_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headshare"
 
 
 def smollm2() -> Path:

@@ -12,6 +12,7 @@ from headshare_jax import convert, pictures
 from headshare_jax.cli.command import Command, Destination, Overwrite, Source, say
 from headshare_jax.cli.inspect import ledger_data, ledger_table
 from headshare_jax.cli.match import MatchFunction, Seed, matched
+from headshare_jax.convert import map_file
 from headshare_jax.convert.atomic import check_output, new_file
 from headshare_jax.errors import HeadshareError
 from headshare_jax.ledger import NOT_SAVED, ledger
@@ -86,7 +87,7 @@ class Share(Command):
 
     def _map(self, source: convert.Checkpoint) -> SharingMap:
         if self.map is not None:
-            return read_map(self.map)
+            return map_file.read(self.map)
         assert self.ratio is not None
         if not 0 <= self.ratio < 1:
             raise HeadshareError(f"The sharing ratio must be at least 0 and below 1, not {self.ratio}.")
@@ -99,12 +100,3 @@ class Share(Command):
         if self.plot is not None:
             with new_file(self.plot, overwrite=self.overwrite) as path:
                 pictures.draw_map(sharing, path)
-
-
-def read_map(path: Path) -> SharingMap:
-    """Reads a sharing map from a file; HeadshareError if there is none or it is not one."""
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise HeadshareError(f"The map {path} cannot be read: {error}.") from error
-    return SharingMap.from_json(text)

@@ -1,0 +1,18 @@
+"""Sharing maps on disk."""
+
+from pathlib import Path
+
+from headshare_jax.errors import HeadshareError
+from headshare_jax.sharing import SharingMap
+
+# Beside an exported Hugging Face model.
+NAME = "headshare_map.json"
+
+
+def read(path: Path) -> SharingMap:
+    """Reads a sharing map; HeadshareError if there is none or it is not one."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise HeadshareError(f"The map {path} cannot be read: {error}.") from error
+    return SharingMap.from_json(text)

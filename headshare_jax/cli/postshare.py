@@ -1,0 +1,92 @@
+"""`headshare postshare`."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import tyro
+import yaml
+from rich.console import RenderableType
+from rich.syntax import Syntax
+from rich.table import Table
+
+from headshare_jax.cli.command import Command, megabytes, progress_with_text
+from headshare_jax.errors import HeadshareError
+from headshare_jax.train import loop
+from headshare_jax.train import recipe as recipes
+from headshare_jax.train.footprint import footprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Postshare(Command):
+    """Post-train a model so that its heads can share weights (PostShare), then share them.
+
+    Example: headshare postshare --config train/recipes/smollm2-cpu.yaml --output run --set stages.0.steps=50
+    """
+
+    config: Annotated[Path, tyro.conf.arg(help="Recipe (.yaml).")]
+    output: Annotated[Path, tyro.conf.arg(aliases=("-o",), help="Folder of the run.")]
+    set: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE ...", help="Values to use instead of the recipe's.")
+    ] = ()
+    resume: Annotated[bool, tyro.conf.arg(help="Go on after the newest checkpoint of the run.")] = False
+    dry_run: Annotated[
+        bool, tyro.conf.arg(help="Show the recipe and the memory it needs on a device; train nothing.")
+    ] = False
+    distributed: Annotated[
+        bool, tyro.conf.arg(help="One process of many; the others are found by themselves on TPU pods, Slurm and GKE.")
+    ] = False
+    coordinator: Annotated[
+        str | None, tyro.conf.arg(help="With --distributed elsewhere: address:port of the first process.")
+    ] = None
+    processes: Annotated[int | None, tyro.conf.arg(help="With --coordinator: number of processes.")] = None
+    process: Annotated[int | None, tyro.conf.arg(help="With --coordinator: number of this process, from 0.")] = None
+
+    def run(self) -> dict[str, Any]:
+        recipe = recipes.load(self.config, self.set)
+        if self.distributed:
+            self._join()
+        if self.dry_run:
+            return {"recipe": yaml.safe_load(recipes.to_yaml(recipe)), **footprint(recipe)}
+        with progress_with_text("training", recipe.total_steps) as show:
+            last = loop.run(recipe, self.output, resume=self.resume, report=lambda line: show(*_told(line)))
+        return {"output": str(self.output), "final": str(self.output / loop.FINAL) if last else None, "last": last}
+
+    def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
+        if self.dry_run:
+            yield Syntax(yaml.safe_dump(result["recipe"], sort_keys=False), "yaml", background_color="default")
+            table = Table("bytes on a device", *(stage["kind"] for stage in result["stages"]))
+            for name in ("parameters", "optimizer", "temporaries", "total"):
+                table.add_row(name, *(megabytes(stage[name]) for stage in result["stages"]))
+            yield table
+            return
+        last = result["last"]
+        if last is None:
+            yield f"{result['output']}: stopped, with a checkpoint of the last step; --resume goes on from there"
+            return
+        perplexity = last.get("shared_perplexity")
+        held_out = "" if perplexity is None else f", held-out perplexity after sharing {perplexity:.2f}"
+        yield f"{result['final']}: the shared model after {last['step']} steps{held_out}"
+        yield f"metrics: {result['output']}/metrics.jsonl, metrics.png; next: headshare inspect {result['final']}"
+
+    def _join(self) -> None:
+        given = (self.coordinator, self.processes, self.process)
+        if any(value is not None for value in given) and None in given:
+            raise HeadshareError("--coordinator, --processes and --process go together.")
+        try:
+            jax.distributed.initialize(*given)
+        except (ValueError, RuntimeError) as error:
+            raise HeadshareError(f"The other processes cannot be joined: {error}") from error
+
+
+def _told(line: dict[str, Any]) -> tuple[int, str]:
+    parts = [f"{line['stage']} loss {line['lm_loss']:.3f}"]
+    parts += [f"{label} {line[name]:.2f}" for name, label in _SHOWN.items() if name in line]
+    if line["skipped"]:
+        parts.append("skipped: not finite")
+    return line["step"], ", ".join([*parts, f"{line['tokens_per_second']:,.0f} tokens/s"])
+
+
+_SHOWN = {"sim_loss": "penalty", "shared_perplexity": "perplexity"}

@@ -1,0 +1,268 @@
+"""PostShare runs: resumed equals uninterrupted, on any mesh; stages; what is written; what is refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_cli_model
+import yaml
+
+import headshare_jax as hs
+from headshare_jax import cli
+from headshare_jax.convert import map_file
+from headshare_jax.errors import HeadshareError
+from headshare_jax.parameters import parameter_names
+from headshare_jax.train import loop
+from headshare_jax.train import recipe as recipes
+
+TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps.\n" * 150
+ALIGN = {"kind": "align", "steps": 5, "learning_rate": 1e-3}
+TIED = {"kind": "tied", "steps": 4, "learning_rate": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, a text to train on, one to evaluate on, and a cache."""
+    folder = tmp_path_factory.mktemp("postshare")
+    tiny_cli_model.saved(folder / "model")
+    (folder / "train.txt").write_text(TEXT)
+    (folder / "held-out.txt").write_text("The lazy dog sleeps, and the fox jumps.\n" * 10)
+    os.environ["HEADSHARE_CACHE"] = str(folder / "cache")
+    return folder
+
+
+def recipe(workplace: Path, **changes: Any) -> recipes.Recipe:
+    """A short run: align, then tied, in float32 on all eight devices."""
+    document: dict[str, Any] = {
+        "model": str(workplace / "model"),
+        "data": {"train": str(workplace / "train.txt"), "eval": str(workplace / "held-out.txt"), "seq_len": 32},
+        "sharing": {"ratio": 0.5},
+        "stages": [ALIGN, TIED],
+        "batch_size": 8,
+        "compute_dtype": "float32",
+        "remat": "none",
+        "checkpoints": {"every": 2, "keep": 2, "eval_every": 3},
+    }
+    return recipes.from_mapping(document | changes)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """All lines of a run's metrics."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[tuple[int, float, float]]:
+    """Step, loss and penalty of every line."""
+    return [(line["step"], line["loss"], line["sim_loss"]) for line in metrics(run)]
+
+
+def final_weights(run: Path) -> dict[str, np.ndarray]:
+    """Parameters of the model that a run ended with."""
+    model = hs.load(run / "final")
+    return {name: np.asarray(getattr(model, name)[...]) for name in parameter_names(model.config)}
+
+
+@pytest.fixture(scope="module")
+def finished(workplace: Path) -> Path:
+    """A run of both stages, never interrupted."""
+    loop.run(recipe(workplace), workplace / "whole")
+    return workplace / "whole"
+
+
+def test_run_folder_holds_what_is_promised(finished: Path, workplace: Path) -> None:
+    assert recipes.load(finished / "config.yaml") == recipe(workplace)
+    lines = metrics(finished)
+    assert [line["step"] for line in lines] == list(range(1, 10))
+    assert {"step", "loss", "lm_loss", "sim_loss", "tokens_per_second", "mfu"} <= set(lines[0])
+    assert [line["step"] for line in lines if "shared_perplexity" in line] == [3, 5, 6, 9]
+    assert (finished / "metrics.png").read_bytes().startswith(b"\x89PNG")
+    steps = sorted(int(path.name) for path in (finished / "checkpoints").iterdir())
+    best = min((line["shared_perplexity"], line["step"]) for line in lines if "shared_perplexity" in line)[1]
+    assert steps == sorted({8, 9, best} if best % 2 == 0 or best in (5, 9) else {8, 9})
+
+
+def test_final_model_is_shared_by_the_runs_map(finished: Path) -> None:
+    checkpoint = hs.open_checkpoint(finished / "final")
+    assert checkpoint.sharing == map_file.read(finished / "map.json")
+    assert checkpoint.sharing is not None
+    assert len(checkpoint.sharing.receivers) == 3
+    sizes = hs.ledger(hs.load(finished / "final"))
+    assert sizes.dense - sizes.stored == sizes.nominal_saving
+    assert cli.run(["generate", str(finished / "final"), "--prompt", "The", "--max-new-tokens", "2"]) == 0
+
+
+def test_training_helps(finished: Path, workplace: Path) -> None:
+    lines = metrics(finished)
+    assert lines[4]["sim_loss"] < lines[0]["sim_loss"]
+    assert lines[8]["lm_loss"] < lines[5]["lm_loss"] < lines[0]["lm_loss"]
+    assert lines[8]["shared_perplexity"] < lines[4]["shared_perplexity"]
+
+
+_KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import conftest, jax
+from pathlib import Path
+from headshare_jax.train import loop, recipe
+
+def report(line):
+    if line["step"] == {step}:
+        os.kill(os.getpid(), signal.{signal})
+
+result = loop.run(recipe.load(Path({recipe!r})), Path({run!r}), report=report)
+print("stopped" if result is None else "finished")
+"""
+
+
+def run_killed(workplace: Path, run: Path, step: int, how: str) -> subprocess.CompletedProcess[str]:
+    """A run in a process of its own that gets a signal after a step."""
+    path = run.with_suffix(".yaml")
+    path.write_text(recipes.to_yaml(recipe(workplace)))
+    tests = str(Path(__file__).parents[1])
+    code = _KILLED.format(tests=tests, step=step, signal=how, recipe=str(path), run=str(run))
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("step", [1, 7])
+def test_killed_and_resumed_is_as_if_never_interrupted(finished: Path, workplace: Path, step: int) -> None:
+    run = workplace / f"killed-{step}"
+    assert run_killed(workplace, run, step, "SIGKILL").returncode == -signal.SIGKILL
+    loop.run(recipe(workplace), run, resume=True)
+    assert losses(run) == losses(finished)
+    for name, value in final_weights(finished).items():
+        assert np.array_equal(value, final_weights(run)[name]), name
+
+
+def test_sigterm_saves_and_ends_well(finished: Path, workplace: Path) -> None:
+    run = workplace / "terminated"
+    done = run_killed(workplace, run, 3, "SIGTERM")
+    assert (done.returncode, done.stdout) == (0, "stopped\n"), done.stderr
+    assert (run / "checkpoints" / "3").is_dir()
+    assert not (run / "final").exists()
+    loop.run(recipe(workplace), run, resume=True)
+    assert losses(run) == losses(finished)
+
+
+def test_resumed_on_another_mesh(finished: Path, workplace: Path) -> None:
+    run = workplace / "other-mesh"
+    assert run_killed(workplace, run, 4, "SIGTERM").stdout == "stopped\n"
+    loop.run(recipe(workplace, mesh={"data": 1, "fsdp": 4, "tensor": 2}), run, resume=True)
+    for mine, theirs in zip(losses(run), losses(finished), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    for name, value in final_weights(finished).items():
+        np.testing.assert_allclose(final_weights(run)[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(
+    finished: Path, workplace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = workplace / "damaged"
+    assert run_killed(workplace, run, 7, "SIGTERM").stdout == "stopped\n"
+    (largest,) = sorted((run / "checkpoints" / "7").rglob("*"), key=lambda path: path.stat().st_size)[-1:]
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    loop.run(recipe(workplace), run, resume=True)
+    assert "step 7 cannot be read" in caplog.text
+    assert losses(run) == losses(finished)
+
+
+def test_resuming_with_a_changed_recipe_is_refused(finished: Path, workplace: Path) -> None:
+    changed = recipe(workplace, stages=[ALIGN | {"learning_rate": 1e-2}, TIED])
+    with pytest.raises(HeadshareError, match=r"stages.0.learning_rate: 0.001 -> 0.01"):
+        loop.run(changed, finished, resume=True)
+
+
+def test_checkpoint_of_other_data_is_refused(finished: Path, workplace: Path) -> None:
+    run = workplace / "other-data"
+    shutil.copytree(finished, run)
+    text = workplace / "train.txt"
+    text.write_text(TEXT + "And one more line.\n")
+    try:
+        with pytest.raises(HeadshareError, match="other data"):
+            loop.run(recipe(workplace), run, resume=True)
+    finally:
+        text.write_text(TEXT)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"mesh": {"fsdp": 16}}, "16 devices"),
+        ({"mesh": {"fsdp": 3}}, "3 devices"),
+        ({"batch_size": 12}, "multiple"),
+        ({"data": {"train": "absent.txt", "seq_len": 32}}, "absent.txt"),
+        ({"sharing": {"ratio": 0.0}}, "no receivers"),
+        ({"sharing": {"map": "absent.json"}}, "absent.json"),
+        ({"stages": [ALIGN | {"trainable": "nothing"}]}, "nothing"),
+    ],
+)
+def test_impossible_runs_are_refused(workplace: Path, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(HeadshareError, match=said):
+        loop.run(recipe(workplace, **changes), tmp_path / "run")
+
+
+def test_text_shorter_than_a_block_is_refused(workplace: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Short.")
+    with pytest.raises(HeadshareError, match="seq_len"):
+        loop.run(recipe(workplace, data={"train": str(tmp_path / "short.txt"), "seq_len": 32}), tmp_path / "run")
+
+
+def test_a_run_does_not_write_over_another(finished: Path, workplace: Path) -> None:
+    with pytest.raises(HeadshareError, match="--resume"):
+        loop.run(recipe(workplace), finished)
+    with pytest.raises(HeadshareError, match="no run to resume"):
+        loop.run(recipe(workplace), workplace / "never", resume=True)
+
+
+def test_losses_that_stay_infinite_end_the_run(workplace: Path, tmp_path: Path) -> None:
+    wild = recipe(workplace, stages=[TIED | {"steps": 30, "learning_rate": 1e30}], max_bad_steps=3)
+    with pytest.raises(HeadshareError, match="3 steps in a row"):
+        loop.run(wild, tmp_path / "run")
+
+
+def test_frozen_parameters_stay_as_they_were(workplace: Path, tmp_path: Path) -> None:
+    only = recipe(workplace, stages=[TIED | {"steps": 2, "trainable": "attention"}])
+    loop.run(only, tmp_path / "run")
+    before, after = hs.load(workplace / "model"), hs.load(tmp_path / "run" / "final")
+    assert np.array_equal(before.gate_ldf[...], after.gate_ldf[...])
+    assert not np.array_equal(before.o_pool_phd[...], after.o_pool_phd[...])
+
+
+def test_postshare_command(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipes.to_yaml(recipe(workplace)))
+    args = [
+        "postshare",
+        "--config",
+        str(path),
+        "-o",
+        str(tmp_path / "run"),
+        "--set",
+        "stages.0.steps=1",
+        "stages.1.steps=1",
+    ]
+    assert cli.run([*args, "--dry-run", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert [stage["kind"] for stage in planned["stages"]] == ["align", "tied"]
+    assert planned["recipe"]["stages"][0]["steps"] == 1
+    tied, align = planned["stages"][1], planned["stages"][0]
+    assert tied["optimizer"] < align["optimizer"]
+    assert not (tmp_path / "run").exists()
+    assert cli.run([*args, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["last"]["step"] == 2
+    assert cli.run([*args[:-1], "stages.1.stepz=1"]) == 2
+    assert "did you mean steps?" in capsys.readouterr().err
+
+
+def test_published_recipes_can_be_read() -> None:
+    folder = Path(recipes.__file__).with_name("recipes")
+    names = {path.stem for path in folder.glob("*.yaml")}
+    assert {"llama-2-7b", "llama-2-13b", "llama-3.1-8b-v5e-256", "smollm2-gpu", "smollm2-cpu"} <= names
+    for path in folder.glob("*.yaml"):
+        assert yaml.safe_load(recipes.to_yaml(recipes.load(path)))["model"]

@@ -1,0 +1,112 @@
+"""Checkpoints of a run: written in the background, the last few and the best kept, the newest whole one restored."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as managers
+
+from headshare_jax.errors import HeadshareError
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "headshare-postshare"
+
+
+class RunCheckpoints:
+    """The folder `checkpoints/` of a run.
+
+    Every checkpoint holds the arrays of the training state, and plain data: the recipe, the stage, the map, and
+    whatever else a resumed run needs to know. Used as a context manager, it waits for the last save to be complete.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        """Keeps the last `keep` checkpoints, and the one with the lowest perplexity."""
+        self.folder = folder
+        best = managers.BestN(
+            get_metric_fn=lambda metrics: -metrics["perplexity"], n=1, keep_checkpoints_without_metrics=False
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=managers.AnyPreservationPolicy([managers.LatestN(n=keep), best]),
+            cleanup_tmp_directories=True,
+        )
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.wait()
+        self._manager.close()
+
+    def save(self, step: int, arrays: Any, document: dict[str, Any], perplexity: float | None) -> None:
+        """Begins to save; an earlier save that failed shows here or in `wait`.
+
+        Raises:
+          HeadshareError: a checkpoint could not be written; earlier ones are intact.
+        """
+        self.wait()
+        items = ocp.args.Composite(
+            arrays=ocp.args.PyTreeSave(arrays), document=ocp.args.JsonSave({"format": FORMAT, **document})
+        )
+        metrics = None if perplexity is None else {"perplexity": perplexity}
+        try:
+            self._manager.save(step, args=items, metrics=metrics, force=True)
+        except (OSError, ValueError) as error:
+            raise self._unwritable(error) from error
+
+    def wait(self) -> None:
+        """Returns once the save that was begun is complete; raises HeadshareError if it failed."""
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise self._unwritable(error) from error
+
+    def restore(self, abstract: Callable[[dict[str, Any]], Any]) -> tuple[int, Any, dict[str, Any]] | None:
+        """The newest checkpoint that can be read: its step, arrays and document; None if there is none at all.
+
+        Args:
+          abstract: gives, for a checkpoint's document, the tree of shapes, types and shardings to restore into. Raises
+            HeadshareError for a checkpoint of another run, which no older checkpoint can mend.
+
+        Raises:
+          HeadshareError: there are checkpoints, but none can be read.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                document = self._document(step)
+                target = abstract(document)
+                arrays = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        arrays=ocp.args.PyTreeRestore(
+                            target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
+                        )
+                    ),
+                ).arrays
+            except HeadshareError:
+                raise
+            except Exception as error:  # Orbax and its storage show damage in many ways
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                logger.warning("The checkpoint of step %d cannot be read (%s); trying the one before.", step, reason)
+                continue
+            return step, arrays, document
+        if steps:
+            raise HeadshareError(f"None of the {len(steps)} checkpoints in {self.folder} can be read.")
+        return None
+
+    def _document(self, step: int) -> dict[str, Any]:
+        items = self._manager.restore(step, args=ocp.args.Composite(document=ocp.args.JsonRestore()))
+        document: dict[str, Any] = items.document
+        if document.get("format") != FORMAT:
+            raise HeadshareError(f"{self.folder / str(step)} is not a checkpoint of a PostShare run.")
+        return document
+
+    def _unwritable(self, error: Exception) -> HeadshareError:
+        return HeadshareError(f"A checkpoint in {self.folder} could not be written ({error}); earlier ones are intact.")

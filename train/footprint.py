@@ -1,0 +1,56 @@
+"""What a run needs on every device, found by compiling its steps without running them."""
+
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from headshare_jax import convert
+from headshare_jax.mesh import batch_sharding
+from headshare_jax.parameters import parameter_names
+from headshare_jax.selection import sharing_map
+from headshare_jax.similarity import match
+from headshare_jax.train import recipe as recipes
+from headshare_jax.train.loop import check_devices
+from headshare_jax.train.placement import abstract_params, abstract_state, split_names
+from headshare_jax.train.step import StageContext, make_step
+
+
+def footprint(recipe: recipes.Recipe) -> dict[str, Any]:
+    """Bytes of parameters, optimizer state and temporaries (activations, gradients) on a device, stage by stage.
+
+    The sharing map is drawn at random: sizes depend on its ratio and tie alone.
+
+    Raises:
+      HeadshareError: the model cannot be opened, or mesh and batch do not fit this machine's devices.
+    """
+    mesh = check_devices(recipe)
+    source = convert.open_checkpoint(recipe.model)
+    settings = recipe.sharing
+    sharing = sharing_map(match(source, "random"), settings.ratio, chains=settings.chains, tie=settings.tie)
+    stages = []
+    for stage in recipe.stages:
+        context = StageContext(source.config, sharing, stage, recipe)
+        state = abstract_state(context, mesh)
+        _, others = split_names(context)
+        frozen = abstract_params(context, others, mesh, source.dtype("embed_vd"))
+        every = parameter_names(source.config) if stage.distill_weight else ()
+        dense = StageContext(source.config, sharing, recipes.Stage(), recipe)
+        teacher = abstract_params(dense, every, mesh, source.dtype("embed_vd"))
+        shape = (recipe.accumulate, recipe.batch_size // recipe.accumulate, recipe.data.seq_len)
+        batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, axis=1))
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+        compiled = make_step(context, state_sharding=shardings).lower(state, frozen, teacher, batch, batch).compile()
+        sizes = {
+            "parameters": _bytes(state.params) + _bytes(frozen) + _bytes(teacher),
+            "optimizer": _bytes(state.opt_state),
+            "temporaries": int(compiled.memory_analysis().temp_size_in_bytes),
+        }
+        stages.append({"kind": stage.kind, **sizes, "total": sum(sizes.values())})
+    return {"mesh": dict(mesh.shape), "stages": stages}
+
+
+def _bytes(tree: Any) -> int:
+    """Bytes of a tree's arrays on one device."""
+    return sum(leaf.dtype.itemsize * prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,366 @@
+"""A PostShare run: stages, steps, evaluation, checkpoints and metrics. The work itself is done in `step`."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from headshare_jax import convert
+from headshare_jax.convert import map_file, text, tokenizer
+from headshare_jax.convert.atomic import new_file
+from headshare_jax.convert.cache import cache_directory
+from headshare_jax.convert.cast import cast
+from headshare_jax.errors import HeadshareError
+from headshare_jax.evaluation import perplexity
+from headshare_jax.mesh import batch_sharding, make_mesh
+from headshare_jax.modeling import Llama
+from headshare_jax.parameters import WeightSource, fingerprint, parameter_names
+from headshare_jax.selection import sharing_map
+from headshare_jax.sharing import SharingMap
+from headshare_jax.similarity import match
+from headshare_jax.train import data
+from headshare_jax.train import recipe as recipes
+from headshare_jax.train.checkpoints import RunCheckpoints
+from headshare_jax.train.metrics import MetricsLog, matrix_rate, step_flops
+from headshare_jax.train.placement import abstract_params, abstract_state, begin, gathered, place, split_names
+from headshare_jax.train.step import Params, StageContext, TrainState, make_step, trainable_names
+from headshare_jax.transform import share
+
+CONFIG, MAP, FINAL, CHECKPOINTS = "config.yaml", "map.json", "final", "checkpoints"
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same throughout a run."""
+
+    recipe: recipes.Recipe
+    output: Path
+    source: convert.Checkpoint
+    sharing: SharingMap
+    mesh: Mesh
+    blocks: data.Blocks
+    eval_tokens: np.ndarray
+
+    def context(self, number: int) -> StageContext:
+        """What a stage's step is made for."""
+        return StageContext(self.source.config, self.sharing, self.recipe.stages[number], self.recipe)
+
+
+def run(
+    recipe: recipes.Recipe, output: Path, *, resume: bool = False, report: Report = lambda metrics: None
+) -> dict[str, Any] | None:
+    """Trains as the recipe says; returns the metrics of the last step, or None if it was stopped before that.
+
+    The folder `output` gets `config.yaml`, `map.json`, `metrics.jsonl` (a line a step), `checkpoints/`, and `final/`,
+    the shared model. On SIGTERM it saves a checkpoint and stops. Every process of a distributed run calls this.
+
+    Args:
+      recipe: the run.
+      output: folder of the run; new unless `resume`.
+      resume: go on after the newest checkpoint in `output`, whose recipe must be the same but for the mesh.
+      report: called with every step's metrics.
+
+    Raises:
+      HeadshareError: the recipe cannot be run, or `output` is not a run to be resumed.
+    """
+    check_devices(recipe)
+    _claim(output, recipe, resume)
+    task = prepare(recipe, output)
+    with RunCheckpoints(output / CHECKPOINTS, recipe.checkpoints.keep) as checkpoints, _told_to_stop() as stopping:
+        trainer = _Trainer(task, checkpoints, stopping, report)
+        trainer.start(resume)
+        return trainer.export() if trainer.train() else None
+
+
+def check_devices(recipe: recipes.Recipe) -> Mesh:
+    """The recipe's mesh on this machine's devices; raises HeadshareError if it or the batch does not fit them."""
+    mesh = make_mesh((recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor))
+    rows, parts = recipe.batch_size // recipe.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % parts:
+        raise HeadshareError(
+            f"batch_size / accumulate ({rows}) must be a multiple of the mesh's data x fsdp ({parts}); change either."
+        )
+    return mesh
+
+
+def prepare(recipe: recipes.Recipe, output: Path) -> Run:
+    """Opens the model, makes or reads the map (`map.json` in `output`), and tokenises the text."""
+    path = convert.locate(recipe.model)
+    source = convert.open_checkpoint(path)
+    if source.sharing is not None:
+        raise HeadshareError(f"{recipe.model} already shares heads; PostShare begins with a dense model.")
+    for stage in recipe.stages:
+        trainable_names(source.config, stage.trainable)
+    words = tokenizer.load(path)
+    blocks = data.prepare(
+        recipe.data.train,
+        words,
+        seq_len=recipe.data.seq_len,
+        text_field=recipe.data.text_field,
+        workers=recipe.data.workers,
+        cache=cache_directory() / "blocks",
+    )
+    held_out = recipe.data.eval
+    eval_tokens = (
+        [] if held_out is None else words(text.read(held_out, field=recipe.data.text_field), verbose=False).input_ids
+    )
+    mesh = check_devices(recipe)
+    return Run(
+        recipe, output, source, _sharing(recipe, source, output), mesh, blocks, np.asarray(eval_tokens, np.int32)
+    )
+
+
+def _claim(output: Path, recipe: recipes.Recipe, resume: bool) -> None:
+    path = output / CONFIG
+    if resume:
+        if not path.is_file():
+            raise HeadshareError(f"{output} holds no run to resume (no {CONFIG}); leave --resume out to begin one.")
+        changes = recipes.difference(recipes.load(path), recipe)
+        changed = [line for line in changes if not line.startswith("mesh.")]
+        if changed:
+            raise HeadshareError(
+                f"The recipe differs from that of the run in {output}: {'; '.join(changed)}. Undo the change, or begin "
+                "a new run in another folder."
+            )
+        return
+    if jax.process_index() == 0:
+        try:
+            output.mkdir()
+        except FileExistsError as error:
+            raise HeadshareError(
+                f"{output} exists already; pass --resume to go on with it, or choose another."
+            ) from error
+        except OSError as error:
+            raise HeadshareError(f"The folder {output} cannot be made: {error.strerror}.") from error
+        path.write_text(recipes.to_yaml(recipe))
+    _wait_for_all("claimed")
+
+
+def _sharing(recipe: recipes.Recipe, source: convert.Checkpoint, output: Path) -> SharingMap:
+    path = output / MAP
+    if path.is_file():
+        return map_file.read(path)
+    settings = recipe.sharing
+    if settings.map is not None:
+        sharing = map_file.read(Path(settings.map))
+        sharing.check_model(source.config)
+        if sharing.source is not None and sharing.source != fingerprint(source):
+            raise HeadshareError(f"The map {settings.map} was made for other weights than those of {recipe.model}.")
+    else:
+        sharing = sharing_map(match(source, settings.match), settings.ratio, chains=settings.chains, tie=settings.tie)
+    if not len(sharing.receivers):
+        raise HeadshareError("The map has no receivers, so there is nothing to share; raise the ratio.")
+    _wait_for_all("mapped")
+    if jax.process_index() == 0:
+        with new_file(path) as partial:
+            partial.write_text(sharing.to_json())
+    return sharing
+
+
+class _Trainer:
+    """Walks through the stages; holds what changes from step to step."""
+
+    task: Run
+    number: int
+    context: StageContext
+    state: TrainState
+    frozen: Params
+    teacher: Params
+    step_in_stage: int
+    log: MetricsLog
+
+    def __init__(self, task: Run, checkpoints: RunCheckpoints, stopping: Callable[[], bool], report: Report):
+        self.task, self.checkpoints, self.stopping, self.report = task, checkpoints, stopping, report
+        self.limit = matrix_rate(task.recipe.compute_dtype)
+
+    @property
+    def step(self) -> int:
+        """Steps done in the run."""
+        return self.step_in_stage + sum(stage.steps for stage in self.task.recipe.stages[: self.number])
+
+    def start(self, resume: bool) -> None:
+        """Takes over the newest checkpoint, or begins the first stage."""
+        found = self.checkpoints.restore(self._abstract) if resume else None
+        if found is None:
+            source = self.task.source
+            first = self.task.recipe.stages[0].kind
+            self._enter(0, source if first == "align" else share(convert.load(source), self.task.sharing))
+        else:
+            _, arrays, document = found
+            self._enter(document["stage"], None)
+            self.state, self.frozen = TrainState(**arrays["state"]), arrays["frozen"]
+            self.step_in_stage = int(self.state.step)
+        self.log = MetricsLog(self.task.output, from_step=self.step)
+
+    def train(self) -> bool:
+        """Runs every stage that is left; False if it was told to stop before the end."""
+        stages = self.task.recipe.stages
+        for number in range(self.number, len(stages)):
+            if number > self.number:
+                self._enter(number, self._trained(stages[number].kind))
+            if not self._train_stage():
+                return False
+        return True
+
+    def export(self) -> dict[str, Any]:
+        """Writes the shared model, in the source's own types, with its tokenizer; returns the last step's metrics."""
+        model, source = gathered(self._trained("tied")), self.task.source
+        self.log.close()
+        lines = self.log.lines()
+        last = lines[-1] if lines else {}
+        if jax.process_index() == 0:
+            convert.save(
+                cast(model, str(source.dtype("embed_vd"))),
+                self.task.output / FINAL,
+                tokenizer_from=source.path,
+                overwrite=True,
+                provenance={"source": self.task.recipe.model, "postshare": last},
+            )
+        _wait_for_all("exported")
+        return last
+
+    def _enter(self, number: int, source: WeightSource | None) -> None:
+        """Makes a stage the current one, from a source's weights unless its state is to be restored."""
+        self.number, self.context, self.step_in_stage = number, self.task.context(number), 0
+        if source is not None:
+            self.state, self.frozen = begin(self.context, source, self.task.mesh)
+        self.teacher = self._teacher()
+
+    def _teacher(self) -> Params:
+        if not self.context.stage.distill_weight:
+            return {}
+        return place(self.task.source, parameter_names(self.task.source.config), self.task.mesh)
+
+    def _train_stage(self) -> bool:
+        recipe, stage, mesh = self.task.recipe, self.context.stage, self.task.mesh
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(self.context, mesh))
+        step = make_step(self.context, state_sharding=shardings)
+        batches = data.Batches(
+            self.task.blocks, batch_size=recipe.batch_size, accumulate=recipe.accumulate, seed=recipe.seed + self.number
+        )
+        sharding = batch_sharding(mesh, axis=1)
+        shape = (recipe.accumulate, recipe.batch_size // recipe.accumulate, recipe.data.seq_len)
+        mine = _local_rows(sharding, shape)
+        start = time.perf_counter()
+        for _, *parts in batches.stream(self.step_in_stage, stage.steps, rows=mine):
+            batch = (jax.make_array_from_process_local_data(sharding, part, shape) for part in parts)
+            self.state, metrics = step(self.state, self.frozen, self.teacher, *batch)
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            self.step_in_stage += 1
+            if not self._after_step(values | self._speed(values["tokens"], time.perf_counter() - start)):
+                return False
+            start = time.perf_counter()
+        return True
+
+    def _speed(self, tokens: float, seconds: float) -> dict[str, float]:
+        flops = step_flops(self.task.source.config, self.task.recipe.data.seq_len, int(tokens))
+        return {"seconds": seconds, "tokens_per_second": tokens / seconds, "mfu": flops / seconds / self.limit}
+
+    def _after_step(self, values: dict[str, float]) -> bool:
+        """Logs, evaluates and saves where that is due; False if the run is to stop here."""
+        recipe = self.task.recipe
+        if values["bad_in_row"] >= recipe.max_bad_steps:
+            raise HeadshareError(
+                f"The loss or its gradients were NaN or infinite in {recipe.max_bad_steps} steps in a row, until step "
+                f"{self.step}; lower the learning rate and begin a new run."
+            )
+        line: dict[str, Any] = {"step": self.step, "stage": self.context.stage.kind, **values}
+        if self.task.eval_tokens.size and self._due(recipe.checkpoints.eval_every):
+            line |= self._evaluate()
+        self.log.add(line)
+        self.report(line)
+        stopping = self.stopping()
+        if stopping or self._due(recipe.checkpoints.every):
+            self.checkpoints.save(self.step, self._arrays(), self._document(), line.get("shared_perplexity"))
+        return not stopping or self.step == recipe.total_steps
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step_in_stage == self.context.stage.steps
+
+    def _evaluate(self) -> dict[str, float]:
+        """Held-out perplexity of the shared model, and in an align stage of the model before sharing."""
+        result = {"shared_perplexity": self._perplexity(self._trained("tied"))}
+        if self.context.stage.kind == "align":
+            result["dense_perplexity"] = self._perplexity(self._trained("align"))
+        return result
+
+    def _perplexity(self, model: Llama) -> float:
+        settings = self.task.recipe.data
+        tokens, windows = self.task.eval_tokens, settings.eval_windows
+        return perplexity(model, tokens, seq_len=settings.seq_len, max_windows=windows).token_perplexity
+
+    def _trained(self, kind: str) -> Llama:
+        """The model as trained so far: dense for an align stage, shared for a tied one."""
+        model = self.context.model({**self.frozen, **self.state.params})
+        if kind == "tied" and model.sharing is None:
+            return share(model, self.task.sharing, check_source=False)
+        return model
+
+    def _arrays(self) -> dict[str, Any]:
+        return {"state": vars(self.state), "frozen": self.frozen}
+
+    def _document(self) -> dict[str, Any]:
+        return {
+            "stage": self.number,
+            "recipe": recipes.to_yaml(self.task.recipe),
+            "map": self.task.sharing.to_json(),
+            "data": self.task.blocks.digest,
+        }
+
+    def _abstract(self, document: Mapping[str, Any]) -> Any:
+        """The arrays of a checkpoint of this run, as shapes on this run's mesh."""
+        if document["data"] != self.task.blocks.digest:
+            raise HeadshareError("The checkpoint was trained on other data: the text or the tokenizer has changed.")
+        if SharingMap.from_json(document["map"]) != self.task.sharing:
+            raise HeadshareError(f"The checkpoint was trained with another map than the run's {MAP}.")
+        context, source, mesh = self.task.context(document["stage"]), self.task.source, self.task.mesh
+        frozen: dict[str, Any] = {}
+        for name in split_names(context)[1]:
+            frozen |= abstract_params(context, [name], mesh, source.dtype(name))
+        return {"state": vars(abstract_state(context, mesh)), "frozen": frozen}
+
+
+def _local_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:
+    """Rows (axis 1) of a batch that this process's devices hold."""
+    places = sharding.addressable_devices_indices_map(shape).values()
+    return np.unique([np.arange(shape[1])[place[1]] for place in places if place is not None])
+
+
+@contextmanager
+def _told_to_stop() -> Iterator[Callable[[], bool]]:
+    """Yields whether any process has got SIGTERM since, as cloud machines send before they are taken away."""
+    told = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        told.append(number)
+
+    before = signal.signal(signal.SIGTERM, note)
+
+    def anyone() -> bool:
+        if jax.process_count() == 1:
+            return bool(told)
+        from jax.experimental.multihost_utils import process_allgather
+
+        return bool(process_allgather(np.int32(len(told))).any())
+
+    try:
+        yield anyone
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _wait_for_all(name: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental.multihost_utils import sync_global_devices
+
+        sync_global_devices(name)

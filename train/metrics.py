@@ -1,0 +1,99 @@
+"""What a run reports: a line a step in `metrics.jsonl`, TensorBoard, speed against the machine's limit, and a plot."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from headshare_jax.config import LlamaConfig
+from headshare_jax.convert.atomic import new_file
+
+METRICS, PLOT = "metrics.jsonl", "metrics.png"
+_RATE_SIZE = 2048
+
+
+class MetricsLog:
+    """Metrics of a run, written by the first process.
+
+    TensorBoard files are written too where `tensorboardX` is installed.
+    """
+
+    def __init__(self, folder: Path, *, from_step: int):
+        """Drops the lines after `from_step`, and one that a kill left incomplete."""
+        self.path = folder / METRICS
+        self._writes = jax.process_index() == 0
+        self._board = _tensorboard(folder) if self._writes else None
+        if self._writes and self.path.is_file():
+            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= from_step]
+            with new_file(self.path, overwrite=True) as partial:
+                partial.write_text("".join(f"{line}\n" for line in kept))
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Adds a step's metrics."""
+        if not self._writes:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._board is not None:
+            for name, value in line.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(name, value, line["step"])
+            self._board.flush()
+
+    def close(self) -> None:
+        """Draws the plot and closes the files."""
+        if not self._writes:
+            return
+        if self._board is not None:
+            self._board.close()
+        lines = self.lines()
+        if lines:
+            from headshare_jax.pictures import draw_training
+
+            with new_file(self.path.with_name(PLOT), overwrite=True) as partial:
+                draw_training(lines, partial)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """All lines so far."""
+        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.is_file() else []
+
+
+def step_flops(config: LlamaConfig, seq_len: int, tokens: int) -> float:
+    """Floating-point operations of a training step's matrix products, forward and backward (without remat)."""
+    projections = 2 * config.hidden_size * config.head_dim * (config.num_heads + config.num_kv_heads)
+    mlp = 3 * config.hidden_size * config.intermediate_size
+    attention = config.num_heads * config.head_dim * seq_len
+    per_token = config.num_layers * (projections + mlp + attention) + config.hidden_size * config.vocab_size
+    return 6.0 * per_token * tokens
+
+
+def matrix_rate(dtype: str) -> float:
+    """This machine's measured rate of one large matrix product on all local devices, in FLOP/s."""
+    a = jnp.ones((_RATE_SIZE, _RATE_SIZE), dtype)
+    product = jax.jit(lambda a: a @ a)
+    product(a).block_until_ready()
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        product(a).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
+    return 2.0 * _RATE_SIZE**3 / best * devices
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,96 @@
+"""Parameters and training state on a mesh; every part is read by itself, so that no host holds more than its own."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from headshare_jax import parameters
+from headshare_jax.mesh import parameter_sharding, replicated
+from headshare_jax.modeling import Llama
+from headshare_jax.parameters import WeightSource
+from headshare_jax.train.step import Params, StageContext, TrainState, first_state, trainable_names
+
+
+def place(source: WeightSource, names: Iterable[str], mesh: Mesh, dtype: str | None = None) -> Params:
+    """Parameters of a source on a mesh, in the given type or in the source's own."""
+    placed = {}
+    for name in names:
+        target = jnp.dtype(dtype or source.dtype(name))
+        array = getattr(source, name)[...] if isinstance(source, Llama) else None
+        if array is None or array.is_fully_addressable:
+            placed[name] = _read_onto(source, name, mesh, target)
+        else:
+            placed[name] = _moved(array, parameter_sharding(mesh, source.config, name, array.shape), target)
+    return placed
+
+
+def begin(context: StageContext, source: WeightSource, mesh: Mesh) -> tuple[TrainState, Params]:
+    """The state before a stage's first step, float32, and the frozen parameters, in the source's own types."""
+    names, others = split_names(context)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(context, mesh))
+    start = jax.jit(lambda params: first_state(context, params), out_shardings=shardings)
+    return start(place(source, names, mesh, "float32")), place(source, others, mesh)
+
+
+def split_names(context: StageContext) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the parameters that train in a stage, and of those that do not."""
+    names = trainable_names(context.config, context.stage.trainable)
+    return names, tuple(name for name in parameters.parameter_names(context.config) if name not in names)
+
+
+def abstract_state(context: StageContext, mesh: Mesh) -> TrainState:
+    """Shapes, types and shardings of a stage's state: optimizer moments lie where their parameters do."""
+    params = abstract_params(context, split_names(context)[0], mesh, jnp.dtype("float32"))
+
+    def placed(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        name = getattr(path[-1], "key", None)
+        sharding = params[name].sharding if name in params and leaf.ndim else replicated(mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    state = jax.eval_shape(lambda params: first_state(context, params), params)
+    placed_state: TrainState = jax.tree_util.tree_map_with_path(placed, state)
+    return placed_state
+
+
+def abstract_params(
+    context: StageContext, names: Iterable[str], mesh: Mesh, dtype: Any
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of parameters as a stage's model stores them."""
+    shapes = {name: parameters.stored_shape(context.config, name, context.model_sharing) for name in names}
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=parameter_sharding(mesh, context.config, name, shape))
+        for name, shape in shapes.items()
+    }
+
+
+def gathered(model: Llama) -> Llama:
+    """The model with whole arrays on every host, where they lie on several; all processes must call it together."""
+    if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(model)):
+        return model
+    from jax.experimental.multihost_utils import process_allgather
+
+    whole: Llama = jax.tree.map(lambda leaf: process_allgather(leaf, tiled=True), model)
+    return whole
+
+
+def _moved(array: jax.Array, sharding: NamedSharding, dtype: np.dtype[Any]) -> jax.Array:
+    """An array that several hosts hold, in another place and type; all processes must call it together."""
+    return jax.jit(lambda array: array.astype(dtype), out_shardings=sharding)(array)
+
+
+def _read_onto(source: WeightSource, name: str, mesh: Mesh, dtype: np.dtype[Any]) -> jax.Array:
+    shape = parameters.stored_shape(source.config, name, source.sharing)
+    sharding = parameter_sharding(mesh, source.config, name, shape)
+    parts: dict[tuple[tuple[int, ...], ...], np.ndarray] = {}
+    placed = []
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None
+        key = tuple(cut.indices(size) for cut, size in zip(index, shape, strict=True))
+        if key not in parts:
+            parts[key] = parameters.assemble(source, name, index).astype(dtype)
+        placed.append(jax.device_put(parts[key], device))
+    return jax.make_array_from_single_device_arrays(shape, sharding, placed)
