@@ -12,9 +12,6 @@ from headshare_jax.convert import keys
 from headshare_jax.errors import HeadshareError
 from headshare_jax.sharing import SharingMap
 
-# Of tensors with the same problem, this many are named.
-_NAMED = 20
-
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -117,9 +114,4 @@ def _compare(
             name for name in known if found[name].dtype is None and expected[name].parts
         ],
     }
-    return [f"{problem}: {_listed(names)}" for problem, names in lists.items() if names]
-
-
-def _listed(names: list[str]) -> str:
-    rest = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+    return [f"{problem}: {', '.join(names)}" for problem, names in lists.items() if names]

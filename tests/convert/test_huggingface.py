@@ -229,11 +229,17 @@ def test_all_problems_are_told_at_once(folder: Path) -> None:
     assert "\n" not in message
 
 
-def test_long_lists_of_problems_are_cut(folder: Path) -> None:
-    rewrite(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if "layers" in name])
-    assert refused(folder).endswith(
-        "model.layers.2.input_layernorm.weight, model.layers.2.self_attn.q_proj.weight and 7 more."
+def test_every_missing_tensor_is_named(folder: Path) -> None:
+    lost: list[str] = []
+    rewrite(
+        folder,
+        lambda tensors: lost.extend(
+            name for name in list(tensors) if "layers" in name and tensors.pop(name) is not None
+        ),
     )
+    message = refused(folder)
+    assert len(lost) == 27
+    assert all(name in message for name in lost)
 
 
 def test_harmless_extras_are_allowed(folder: Path) -> None:
