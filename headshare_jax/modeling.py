@@ -24,6 +24,8 @@ REMAT_POLICIES = {
 # Up to this many tokens a projection reads its heads one by one, which costs no bytes beyond the weights; above it,
 # one gather of the layer's heads is shared by all tokens.
 PER_HEAD_TOKENS = 32
+# Queries whose attention scores are in memory at a time, unless that makes more blocks than are good to unroll.
+ATTENTION_BLOCK, MAX_ATTENTION_BLOCKS = 128, 8
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -152,17 +154,16 @@ class Llama(nnx.Module):
     ) -> jax.Array:
         """Normalised output of the last layer, [B, T, D] in the compute dtype; arguments as in `__call__`."""
         length = tokens_bt.shape[1]
-        mask_bnts = None
+        mask_bts = jnp.tril(jnp.ones((length, length), bool))[None]
         if segments_bt is not None:
-            same_bts = segments_bt[:, :, None] == segments_bt[:, None, :]
-            mask_bnts = (same_bts & jnp.tril(jnp.ones((length, length), bool))[None])[:, None]
+            mask_bts = mask_bts & (segments_bt[:, :, None] == segments_bt[:, None, :])
         if positions_bt is None:
             positions_bt = _positions(tokens_bt, segments_bt)
         cos_bth, sin_bth = rotary_angles(self.config, positions_bt)
 
         def layer(x_btd: jax.Array, weights: dict[str, jax.Array]) -> tuple[jax.Array, None]:
             q_btnh, k_btkh, v_btkh = self._qkv(x_btd, weights, cos_bth, sin_bth)
-            heads_btnh = _attend(q_btnh, k_btkh, v_btkh, mask_bnts)
+            heads_btnh = _attend(q_btnh, k_btkh, v_btkh, mask_bts, causal=True)
             return self._layer_output(x_btd, heads_btnh, weights), None
 
         if self.remat != "none":
@@ -188,7 +189,7 @@ class Llama(nnx.Module):
         used_bs = slot_s[None, :] >= cache.start_b[:, None]
         # A padding slot sees itself: a row with nothing to see would have no softmax.
         itself_ts = slot_s[None, :] == slot_t[:, None]
-        mask_bnts = ((seen_ts[None] & used_bs[:, None]) | itself_ts[None])[:, None]
+        mask_bts = (seen_ts[None] & used_bs[:, None]) | itself_ts[None]
 
         def layer(
             carry: tuple[jax.Array, jax.Array, jax.Array], scanned: tuple[jax.Array, dict[str, jax.Array]]
@@ -199,7 +200,7 @@ class Llama(nnx.Module):
             at = (place, 0, cache.length, 0, 0)
             k_lbskh = jax.lax.dynamic_update_slice(k_lbskh, k_btkh[None], at)
             v_lbskh = jax.lax.dynamic_update_slice(v_lbskh, v_btkh[None], at)
-            heads_btnh = _attend(q_btnh, k_lbskh[place], v_lbskh[place], mask_bnts)
+            heads_btnh = _attend(q_btnh, k_lbskh[place], v_lbskh[place], mask_bts, causal=False)
             return (self._layer_output(x_btd, heads_btnh, weights), k_lbskh, v_lbskh), None
 
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
@@ -282,7 +283,10 @@ class Llama(nnx.Module):
                 heads_btnh[:, :, n] @ _row(pool_phd, row).astype(heads_btnh.dtype) for n, row in enumerate(index_n)
             ]
             return sum(heads[1:], start=heads[0])
-        return jnp.einsum("btnh,nhd->btd", heads_btnh, _rows(pool_phd, index_n).astype(heads_btnh.dtype))
+        rows_nhd = _rows(pool_phd, index_n).astype(heads_btnh.dtype)
+        batch, length, heads, width = heads_btnh.shape
+        out_md = heads_btnh.reshape(-1, heads * width) @ rows_nhd.reshape(heads * width, -1)
+        return out_md.reshape(batch, length, -1)
 
     def _layer_output(self, x_btd: jax.Array, heads_btnh: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
         """Residual stream after a layer whose attention heads gave `heads_btnh`."""
@@ -295,11 +299,14 @@ class Llama(nnx.Module):
     def _mlp(self, x_btd: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
         def linear(x: jax.Array, name: str, bias: str) -> jax.Array:
             y = x @ weights[name].astype(x.dtype)
-            return y + weights[bias].astype(x.dtype)[None, None] if self.config.mlp_bias else y
+            return y + weights[bias].astype(x.dtype)[None] if self.config.mlp_bias else y
 
-        gate_btf = linear(x_btd, "gate_ldf", "gate_bias_lf")
-        up_btf = linear(x_btd, "up_ldf", "up_bias_lf")
-        return linear(_ACTIVATIONS[self.config.hidden_act](gate_btf) * up_btf, "down_lfd", "down_bias_ld")
+        # Tokens along one axis: the gradient of a weight sums over them, and over two axes XLA would first copy.
+        x_md = x_btd.reshape(-1, x_btd.shape[-1])
+        gate_mf = linear(x_md, "gate_ldf", "gate_bias_lf")
+        up_mf = linear(x_md, "up_ldf", "up_bias_lf")
+        out_md = linear(_ACTIVATIONS[self.config.hidden_act](gate_mf) * up_mf, "down_lfd", "down_bias_ld")
+        return out_md.reshape(x_btd.shape)
 
     def _rms_norm(self, x_btd: jax.Array, scale_d: jax.Array) -> jax.Array:
         x_f32 = x_btd.astype(jnp.float32)
@@ -328,11 +335,39 @@ def _positions(tokens_bt: jax.Array, segments_bt: jax.Array | None) -> jax.Array
     return place_bt - jax.lax.cummax(jnp.where(begins_bt, place_bt, 0), axis=1)
 
 
-def _attend(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, mask_bnts: jax.Array | None) -> jax.Array:
-    """Head outputs [B, T, N, H]; causal if there is no mask."""
-    # JAX's own attention needs the implicit promotion that a user may have turned off.
-    with jax.numpy_dtype_promotion("standard"):
-        return jax.nn.dot_product_attention(q_btnh, k_bskh, v_bskh, mask=mask_bnts, is_causal=mask_bnts is None)
+def _attend(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, mask_bts: jax.Array, *, causal: bool) -> jax.Array:
+    """Head outputs [B, T, N, H].
+
+    Args:
+      q_btnh, k_bskh, v_bskh: queries, keys and values.
+      mask_bts: bool [B or 1, T, S], what each query sees; at least one key.
+      causal: query t sees no key after t, so that blocks of queries need only the keys before their end.
+    """
+    batch, length, heads, width = q_btnh.shape
+    slots, groups = k_bskh.shape[1:3]
+    q_bkgth = q_btnh.reshape(batch, length, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
+    k_bksh, v_bksh = k_bskh.swapaxes(1, 2), v_bskh.swapaxes(1, 2)
+    block = max(ATTENTION_BLOCK, -(-length // MAX_ATTENTION_BLOCKS))
+    blocks = []
+    for begin in range(0, length, block):
+        end = min(begin + block, length)
+        seen = end if causal else slots
+        keys, values = k_bksh[:, :, :seen], v_bksh[:, :, :seen]
+        blocks.append(_attend_block(q_bkgth[:, :, :, begin:end], keys, values, mask_bts[:, begin:end, :seen]))
+    return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(q_btnh.shape)
+
+
+@jax.checkpoint
+def _attend_block(q_bkgth: jax.Array, k_bksh: jax.Array, v_bksh: jax.Array, mask_bts: jax.Array) -> jax.Array:
+    """Outputs [B, K, G, T, H] of a block of queries; its scores are computed again in the backward pass."""
+    scores_bkgts = jnp.einsum("bkgth,bksh->bkgts", q_bkgth, k_bksh, preferred_element_type=jnp.float32)
+    scores_bkgts = jnp.where(mask_bts[:, None, None], scores_bkgts, -jnp.inf) * q_bkgth.shape[-1] ** -0.5
+    top_bkgts = jax.lax.stop_gradient(jnp.max(scores_bkgts, axis=-1, keepdims=True))
+    weights_bkgts = jnp.exp(scores_bkgts - top_bkgts)
+    out_bkgth = jnp.einsum(
+        "bkgts,bksh->bkgth", weights_bkgts.astype(v_bksh.dtype), v_bksh, preferred_element_type=jnp.float32
+    )
+    return (out_bkgth / jnp.sum(weights_bkgts, axis=-1)[..., None]).astype(q_bkgth.dtype)
 
 
 def _row(pool: jax.Array, row: jax.Array) -> jax.Array:
