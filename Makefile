@@ -8,7 +8,7 @@ demo: .venv/base
 	$(BIN)/headshare demo --overwrite
 
 test: .venv/test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # The type checker cannot follow the mapping of convert/ and train/ into the package, so it is shown the tree it makes.
 check: .venv/test
@@ -28,6 +28,10 @@ check: .venv/test
 .venv/test: .venv/base
 	$(BIN)/python -m pip install --quiet torch==2.13.0 --editable '.[test]'
 	touch $@
+
+bench: .venv/test
+	$(BIN)/python bench/match.py
+	$(BIN)/python bench/convert.py
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -63,13 +63,13 @@ def run(options: Options) -> dict[str, Any]:
     RESULTS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=RESULTS) as folder:
         native, hf, again = (Path(folder) / name for name in ("native", "hf", "again"))
-        directions = {
-            f"{'GGUF' if src.is_file() else 'HF'} -> native": (src, native),
-            "native -> HF": (native, hf),
-            "HF -> native": (hf, again),
-        }
+        directions = [
+            (f"{'GGUF' if src.is_file() else 'HF'} -> native", src, native),
+            ("native -> HF", native, hf),
+            ("HF -> native", hf, again),
+        ]
         repeats = 1 if options.quick else options.repeats
-        rows = [{"name": name} | measured(*paths, repeats) for name, paths in directions.items()]
+        rows = [{"name": name} | measured(*paths, repeats) for name, *paths in directions]
     return {"machine": where, "source": src.name, "repeats": repeats, "directions": rows}
 
 
