@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -218,8 +219,10 @@ class _DeferredHandler(type_handlers.NumpyHandler):  # type: ignore[misc]
 def _write_array(path: Path, value: np.ndarray, layered: bool) -> None:
     """Writes a plain zarr array: weights do not compress, and a layer or a head can be read by itself."""
     row_bytes = value.nbytes // len(value)
-    rows = 1 if layered else max(1, CHUNK_BYTES // row_bytes)
-    chunk = (min(rows, len(value)), *value.shape[1:])
+    # Chunks are equal, since the last one takes a whole chunk's place on disk.
+    most = 1 if layered else max(1, CHUNK_BYTES // row_bytes)
+    rows = math.ceil(len(value) / math.ceil(len(value) / most))
+    chunk = (rows, *value.shape[1:])
     spec = {
         "driver": "zarr",
         "kvstore": {"driver": "file", "path": f"{path}/"},

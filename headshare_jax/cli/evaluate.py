@@ -24,7 +24,7 @@ class Evaluate(Command):
     text: Annotated[
         str,
         tyro.conf.arg(
-            help="A text, JSONL or parquet file, or a data set as name[:config[:split]], such as wikitext:wikitext-2-raw-v1:test."
+            help="Text, JSONL or parquet file, or data set name[:config[:split]]: wikitext:wikitext-2-raw-v1:test."
         ),
     ]
     seq_len: Annotated[int, tyro.conf.arg(help="Tokens in a window.")] = 2048
