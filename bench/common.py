@@ -1,4 +1,4 @@
-"""What every benchmark says: the machine it ran on, its table, its JSON."""
+"""What every benchmark says: the machine it ran on (Linux), its table, its JSON."""
 
 import json
 import os
@@ -29,14 +29,18 @@ def machine(*packages: str) -> dict[str, Any]:
 
 def cores() -> int:
     """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
 
 
 def _cpu() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def peak_rss() -> int:
+    """Bytes of this process at its largest; unlike getrusage's, never those of the process that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def seconds(function: Callable[[], Any]) -> float:

@@ -20,24 +20,25 @@ from rich.table import Table
 # Peak memory allowed above the model's own bytes: Python, its libraries, and one tensor.
 ALLOWANCE = 250 * 10**6
 
-# This process stays small: on Linux a child's peak memory counts from what its parent held when it was started.
 CHILD = """
-import json, resource, sys, time
+import sys, time
 start = time.perf_counter()
 from headshare_jax import convert
 from headshare_jax.ledger import ledger
-src, dst, to = sys.argv[1:]
 imported = time.perf_counter()
-libraries = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+import json
+from common import peak_rss
+libraries = peak_rss()
+src, dst, to = sys.argv[1:]
+begun = time.perf_counter()
 source = convert.open_checkpoint(src)
 convert.save(source, dst, to=to, tokenizer_from=convert.locate(src))
-done = time.perf_counter()
 print(json.dumps({
+    "seconds": time.perf_counter() - begun,
     "import_seconds": imported - start,
-    "seconds": done - imported,
-    "libraries_rss": libraries * 1024,
-    "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    "model_bytes": ledger(source).dense_bytes,
+    "libraries_rss": libraries,
+    "peak_rss": peak_rss(),
+    "model_bytes": ledger(source).stored_bytes,
 }))
 """
 FIND_DEFAULT = "from headshare_jax.cli.demo import smollm2; print(smollm2())"
@@ -52,7 +53,7 @@ class Options:
     repeats: int = 3
     """The best time of so many is taken, after one with the input dropped from the page cache."""
     quick: bool = False
-    """Once only, to test this benchmark."""
+    """Every direction once and cold, to test this benchmark."""
     json: Path | None = None
     """Where to write the result; bench/results/convert.json by default."""
 
@@ -64,27 +65,28 @@ def run(options: Options) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=RESULTS) as folder:
         native, hf, again = (Path(folder) / name for name in ("native", "hf", "again"))
         directions = [
-            (f"{'GGUF' if src.is_file() else 'HF'} -> native", src, native),
+            ("GGUF -> native" if src.is_file() else "HF -> native", src, native),
             ("native -> HF", native, hf),
             ("HF -> native", hf, again),
         ]
-        repeats = 1 if options.quick else options.repeats
-        rows = [{"name": name} | measured(*paths, repeats) for name, *paths in directions]
+        repeats = 0 if options.quick else options.repeats
+        rows = [{"name": name} | measured(one, other, repeats) for name, one, other in directions]
     return {"machine": where, "source": src.name, "repeats": repeats, "directions": rows}
 
 
 def measured(src: Path, dst: Path, repeats: int) -> dict[str, Any]:
-    """Converts cold and then warm, and copies the files of both sides likewise."""
+    """Converts once cold and then `repeats` times warm, and copies the files of both sides likewise."""
     drop_from_page_cache(src)
     runs = [converted(src, dst) for _ in range(1 + repeats)]
     drop_from_page_cache(src)
     copies = [copied(src, dst.parent) for _ in range(1 + repeats)]
+    warm = slice(min(1, repeats), None)
     seconds = {
         "convert_cold": runs[0]["seconds"],
-        "convert": min(run["seconds"] for run in runs[1:]),
-        "import": min(run["import_seconds"] for run in runs[1:]),
+        "convert": min(run["seconds"] for run in runs[warm]),
+        "import": min(run["import_seconds"] for run in runs),
         "copy_input_cold": copies[0],
-        "copy_input": min(copies[1:]),
+        "copy_input": min(copies[warm]),
         "copy_output": min(copied(dst, dst.parent) for _ in range(1 + repeats)),
     }
     peak, limit = max(run["peak_rss"] for run in runs), runs[0]["model_bytes"] + ALLOWANCE
@@ -111,14 +113,15 @@ def converted(src: Path, dst: Path) -> dict[str, float]:
     """One conversion in a process of its own."""
     shutil.rmtree(dst, ignore_errors=True)
     os.sync()
-    result: dict[str, float] = json.loads(
-        output_of("-c", CHILD, str(src), str(dst), "hf" if dst.name == "hf" else "native")
-    )
+    to = "hf" if dst.name == "hf" else "native"
+    result: dict[str, float] = json.loads(output_of("-c", CHILD, str(src.absolute()), str(dst.absolute()), to))
     return result
 
 
 def output_of(*arguments: str) -> str:
-    return subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
+    """What Python prints, run in this folder, where `common` lies."""
+    command, folder = [sys.executable, *arguments], Path(__file__).parent
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=folder).stdout
 
 
 def copied(path: Path, folder: Path) -> float:

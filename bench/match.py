@@ -4,7 +4,6 @@ Run from the repository root: python bench/match.py
 """
 
 import math
-import resource
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from common import cores, machine, report, seconds
+from common import cores, machine, peak_rss, report, seconds
 from rich.table import Table
 
 from headshare_jax import LlamaConfig, fingerprint, match, similarity
@@ -29,7 +28,7 @@ class Options:
     heads: int = 32
     width: int = 4096
     head_dim: int = 128
-    pairs: int = 200
+    pairs: int = 50
     """Pairs of heads to time the loop on."""
     repeats: int = 5
     """The best time of so many is taken."""
@@ -116,11 +115,6 @@ def run(options: Options) -> dict[str, Any]:
     }
 
 
-def peak_rss() -> int:
-    """Bytes; Linux counts in KiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def scores(source: RandomWeights, options: Options, layers: int) -> np.ndarray:
     """All cosines and nothing else, the source's reads included."""
 
@@ -165,7 +159,7 @@ def executed_pairs(options: Options, block: int) -> int:
 
 
 def pytorch(source: RandomWeights, options: Options) -> tuple[float, float, float]:
-    """Seconds a pair in a loop, seconds of one stacked product, and the largest difference of the loop from match."""
+    """Best seconds a pair in a loop, best seconds of one stacked product, the loop's largest difference from ours."""
     # Only here, so that it has no part in the memory that matching takes.
     import torch
 
@@ -190,12 +184,14 @@ def pytorch(source: RandomWeights, options: Options) -> tuple[float, float, floa
         donor_layer, receiver_layer = sorted(rng.choice(layers, 2, replace=False).tolist())
         receiver_head, donor_head = rng.integers(heads, size=2).tolist()
         sample.append(((receiver_layer, receiver_head), (donor_layer, donor_head)))
-    cosine(*sample[0])
-    found: list[float] = []
-    took = seconds(lambda: found.extend(cosine(*pair) for pair in sample))
+
+    def loop() -> list[float]:
+        return [cosine(*pair) for pair in sample]
+
     ours = scores(source, options, layers).reshape(layers, heads, layers, heads)
-    differences = [ours[receiver + donor] - value for (receiver, donor), value in zip(sample, found, strict=True)]
-    return took / len(sample), min(seconds(stacked) for _ in range(2)), float(np.max(np.abs(differences)))
+    differences = [ours[receiver + donor] - value for (receiver, donor), value in zip(sample, loop(), strict=True)]
+    times = [min(seconds(function) for _ in range(options.repeats)) for function in (loop, stacked)]
+    return times[0] / len(sample), times[1], float(np.max(np.abs(differences)))
 
 
 def growth(source: RandomWeights, options: Options) -> list[dict[str, float]]:
@@ -214,7 +210,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
     compared = Table("", "seconds", "times the loop's speed", title=f"{result['pairs']:,} pairs of heads")
     loop = times["pytorch_loop"]
     for name, took in {
-        f"PyTorch, pair by pair (from {result['options']['pairs']} pairs)": loop,
+        f"PyTorch, pair by pair (extrapolated from {result['options']['pairs']} pairs)": loop,
         "PyTorch, one product, all heads in memory": times["pytorch_stacked"],
         "headshare, match, first call (compiles)": times["first_match"],
         "headshare, match": times["match"],
