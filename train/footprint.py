@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from headshare_jax import convert
+from headshare_jax.errors import HeadshareError
 from headshare_jax.mesh import batch_sharding
 from headshare_jax.parameters import parameter_names
 from headshare_jax.selection import sharing_map
@@ -45,10 +46,17 @@ def footprint(recipe: recipes.Recipe) -> dict[str, Any]:
         sizes = {
             "parameters": _bytes(state.params) + _bytes(frozen) + _bytes(teacher),
             "optimizer": _bytes(state.opt_state),
-            "temporaries": int(compiled.memory_analysis().temp_size_in_bytes),
+            "temporaries": _temporaries(compiled),
         }
         stages.append({"kind": stage.kind, **sizes, "total": sum(sizes.values())})
     return {"mesh": dict(mesh.shape), "stages": stages}
+
+
+def _temporaries(compiled: jax.stages.Compiled) -> int:
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise HeadshareError(f"JAX does not tell what a step needs on {jax.default_backend()}.")
+    return int(analysis.temp_size_in_bytes)
 
 
 def _bytes(tree: Any) -> int:
