@@ -158,6 +158,7 @@ def test_eval_reports_what_perplexity_gives(headshare: Any, model: Path, text: P
 
 def test_eval_reads_a_data_set(headshare: Any, model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
+
     asked = []
 
     def load_dataset(name: str, config: str | None, split: str) -> Any:
