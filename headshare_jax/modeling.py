@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from headshare_jax import parameters
 from headshare_jax.config import LlamaConfig
@@ -68,6 +69,7 @@ class Llama(nnx.Module):
       compute_dtype: `float32` or `bfloat16`: type of matrix products and activations. Norms, softmax, rotary angles
         and logits are float32 always.
       remat: `none`, or which activations a training step keeps: `full` keeps none, `dots` those of weight products.
+      batch_sharding: where activations lie on a mesh of devices, by their first axis; None leaves it to the compiler.
       q_index_ln, k_index_lk, v_index_lk, o_index_ln: pool row of every head.
     """
 
@@ -96,6 +98,7 @@ class Llama(nnx.Module):
         sharing: SharingMap | None = None,
         compute_dtype: str = "float32",
         remat: str = "none",
+        batch_sharding: NamedSharding | None = None,
     ):
         """Takes the parameters as they are; `parameters.stored_shape` gives the shape each must have."""
         if compute_dtype not in COMPUTE_DTYPES:
@@ -106,6 +109,7 @@ class Llama(nnx.Module):
         self.sharing = sharing
         self.compute_dtype = compute_dtype
         self.remat = remat
+        self.batch_sharding = batch_sharding
         for name in parameters.parameter_names(config):
             setattr(self, name, nnx.Param(params[name]))
         for projection in PROJECTIONS:
@@ -164,11 +168,11 @@ class Llama(nnx.Module):
         def layer(x_btd: jax.Array, weights: dict[str, jax.Array]) -> tuple[jax.Array, None]:
             q_btnh, k_btkh, v_btkh = self._qkv(x_btd, weights, cos_bth, sin_bth)
             heads_btnh = _attend(q_btnh, k_btkh, v_btkh, mask_bts, causal=True)
-            return self._layer_output(x_btd, heads_btnh, weights), None
+            return self._placed(self._layer_output(x_btd, heads_btnh, weights)), None
 
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        x_btd, _ = jax.lax.scan(layer, self._embed(tokens_bt), self._layer_weights())
+        x_btd, _ = jax.lax.scan(layer, self._placed(self._embed(tokens_bt)), self._layer_weights())
         return self._rms_norm(x_btd, self.final_norm_d[...])
 
     def extend(self, tokens_bt: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
@@ -223,13 +227,15 @@ class Llama(nnx.Module):
 
     def logits(self, features_btd: jax.Array) -> jax.Array:
         """Output head on the features of `features` or `extend`: float32 [..., V]."""
+        return head_logits(features_btd, self.head_weights())
+
+    def head_weights(self) -> jax.Array:
+        """Weights of the output head, [V, D] in the compute dtype."""
         head_vd = self.embed_vd if self.config.tie_word_embeddings else self.head_vd
         weights_vd = head_vd[...]
         if self.config.normalize_head:
             weights_vd = normalized_rows(weights_vd)
-        return jnp.einsum(
-            "...d,vd->...v", features_btd, weights_vd.astype(self.compute_dtype), preferred_element_type=jnp.float32
-        )
+        return weights_vd.astype(self.compute_dtype)
 
     def dtype(self, name: str) -> np.dtype:
         """Stored type of a parameter."""
@@ -250,6 +256,12 @@ class Llama(nnx.Module):
         names = [name for name in parameters.parameter_names(self.config) if parameters.axes(name)[0] == "l"]
         names += [index_name(projection) for projection in PROJECTIONS]
         return {name: getattr(self, name)[...] for name in names}
+
+    def _placed(self, x_btd: jax.Array) -> jax.Array:
+        """Activations kept where the batch lies: else they would follow the weights, which are cut along D."""
+        if self.batch_sharding is None:
+            return x_btd
+        return jax.lax.with_sharding_constraint(x_btd, self.batch_sharding)
 
     def _embed(self, tokens_bt: jax.Array) -> jax.Array:
         return self.embed_vd[...][tokens_bt].astype(self.compute_dtype)
@@ -284,8 +296,8 @@ class Llama(nnx.Module):
             ]
             return sum(heads[1:], start=heads[0])
         rows_nhd = _rows(pool_phd, index_n).astype(heads_btnh.dtype)
-        batch, length, heads, width = heads_btnh.shape
-        out_md = heads_btnh.reshape(-1, heads * width) @ rows_nhd.reshape(heads * width, -1)
+        batch, length, count, width = heads_btnh.shape
+        out_md = heads_btnh.reshape(-1, count * width) @ rows_nhd.reshape(count * width, -1)
         return out_md.reshape(batch, length, -1)
 
     def _layer_output(self, x_btd: jax.Array, heads_btnh: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
@@ -317,6 +329,11 @@ class Llama(nnx.Module):
 def index_name(projection: str) -> str:
     """Attribute that holds a projection's head index, e.g. `q_index_ln`."""
     return f"{projection}_index_l{'n' if projection in 'qo' else 'k'}"
+
+
+def head_logits(features_btd: jax.Array, head_vd: jax.Array) -> jax.Array:
+    """Logits, float32 [..., V], of features [..., D]."""
+    return jnp.einsum("...d,vd->...v", features_btd, head_vd, preferred_element_type=jnp.float32)
 
 
 def normalized_rows(weights_vd: jax.Array) -> jax.Array:

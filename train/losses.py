@@ -1,66 +1,72 @@
 """PostShare's objective: next-token loss, similarity of the pairs, and distillation. Pure functions on arrays."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from headshare_jax.modeling import Llama
+from headshare_jax.modeling import Llama, head_logits
 from headshare_jax.sharing import SharingMap
 
 PENALTIES = ("norm", "mse", "kl", "js")
-# Tokens whose logits are in memory at a time; they are computed again in the backward pass.
+# Tokens on one device whose logits are in memory at a time.
 HEAD_TOKENS = 512
 
 
 def target_mask(segments_bt: jax.Array) -> jax.Array:
-    """bool [B, T - 1]: token t + 1 is predicted, since it continues token t's document; segment 0 is padding."""
-    return (segments_bt[:, 1:] == segments_bt[:, :-1]) & (segments_bt[:, 1:] != 0)
+    """bool [B, T]: a next token is predicted at t, since t + 1 continues its document; segment 0 is padding."""
+    continues_bt = (segments_bt[:, 1:] == segments_bt[:, :-1]) & (segments_bt[:, 1:] != 0)
+    return jnp.pad(continues_bt, ((0, 0), (0, 1)))
 
 
-def next_token_loss(
+def token_losses(
     model: Llama,
     tokens_bt: jax.Array,
     segments_bt: jax.Array,
     *,
+    lm_weight: float | jax.Array = 1.0,
     z_weight: float = 0.0,
     teacher: Llama | None = None,
+    distill_weight: float | jax.Array = 0.0,
     temperature: float = 1.0,
+    parts: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sums over the predicted tokens, float32 scalars, in nats.
+    """Next-token loss and distillation, summed over the predicted tokens, in nats.
 
     Args:
       model: dense or shared.
       tokens_bt: int32 [B, T].
       segments_bt: int32 [B, T], document of every token; 0 is padding.
-      z_weight: weight of the squared log-partition, which keeps logits from drifting.
+      lm_weight, distill_weight: of the two parts in the weighted sum.
+      z_weight: of the squared log-partition in the next-token loss, which keeps logits from drifting.
       teacher: model to distil from, or None.
       temperature: divides both models' logits in the distillation.
+      parts: equal parts of the batch that lie on different devices.
 
     Returns:
-      Negative log-likelihood (with the z term), and forward KL divergence from the teacher, times temperature squared.
+      The weighted sum, a float32 scalar; and its parts, float32 [2], through which no gradient flows: next-token loss
+      (with the z term), and forward KL divergence from the teacher times temperature squared.
     """
-    mask_bt = target_mask(segments_bt)
-    features_btd = model.features(tokens_bt, segments_bt=segments_bt)[:, :-1]
-    rows = [_rows(features_btd), _rows(tokens_bt[:, 1:]), _rows(mask_bt)]
+    features_btd = model.features(tokens_bt, segments_bt=segments_bt)
+    rows = [jnp.roll(tokens_bt, -1, axis=1), target_mask(segments_bt)]
     if teacher is not None:
-        rows.append(_rows(teacher.features(tokens_bt, segments_bt=segments_bt)[:, :-1]))
+        rows.append(teacher.features(tokens_bt, segments_bt=segments_bt))
 
-    @jax.checkpoint
-    def chunk(chunk_rows: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        features_cd, target_c, mask_c, *teacher_cd = chunk_rows
-        logits_cv = model.logits(features_cd)
-        partition_c = jax.nn.logsumexp(logits_cv, axis=-1)
-        chosen_c = jnp.take_along_axis(logits_cv, target_c[:, None], axis=-1)[:, 0]
-        loss_c = partition_c - chosen_c + z_weight * jnp.square(partition_c)
-        kl_c = jnp.zeros_like(loss_c)
+    def chunk(head_vd: jax.Array, *chunk_rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        features_md, target_m, mask_m, *teacher_md = (row.reshape(-1, *row.shape[2:]) for row in chunk_rows)
+        logits_mv = head_logits(features_md, head_vd)
+        partition_m = jax.nn.logsumexp(logits_mv, axis=-1)
+        chosen_m = jnp.take_along_axis(logits_mv, target_m[:, None], axis=-1)[:, 0]
+        losses = [partition_m - chosen_m + z_weight * jnp.square(partition_m), jnp.zeros_like(partition_m)]
         if teacher is not None:
-            kl_c = temperature**2 * _forward_kl(teacher.logits(teacher_cd[0]), logits_cv, temperature)
-        return jnp.sum(loss_c, where=mask_c), jnp.sum(kl_c, where=mask_c)
+            losses[1] = temperature**2 * _forward_kl(teacher.logits(teacher_md[0]), logits_mv, temperature)
+        sums = jnp.stack([jnp.sum(loss_m, where=mask_m) for loss_m in losses])
+        return lm_weight * sums[0] + distill_weight * sums[1], sums
 
-    losses, divergences = jax.lax.map(chunk, tuple(_chunked(row) for row in rows))
-    return jnp.sum(losses), jnp.sum(divergences)
+    chunked_features, *chunked_rows = (_chunked(row, parts) for row in (features_btd, *rows))
+    return _sum_of_chunks(chunk, model.head_weights(), chunked_features, chunked_rows)
 
 
 def similarity_penalty(params: Mapping[str, jax.Array], sharing: SharingMap, penalty: str = "norm") -> jax.Array:
@@ -80,40 +86,48 @@ def similarity_penalty(params: Mapping[str, jax.Array], sharing: SharingMap, pen
     for projection in sharing.tie:
         pool = params[f"{projection}_pool_{'phd' if projection == 'o' else 'pdh'}"]
         group = sharing.heads_per_unit if projection in "qo" else 1
-        receiver_ri, donor_ri = (_unit_rows(pool, units, group) for units in (receivers, donors))
-        total += jnp.mean(_PENALTIES[penalty](receiver_ri, donor_ri))
+        receiver_rgdh, donor_rgdh = (_unit_rows(pool, units, group) for units in (receivers, donors))
+        total += jnp.mean(_PENALTIES[penalty](receiver_rgdh, donor_rgdh))
     return total
 
 
+# Axes of a unit's slices. They are never merged: a pool is cut along D, and merging would gather its parts.
+_SLICES = (1, 2, 3)
+
+
 def _unit_rows(pool: jax.Array, units: np.ndarray, group: int) -> jax.Array:
-    """Flattened slices of whole units, float32 [units, G * D * H]."""
+    """Slices of whole units, float32 [units, G, D, H], or [units, G, H, D] of the output projection."""
     slots = (units[:, None] * group + np.arange(group)).ravel()
-    return pool[slots].astype(jnp.float32).reshape(len(units), -1)
+    return pool[slots].astype(jnp.float32).reshape(len(units), group, *pool.shape[1:])
 
 
-def _norm(a_ri: jax.Array, b_ri: jax.Array) -> jax.Array:
-    square_r = jnp.sum(jnp.square(a_ri - b_ri), axis=-1)
+def _norm(a_rgdh: jax.Array, b_rgdh: jax.Array) -> jax.Array:
+    square_r = jnp.sum(jnp.square(a_rgdh - b_rgdh), axis=_SLICES)
     # The norm has no derivative where a pair is equal already; such a pair is to stay as it is.
     equal_r = square_r == 0
     return jnp.where(equal_r, 0.0, jnp.sqrt(jnp.where(equal_r, 1.0, square_r)))
 
 
-def _mse(a_ri: jax.Array, b_ri: jax.Array) -> jax.Array:
-    return jnp.mean(jnp.square(a_ri - b_ri), axis=-1)
+def _mse(a_rgdh: jax.Array, b_rgdh: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.square(a_rgdh - b_rgdh), axis=_SLICES)
 
 
-def _kl(a_ri: jax.Array, b_ri: jax.Array) -> jax.Array:
-    return _divergence(jax.nn.log_softmax(a_ri), jax.nn.log_softmax(b_ri))
+def _kl(a_rgdh: jax.Array, b_rgdh: jax.Array) -> jax.Array:
+    return _divergence(_log_softmax(a_rgdh), _log_softmax(b_rgdh), _SLICES)
 
 
-def _js(a_ri: jax.Array, b_ri: jax.Array) -> jax.Array:
-    log_a_ri, log_b_ri = jax.nn.log_softmax(a_ri), jax.nn.log_softmax(b_ri)
-    log_middle_ri = jnp.logaddexp(log_a_ri, log_b_ri) - jnp.log(2.0)
-    return 0.5 * (_divergence(log_a_ri, log_middle_ri) + _divergence(log_b_ri, log_middle_ri))
+def _js(a_rgdh: jax.Array, b_rgdh: jax.Array) -> jax.Array:
+    log_a, log_b = _log_softmax(a_rgdh), _log_softmax(b_rgdh)
+    log_middle = jnp.logaddexp(log_a, log_b) - jnp.log(2.0)
+    return 0.5 * (_divergence(log_a, log_middle, _SLICES) + _divergence(log_b, log_middle, _SLICES))
 
 
-def _divergence(log_p_ri: jax.Array, log_q_ri: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.exp(log_p_ri) * (log_p_ri - log_q_ri), axis=-1)
+def _log_softmax(slices_rgdh: jax.Array) -> jax.Array:
+    return jax.nn.log_softmax(slices_rgdh, axis=_SLICES)
+
+
+def _divergence(log_p: jax.Array, log_q: jax.Array, axes: int | tuple[int, ...]) -> jax.Array:
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=axes)
 
 
 _PENALTIES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
@@ -124,18 +138,58 @@ _PENALTIES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 }
 
 
-def _forward_kl(teacher_cv: jax.Array, student_cv: jax.Array, temperature: float) -> jax.Array:
-    teacher_cv = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_cv) / temperature)
-    return _divergence(teacher_cv, jax.nn.log_softmax(student_cv / temperature))
+def _forward_kl(teacher_mv: jax.Array, student_mv: jax.Array, temperature: float) -> jax.Array:
+    teacher_mv = jax.nn.log_softmax(teacher_mv / temperature)
+    return _divergence(teacher_mv, jax.nn.log_softmax(student_mv / temperature), -1)
 
 
-def _rows(value_bt: jax.Array) -> jax.Array:
-    return value_bt.reshape(-1, *value_bt.shape[2:])
+def _chunked(row_bt: jax.Array, parts: int) -> jax.Array:
+    """[B, T, ...] as [chunks, parts, B / parts, positions, ...], T filled up with zeros (which the mask leaves out).
+
+    Chunks are cut along T, so that every device has its share of each.
+    """
+    batch, length, *rest = row_bt.shape
+    positions = max(1, HEAD_TOKENS * parts // batch)
+    padded = jnp.pad(row_bt, [(0, 0), (0, -length % positions)] + [(0, 0)] * len(rest))
+    return jnp.moveaxis(padded.reshape(parts, batch // parts, -1, positions, *rest), 2, 0)
 
 
-def _chunked(rows: jax.Array) -> jax.Array:
-    """Rows as [chunks, HEAD_TOKENS, ...], the last chunk filled up with zeros (which the mask leaves out)."""
-    size = min(HEAD_TOKENS, rows.shape[0])
-    missing = -rows.shape[0] % size
-    padded = jnp.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1))
-    return padded.reshape(-1, size, *rows.shape[1:])
+Sums = tuple[jax.Array, jax.Array]
+Chunk = Callable[..., Sums]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_of_chunks(chunk: Chunk, head_vd: jax.Array, features: jax.Array, rows: list[jax.Array]) -> Sums:
+    """Sums of what `chunk(head_vd, features, *rows)` gives for every chunk: a value, and parts without gradient.
+
+    Gradients for the head and the features are taken on the way forward, so that a chunk's logits are computed once
+    and never kept.
+    """
+    of_parts = jax.vmap(partial(chunk, head_vd))
+    sums = jax.lax.map(lambda rows: of_parts(*rows), (features, *rows))
+    return jax.tree.map(lambda of_chunks: jnp.sum(of_chunks, axis=(0, 1)), sums)
+
+
+def _sum_of_chunks_forward(
+    chunk: Chunk, head_vd: jax.Array, features: jax.Array, rows: list[jax.Array]
+) -> tuple[Sums, Sums]:
+    parts = features.shape[1]
+    gradient = jax.vmap(partial(jax.value_and_grad(chunk, argnums=(0, 1), has_aux=True), head_vd))
+
+    # Parts are added up after the last chunk, so that devices speak once of the head's gradient.
+    def add(total: tuple[Sums, jax.Array], rows: tuple[jax.Array, ...]) -> tuple[tuple[Sums, jax.Array], jax.Array]:
+        sums, (head_gradient, features_gradient) = gradient(*rows)
+        return jax.tree.map(jnp.add, total, (sums, head_gradient.astype(jnp.float32))), features_gradient
+
+    nothing = ((jnp.zeros(parts), jnp.zeros((parts, 2))), jnp.zeros((parts, *head_vd.shape)))
+    total, features_gradient = jax.lax.scan(add, nothing, (features, *rows))
+    sums, head_gradient = jax.tree.map(lambda of_parts: jnp.sum(of_parts, axis=0), total)
+    return sums, (head_gradient.astype(head_vd.dtype), features_gradient)
+
+
+def _sum_of_chunks_backward(chunk: Chunk, gradients: Sums, cotangents: Sums) -> tuple[jax.Array, jax.Array, None]:
+    head_gradient, features_gradient = (cotangents[0].astype(gradient.dtype) * gradient for gradient in gradients)
+    return head_gradient, features_gradient, None
+
+
+_sum_of_chunks.defvjp(_sum_of_chunks_forward, _sum_of_chunks_backward)

@@ -1,22 +1,25 @@
 """The training step: one pure, jitted function from a state and a batch to the next state."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
+from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from headshare_jax import parameters
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
+from headshare_jax.mesh import BATCH, batch_sharding
 from headshare_jax.modeling import Llama
 from headshare_jax.sharing import SharingMap
 from headshare_jax.train import recipe as recipes
-from headshare_jax.train.losses import next_token_loss, similarity_penalty, target_mask
+from headshare_jax.train.losses import similarity_penalty, target_mask, token_losses
 
 Params = dict[str, jax.Array]
 
@@ -60,14 +63,22 @@ class StageContext:
         """The map that the model being trained is stored by."""
         return self.sharing if self.stage.kind == "tied" else None
 
-    def model(self, params: Mapping[str, Any]) -> Llama:
-        """The model with these parameters."""
+    def model(self, params: Mapping[str, Any], mesh: Mesh | None = None) -> Llama:
+        """The model being trained, with these parameters; given a mesh, its activations are cut along the batch."""
+        return self._llama(params, self.model_sharing, mesh)
+
+    def teacher(self, params: Mapping[str, Any], mesh: Mesh | None = None) -> Llama | None:
+        """The dense model to distil from, if the stage distils."""
+        return self._llama(params, None, mesh) if self.stage.distill_weight else None
+
+    def _llama(self, params: Mapping[str, Any], sharing: SharingMap | None, mesh: Mesh | None) -> Llama:
         return Llama(
             self.config,
             params,
-            sharing=self.model_sharing,
+            sharing=sharing,
             compute_dtype=self.recipe.compute_dtype,
             remat=self.recipe.remat,
+            batch_sharding=None if mesh is None else batch_sharding(mesh),
         )
 
     def learning_rate(self) -> optax.Schedule:
@@ -95,16 +106,17 @@ class StageContext:
         return weight
 
     def optimizer(self) -> optax.GradientTransformation:
-        """AdamW after a clip by global norm; matrices decay, norms and biases do not."""
+        """AdamW after a clip by global norm; matrices decay, norms and biases do not.
+
+        Its updates are still to be multiplied by the learning rate, which follows the steps of the stage: the
+        optimizer's own count leaves out skipped steps.
+        """
         settings = self.recipe.optimizer
         return optax.chain(
             optax.clip_by_global_norm(settings.clip),
-            optax.adamw(
-                self.learning_rate(),
-                b1=settings.beta1,
-                b2=settings.beta2,
-                eps=settings.eps,
-                weight_decay=settings.weight_decay,
+            optax.scale_by_adam(settings.beta1, settings.beta2, settings.eps),
+            optax.add_decayed_weights(
+                settings.weight_decay,
                 mask=lambda params: {name: not ("norm" in name or "bias" in name) for name in params},
             ),
         )
@@ -144,13 +156,14 @@ def make_step(context: StageContext, *, state_sharding: Any = None) -> jax.stage
     """
     optimizer, rate = context.optimizer(), context.learning_rate()
     out = None if state_sharding is None else (state_sharding, None)
+    mesh = None if state_sharding is None else jax.tree.leaves(state_sharding)[0].mesh
 
     @partial(jax.jit, donate_argnums=0, out_shardings=out)
     def step(
         state: TrainState, frozen: Params, teacher: Params, tokens_abt: jax.Array, segments_abt: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         (loss, metrics), gradients = loss_and_gradients(
-            context, state.params, frozen, teacher, tokens_abt, segments_abt, state.step
+            context, state.params, frozen, teacher, tokens_abt, segments_abt, state.step, mesh
         )
         norm = optax.tree.norm(gradients)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -158,7 +171,7 @@ def make_step(context: StageContext, *, state_sharding: Any = None) -> jax.stage
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             learning_rate = jnp.asarray(rate(state.step), jnp.float32)
-        changed = (optax.apply_updates(state.params, updates), opt_state)
+        changed = (jax.tree.map(lambda param, update: param - learning_rate * update, state.params, updates), opt_state)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(good, new, old), changed, (state.params, state.opt_state)
         )
@@ -182,23 +195,24 @@ def loss_and_gradients(
     tokens_abt: jax.Array,
     segments_abt: jax.Array,
     step: jax.Array,
+    mesh: Mesh | None = None,
 ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], Params]:
     """The objective with its parts, and its gradients; the accumulated parts count by their predicted tokens."""
     stage = context.stage
     count = jnp.maximum(jnp.sum(jax.vmap(target_mask)(segments_abt), dtype=jnp.float32), 1.0)
-    lm_weight = stage.lm_weight if stage.kind == "align" else 1.0
 
     def part_loss(params: Params, tokens_bt: jax.Array, segments_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
-        nll, divergence = next_token_loss(
-            context.model({**frozen, **params}),
+        return token_losses(
+            context.model({**frozen, **params}, mesh),
             tokens_bt,
             segments_bt,
+            lm_weight=(stage.lm_weight if stage.kind == "align" else 1.0) / count,
             z_weight=stage.z_weight,
-            teacher=_teacher(context, teacher) if stage.distill_weight else None,
+            teacher=context.teacher(teacher, mesh),
+            distill_weight=stage.distill_weight / count,
             temperature=stage.temperature,
+            parts=1 if mesh is None else prod(mesh.shape[axis] for axis in BATCH),
         )
-        parts = jnp.stack([nll, divergence]) / count
-        return lm_weight * parts[0] + stage.distill_weight * parts[1], parts
 
     def accumulate(
         total: tuple[jax.Array, jax.Array, Params], part: tuple[jax.Array, jax.Array]
@@ -211,7 +225,12 @@ def loss_and_gradients(
     else:
         nothing = (jnp.float32(0), jnp.zeros(2), jax.tree.map(jnp.zeros_like, params))
         (loss, parts, gradients), _ = jax.lax.scan(accumulate, nothing, (tokens_abt, segments_abt))
-    metrics = {"lm_loss": parts[0], "sim_loss": jnp.float32(0), "distill_loss": parts[1], "tokens": count}
+    metrics = {
+        "lm_loss": parts[0] / count,
+        "sim_loss": jnp.float32(0),
+        "distill_loss": parts[1] / count,
+        "tokens": count,
+    }
     if stage.kind == "align":
         weight = context.sim_weight(step)
         sim, sim_gradients = jax.value_and_grad(
@@ -221,7 +240,3 @@ def loss_and_gradients(
         gradients = jax.tree.map(lambda gradient, more: gradient + weight * more, gradients, sim_gradients)
         metrics |= {"sim_loss": sim, "sim_weight": weight}
     return (loss, metrics | {"loss": loss}), gradients
-
-
-def _teacher(context: StageContext, params: Params) -> Llama:
-    return Llama(context.config, params, compute_dtype=context.recipe.compute_dtype, remat=context.recipe.remat)

@@ -1,0 +1,207 @@
+"""The objective against PyTorch: next-token loss, distillation, and the four penalties."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import support_torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from support import VARIANTS, random_tokens, sharing_by_hand, tiny_hf_model, tiny_model
+
+from headshare_jax import Llama, SharingMap, parameters
+from headshare_jax.train import losses
+
+# Packed documents, one of a single token, and padding at the end.
+SEGMENTS = np.stack([np.repeat([1, 2, 3], [9, 1, 14]), np.repeat([4, 5, 0], [3, 14, 7])]).astype(np.int32)
+TOKENS = random_tokens(SEGMENTS.shape)
+
+
+def params_of(model: Llama) -> dict[str, jax.Array]:
+    """A model's parameters by name."""
+    return {name: getattr(model, name)[...] for name in parameters.parameter_names(model.config)}
+
+
+def assert_close(actual: Any, expected: Any, name: str = "") -> None:
+    """Equal but for rounding, which grows with the largest of the terms, not with their sum."""
+    expected = np.asarray(expected)
+    atol = 1e-5 * np.abs(expected).max()
+    np.testing.assert_allclose(np.asarray(actual), expected, rtol=1e-4, atol=atol, err_msg=name)
+
+
+def assert_gradients(actual: dict[str, jax.Array], leaves: support_torch.Weights) -> None:
+    """The gradients are those that torch has left in its leaves."""
+    for name, leaf in leaves.items():
+        assert_close(actual[name], np.zeros(leaf.shape) if leaf.grad is None else leaf.grad.numpy(), name)
+
+
+@partial(jax.jit, static_argnames=("model", "settings"))
+def value_and_gradients(params: dict[str, jax.Array], teacher: Any, model: Any, settings: tuple[Any, ...]) -> Any:
+    """The weighted sum with its parts, and the gradients for the parameters."""
+
+    def objective(params: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return losses.token_losses(
+            model(params), jnp.asarray(TOKENS), jnp.asarray(SEGMENTS), teacher=teacher, **dict(settings)
+        )
+
+    return jax.value_and_grad(objective, has_aux=True)(params)
+
+
+def test_only_next_tokens_of_the_same_document_are_predicted() -> None:
+    expected = [
+        [0 < document == after for document, after in zip(row, [*row[1:], 0], strict=True)] for row in SEGMENTS.tolist()
+    ]
+    assert losses.target_mask(jnp.asarray(SEGMENTS)).tolist() == expected
+
+
+@pytest.mark.parametrize("variant", ["mha", "tied"])
+def test_token_losses_are_those_of_torch(variant: str) -> None:
+    overrides = VARIANTS[variant]
+    model, teacher, hf = tiny_model(**overrides), tiny_model(seed=1, **overrides), tiny_hf_model(**overrides)
+    config, leaves = model.config, support_torch.leaves(model)
+    student_logits, targets = support_torch.predictions(hf, config, None, leaves, TOKENS, SEGMENTS)
+    teacher_logits, _ = support_torch.predictions(hf, config, None, support_torch.leaves(teacher), TOKENS, SEGMENTS)
+    nll = support_torch.next_token_loss(student_logits, targets, z_weight=1e-2)
+    kl = support_torch.forward_kl(teacher_logits, student_logits, temperature=2.0)
+    (0.7 * nll + 0.4 * kl).backward()
+    settings = {"lm_weight": 0.7, "z_weight": 1e-2, "distill_weight": 0.4, "temperature": 2.0}
+    (value, parts), grads = value_and_gradients(
+        params_of(model), teacher, partial(Llama, config), tuple(settings.items())
+    )
+    assert value.dtype == parts.dtype == jnp.float32
+    assert_close(value, (0.7 * nll + 0.4 * kl).item())
+    assert_close(parts, [nll.item(), kl.item()])
+    assert_gradients(grads, leaves)
+
+
+def test_chunks_and_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, teacher = tiny_model(), tiny_model(seed=1)
+    settings = (("distill_weight", 0.5), ("z_weight", 1e-3))
+    (value, sums), grads = value_and_gradients(params_of(model), teacher, partial(Llama, model.config), settings)
+    # Five positions a chunk: the last of the five chunks is not full.
+    monkeypatch.setattr(losses, "HEAD_TOKENS", 5)
+    for parts in (1, 2):
+        settings = (("distill_weight", 0.5), ("z_weight", 1e-3), ("parts", parts))
+        result, their_grads = value_and_gradients(params_of(model), teacher, partial(Llama, model.config), settings)
+        assert_close(result[0], value)
+        assert_close(result[1], sums)
+        for name, grad in grads.items():
+            assert_close(their_grads[name], grad, name)
+
+
+def test_losses_alone_are_those_beside_gradients() -> None:
+    model = tiny_model()
+    (value, sums), _ = value_and_gradients(params_of(model), None, partial(Llama, model.config), ())
+    alone = jax.jit(lambda model: losses.token_losses(model, jnp.asarray(TOKENS), jnp.asarray(SEGMENTS)))(model)
+    assert_close(alone[0], value)
+    assert_close(alone[1], sums)
+
+
+def test_logits_of_the_whole_batch_are_never_in_memory() -> None:
+    model, shape = tiny_model(vocab_size=16384, num_hidden_layers=1), (32, 128)
+
+    def objective(params: dict[str, jax.Array], tokens_bt: jax.Array) -> jax.Array:
+        return losses.token_losses(Llama(model.config, params), tokens_bt, jnp.ones_like(tokens_bt))[0]
+
+    compiled = jax.jit(jax.grad(objective)).lower(params_of(model), jax.ShapeDtypeStruct(shape, jnp.int32)).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 4 * np.prod(shape) * 16384
+
+
+def test_bfloat16_gradients_are_near_those_of_float32() -> None:
+    model = tiny_model()
+    _, exact = value_and_gradients(params_of(model), None, partial(Llama, model.config), ())
+    half = partial(Llama, model.config, compute_dtype="bfloat16")
+    (value, _), grads = value_and_gradients(params_of(model), None, half, ())
+    assert value.dtype == jnp.float32
+    for name, grad in grads.items():
+        assert grad.dtype == jnp.float32
+        # bfloat16 keeps eight bits, so that a product is off by up to 2^-8; errors of many products partly cancel.
+        assert np.linalg.norm(grad - exact[name]) < 2e-2 * np.linalg.norm(exact[name]), name
+
+
+def pairs(model: Llama, tie: str) -> SharingMap:
+    """Three pairs, two of them with the same donor."""
+    units = model.config.num_kv_heads
+    return sharing_by_hand(model, tie, {units: 0, 2 * units - 1: 1, 2 * units: 0})
+
+
+@pytest.mark.parametrize("tie", ["qkv", "qkvo"])
+@pytest.mark.parametrize("variant", ["mha", "gqa"])
+@pytest.mark.parametrize("penalty", losses.PENALTIES)
+def test_penalties_and_their_gradients_are_those_of_torch(penalty: str, variant: str, tie: str) -> None:
+    model = tiny_model(**VARIANTS[variant])
+    sharing, leaves = pairs(model, tie), support_torch.leaves(model)
+    expected = support_torch.penalty(
+        support_torch.hf_weights(model.config, None, leaves), model.config, sharing, penalty
+    )
+    expected.backward()
+    value, grads = jax.value_and_grad(losses.similarity_penalty)(params_of(model), sharing, penalty)
+    assert value.dtype == jnp.float32
+    assert_close(value, expected.item())
+    assert_gradients(grads, leaves)
+
+
+def test_norm_is_the_mean_length_of_the_difference() -> None:
+    model = tiny_model()
+    sharing, group = pairs(model, "qk"), model.config.heads_per_unit
+    q, k = (np.asarray(getattr(model, f"{projection}_pool_pdh")[...], np.float64) for projection in "qk")
+    lengths = []
+    for receiver in sharing.receivers.tolist():
+        donor = int(sharing.donor.flat[receiver])
+        q_a, q_b = (q[unit * group : (unit + 1) * group] for unit in (receiver, donor))
+        lengths.append(np.linalg.norm(q_a - q_b) + np.linalg.norm(k[receiver] - k[donor]))
+    value = losses.similarity_penalty(params_of(model), sharing, "norm")
+    assert float(value) == pytest.approx(np.mean(lengths), rel=1e-5)
+
+
+@pytest.mark.parametrize("penalty", losses.PENALTIES)
+def test_equal_pairs_cost_nothing_and_stay_as_they_are(penalty: str) -> None:
+    model = tiny_model()
+    sharing, params = pairs(model, "kv"), params_of(model)
+    for name in ("k_pool_pdh", "v_pool_pdh"):
+        params[name] = params[name][sharing.donor.ravel()]
+    value, grads = jax.value_and_grad(losses.similarity_penalty)(params, sharing, penalty)
+    # A probability is off by a few units in its last place, so that equal distributions differ by some 1e-7.
+    assert float(value) == pytest.approx(0, abs=1e-6)
+    for name, grad in grads.items():
+        np.testing.assert_allclose(grad, np.zeros(grad.shape), atol=1e-6, err_msg=name)
+
+
+@partial(jax.jit, static_argnames="penalty")
+def penalty_of(receiver: jax.Array, donor: jax.Array, penalty: str) -> jax.Array:
+    """The penalty of one pair of k heads."""
+    sharing = SharingMap(np.zeros((2, 1), np.int32), np.full((2, 1), np.nan), heads_per_unit=1, tie="k")
+    return losses.similarity_penalty({"k_pool_pdh": jnp.stack([donor, receiver])}, sharing, penalty)
+
+
+HEADS = arrays(np.float32, (6, 4), elements=st.floats(-4, 4, width=32))
+
+
+@pytest.mark.parametrize("penalty", losses.PENALTIES)
+@given(receiver=HEADS, donor=HEADS)
+def test_penalties_are_never_negative(penalty: str, receiver: np.ndarray, donor: np.ndarray) -> None:
+    value = float(penalty_of(receiver, donor, penalty))
+    assert np.isfinite(value)
+    assert value >= -1e-6
+    if np.linalg.norm(receiver - donor) > 1 and penalty in ("norm", "mse"):
+        assert value > 0
+
+
+@pytest.mark.parametrize("penalty", ["norm", "mse", "js"])
+@given(receiver=HEADS, donor=HEADS)
+def test_penalties_but_kl_are_symmetric(penalty: str, receiver: np.ndarray, donor: np.ndarray) -> None:
+    forth, back = float(penalty_of(receiver, donor, penalty)), float(penalty_of(donor, receiver, penalty))
+    assert forth == pytest.approx(back, rel=1e-5, abs=1e-6)
+
+
+def test_kl_goes_from_the_receiver_to_the_donor() -> None:
+    certain, even = np.zeros((6, 4), np.float32), np.zeros((6, 4), np.float32)
+    certain[0, 0] = 30
+    assert float(penalty_of(certain, even, "kl")) == pytest.approx(np.log(24), rel=1e-5)
+    assert float(penalty_of(even, certain, "kl")) == pytest.approx(30 * 23 / 24 - np.log(24), rel=1e-5)
