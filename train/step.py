@@ -199,7 +199,8 @@ def loss_and_gradients(
 ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], Params]:
     """The objective with its parts, and its gradients; the accumulated parts count by their predicted tokens."""
     stage = context.stage
-    count = jnp.maximum(jnp.sum(jax.vmap(target_mask)(segments_abt), dtype=jnp.float32), 1.0)
+    predicted = jnp.sum(jax.vmap(target_mask)(segments_abt), dtype=jnp.float32)
+    count = jnp.maximum(predicted, 1.0)
 
     def part_loss(params: Params, tokens_bt: jax.Array, segments_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
         return token_losses(
@@ -225,12 +226,9 @@ def loss_and_gradients(
     else:
         nothing = (jnp.float32(0), jnp.zeros(2), jax.tree.map(jnp.zeros_like, params))
         (loss, parts, gradients), _ = jax.lax.scan(accumulate, nothing, (tokens_abt, segments_abt))
-    metrics = {
-        "lm_loss": parts[0] / count,
-        "sim_loss": jnp.float32(0),
-        "distill_loss": parts[1] / count,
-        "tokens": count,
-    }
+    lm_loss, distill_loss = parts / count
+    metrics = {"lm_loss": lm_loss, "distill_loss": distill_loss, "tokens": predicted}
+    metrics |= {"sim_loss": jnp.float32(0), "sim_weight": jnp.float32(0)}
     if stage.kind == "align":
         weight = context.sim_weight(step)
         sim, sim_gradients = jax.value_and_grad(
