@@ -2,9 +2,10 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,11 +14,14 @@ import yaml
 
 from headshare_jax.errors import HeadshareError
 from headshare_jax.modeling import COMPUTE_DTYPES, REMAT_POLICIES
+from headshare_jax.sharing import check_tie
+from headshare_jax.similarity import MATCH_FUNCTIONS
 from headshare_jax.train.losses import PENALTIES
 
 T = TypeVar("T")
 
 STAGES = ("align", "tied")
+CHAINS = ("resolve", "forbid")
 SCHEDULES = ("cosine", "wsd", "constant")
 WEIGHT_SCHEDULES = ("constant", "linear", "cosine")
 
@@ -157,29 +161,17 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        choices: list[tuple[str, str, tuple[str, ...]]] = [
-            ("compute_dtype", self.compute_dtype, COMPUTE_DTYPES),
-            ("remat", self.remat, ("none", *REMAT_POLICIES)),
-            ("optimizer.schedule", self.optimizer.schedule, SCHEDULES),
-        ]
-        for place, stage in enumerate(self.stages):
-            choices += [
-                (f"stages.{place}.kind", stage.kind, STAGES),
-                (f"stages.{place}.penalty", stage.penalty, PENALTIES),
-                (f"stages.{place}.sim_schedule", stage.sim_schedule, WEIGHT_SCHEDULES),
-            ]
-        for name, value, allowed in choices:
-            if value not in allowed:
-                raise HeadshareError(f"{name} must be one of {', '.join(allowed)}, not {value!r}.")
-        if not self.stages or [stage.kind for stage in self.stages] != sorted(stage.kind for stage in self.stages):
+        for key, value in _flat(_plain(dataclasses.asdict(self))).items():
+            name = key.rsplit(".", 1)[-1]
+            if name in _CHOICES and value not in _CHOICES[name]:
+                raise HeadshareError(f"{key} must be one of {', '.join(_CHOICES[name])}, not {value!r}.")
+            for names, allowed, words in _LIMITS:
+                if name in names.split() and not allowed(value):
+                    raise HeadshareError(f"{key} must be {words}, not {value}.")
+        check_tie(self.sharing.tie)
+        kinds = [stage.kind for stage in self.stages]
+        if not kinds or kinds != sorted(kinds):
             raise HeadshareError("stages must name at least one stage, and align before tied.")
-        whole = {"batch_size": self.batch_size, "accumulate": self.accumulate, "data.seq_len": self.data.seq_len}
-        whole |= {f"stages.{place}.steps": stage.steps for place, stage in enumerate(self.stages)}
-        whole |= {"checkpoints.every": self.checkpoints.every, "checkpoints.keep": self.checkpoints.keep}
-        whole |= {"checkpoints.eval_every": self.checkpoints.eval_every, "data.workers": self.data.workers}
-        for name, count in whole.items():
-            if count < 1:
-                raise HeadshareError(f"{name} must be at least 1, not {count}.")
         if self.batch_size % self.accumulate:
             raise HeadshareError(
                 f"batch_size ({self.batch_size}) must be a multiple of accumulate ({self.accumulate})."
@@ -189,6 +181,29 @@ class Recipe:
     def total_steps(self) -> int:
         """Optimizer steps of all stages."""
         return sum(stage.steps for stage in self.stages)
+
+
+# What values may be, by the last part of their keys.
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "match": MATCH_FUNCTIONS,
+    "chains": CHAINS,
+    "kind": STAGES,
+    "penalty": PENALTIES,
+    "sim_schedule": WEIGHT_SCHEDULES,
+    "schedule": SCHEDULES,
+    "compute_dtype": COMPUTE_DTYPES,
+    "remat": ("none", *REMAT_POLICIES),
+}
+_COUNTS = "steps batch_size accumulate workers eval_windows every eval_every keep max_bad_steps"
+_WEIGHTS = "lm_weight sim_weight z_weight distill_weight weight_decay warmup seed"
+_LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (_COUNTS, lambda value: value >= 1, "at least 1"),
+    ("seq_len", lambda value: value >= 2, "at least 2"),
+    ("learning_rate temperature clip eps", lambda value: value > 0, "positive"),
+    (_WEIGHTS, lambda value: value >= 0, "at least 0"),
+    ("end_rate", lambda value: 0 <= value <= 1, "from 0 to 1"),
+    ("ratio beta1 beta2", lambda value: 0 <= value < 1, "at least 0 and below 1"),
+)
 
 
 def load(path: Path, changes: Sequence[str] = ()) -> Recipe:
@@ -204,7 +219,8 @@ def load(path: Path, changes: Sequence[str] = ()) -> Recipe:
     """
     try:
         document = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    # PyYAML lets ValueError through for dates that do not exist, and for what is no text.
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise HeadshareError(f"The recipe {path} is not readable YAML: {' '.join(str(error).split())}.") from error
     for change in changes:
         document = _changed(document, change)
@@ -215,7 +231,7 @@ def _changed(document: Any, change: str) -> Any:
     key, equals, text = change.partition("=")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise HeadshareError(f"The value in {change!r} is not readable YAML.") from error
     if not equals or not key:
         raise HeadshareError(f"{change!r} does not have the form key=value.")
@@ -224,7 +240,7 @@ def _changed(document: Any, change: str) -> Any:
     for name in parents:
         if isinstance(place, dict):
             place = place.setdefault(name, {})
-        elif isinstance(place, list) and name.isdigit() and int(name) < len(place):
+        elif isinstance(place, list) and name.isdecimal() and int(name) < len(place):
             place = place[int(name)]
         else:
             raise HeadshareError(f"The recipe has no {name} to change in {key}.")
@@ -289,17 +305,16 @@ def _value(kind: Any, value: Any, where: str) -> Any:
 
 
 def _scalar(kind: Any, value: Any, where: str) -> Any:
-    if kind is float and isinstance(value, str):
-        # YAML takes 5e-5, without a point, for text.
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    accepted = (int, float) if kind is float else kind
-    if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
+    try:
+        if kind is float and isinstance(value, (str, int)) and not isinstance(value, bool):
+            # YAML takes 5e-5, without a point, for text.
+            value = float(value)
+    except (ValueError, OverflowError):
+        pass
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
         names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
         raise HeadshareError(f"{where} must be {names[kind]}, not {value!r}.")
-    return kind(value)
+    return value
 
 
 def _joined(where: str, key: Any) -> str:

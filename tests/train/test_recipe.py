@@ -1,0 +1,214 @@
+"""Recipes: what is read is what was written, and what cannot be meant is refused in one sentence."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from headshare_jax import HeadshareError
+from headshare_jax.train import recipe as recipes
+
+SMALL: dict[str, Any] = {"model": "tiny", "data": {"train": "text.txt"}}
+FULL: dict[str, Any] = {
+    "model": "tiny",
+    "data": {"train": "text.txt", "eval": "held-out.txt", "text_field": "body", "seq_len": 128, "workers": 2},
+    "sharing": {"map": "map.json", "ratio": 0.1, "match": "q", "tie": "qkvo", "chains": "forbid"},
+    "stages": [{"penalty": "js", "steps": 3}, {"kind": "tied", "trainable": "[qkv]_pool_*, *_norm_*"}],
+    "optimizer": {"schedule": "wsd", "warmup": 2, "end_rate": 0.1, "clip": 0.5},
+    "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
+    "checkpoints": {"every": 7, "keep": 1, "eval_every": 3},
+    "batch_size": 6,
+    "accumulate": 3,
+    "compute_dtype": "float32",
+    "remat": "dots",
+    "max_bad_steps": 4,
+    "seed": 5,
+}
+
+
+def written(folder: Path, text: str) -> Path:
+    """A recipe file with this text."""
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("document", [SMALL, FULL], ids=["defaults", "all set"])
+def test_yaml_round_trip(tmp_path: Path, document: dict[str, Any]) -> None:
+    recipe = recipes.from_mapping(document)
+    text = recipes.to_yaml(recipe)
+    assert recipes.load(written(tmp_path, text)) == recipe
+    assert recipes.to_yaml(recipes.load(written(tmp_path, text))) == text
+
+
+def test_values_that_are_given_are_used_and_others_are_the_published_ones() -> None:
+    recipe = recipes.from_mapping({**SMALL, "stages": [{"steps": 3}, {"kind": "tied", "steps": 4}]})
+    assert recipe.total_steps == 7
+    stage, optimizer = recipe.stages[0], recipe.optimizer
+    assert (stage.learning_rate, stage.lm_weight, stage.sim_weight, stage.penalty) == (5e-5, 0.5, 0.5, "norm")
+    assert (optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.weight_decay) == (0.9, 0.95, 1e-8, 0.1)
+    assert (optimizer.clip, optimizer.schedule, recipe.batch_size, recipe.data.seq_len) == (1.0, "cosine", 128, 4096)
+
+
+@pytest.mark.parametrize("text", ["5e-5", "5.0e-5", "0.00005"])
+def test_numbers_are_read_as_people_write_them(tmp_path: Path, text: str) -> None:
+    path = written(tmp_path, f"model: tiny\ndata: {{train: t}}\nstages: [{{learning_rate: {text}, sim_weight: 1}}]\n")
+    stage = recipes.load(path).stages[0]
+    assert stage.learning_rate == pytest.approx(5e-5)
+    assert isinstance(stage.sim_weight, float)
+
+
+def test_changes_replace_and_add_values(tmp_path: Path) -> None:
+    path = written(tmp_path, "model: tiny\ndata: {train: t}\nstages: [{steps: 3}, {kind: tied}]\n")
+    changes = ["stages.1.steps=50", "stages.0.learning_rate=1e-4", "optimizer.clip=2", "data.eval=null", "seed=9"]
+    recipe = recipes.load(path, changes)
+    assert [stage.steps for stage in recipe.stages] == [3, 50]
+    assert (recipe.stages[0].learning_rate, recipe.optimizer.clip, recipe.data.eval, recipe.seed) == (1e-4, 2, None, 9)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("seed", "form key=value"),
+        ("=3", "form key=value"),
+        ("seed=[", "not readable YAML"),
+        ("seed=2020-99-99", "not readable YAML"),
+        ("sed=3", "did you mean seed?"),
+        ("stages.2.steps=3", "no 2 to change in stages.2.steps"),
+        ("stages.².steps=3", "no ² to change"),
+        ("stages.0=3", "no 0 to change"),
+        ("model.x=3", "no x to change in model.x"),
+        ("optimizer.clip=low", "optimizer.clip must be a number"),
+    ],
+)
+def test_changes_that_cannot_be_made_are_refused(tmp_path: Path, change: str, said: str) -> None:
+    path = written(tmp_path, "model: tiny\ndata: {train: t}\nstages: [{steps: 3}]\n")
+    with pytest.raises(HeadshareError, match=said):
+        recipes.load(path, [change])
+
+
+def with_value(key: str, value: Any) -> dict[str, Any]:
+    """A small recipe with one value at a dotted key, of the first stage where the key begins with `stage`."""
+    section, _, name = key.rpartition(".")
+    if section == "stage":
+        return {**SMALL, "stages": [{name: value}]}
+    return {**SMALL, section: {**SMALL.get(section, {}), name: value}} if section else {**SMALL, name: value}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("modle", "x", "unknown key modle; did you mean model?"),
+        ("data.seqlen", 3, "unknown key data.seqlen; did you mean seq_len?"),
+        ("stage.learning_rat", 1.0, "unknown key stages.0.learning_rat; did you mean learning_rate?"),
+        ("optimizer.zzz", 1, "unknown key optimizer.zzz; the keys are schedule, warmup"),
+        (3, 1, "unknown key 3"),
+        ("model", 3, "model must be text, not 3"),
+        ("model", None, "model must be text, not None"),
+        ("data", "text.txt", "data must be a mapping"),
+        ("data.train", ["a"], "data.train must be text"),
+        ("stages", {}, "stages must be a list"),
+        ("stages", [3], "stages.0 must be a mapping"),
+        ("stage.steps", 1.5, "stages.0.steps must be a whole number, not 1.5"),
+        ("stage.steps", True, "stages.0.steps must be a whole number, not True"),
+        ("stage.learning_rate", "fast", "stages.0.learning_rate must be a number, not 'fast'"),
+        ("stage.learning_rate", True, "must be a number, not True"),
+        ("stage.learning_rate", float("nan"), "must be a number, not nan"),
+        ("stage.learning_rate", "1e999", "must be a number, not inf"),
+        ("stage.learning_rate", 10**400, "must be a number"),
+        ("batch_size", "128", "batch_size must be a whole number, not '128'"),
+        ("stages", [], "at least one stage"),
+        ("stages", [{"kind": "tied"}, {"kind": "align"}], "align before tied"),
+        ("stage.kind", "alone", "stages.0.kind must be one of align, tied, not 'alone'"),
+        ("stage.penalty", "cosine", "stages.0.penalty must be one of norm, mse, kl, js"),
+        ("stage.sim_schedule", "wsd", "stages.0.sim_schedule must be one of constant, linear, cosine"),
+        ("optimizer.schedule", "linear", "optimizer.schedule must be one of cosine, wsd, constant"),
+        ("compute_dtype", "float16", "compute_dtype must be one of float32, bfloat16"),
+        ("remat", "some", "remat must be one of none, full, dots"),
+        ("sharing.match", "best", "sharing.match must be one of q, k, v"),
+        ("sharing.chains", "keep", "sharing.chains must be one of resolve, forbid"),
+        ("sharing.tie", "kq", "tie must name some of q, k, v, o"),
+        ("sharing.ratio", 1.0, "sharing.ratio must be at least 0 and below 1"),
+        ("stage.steps", 0, "stages.0.steps must be at least 1, not 0"),
+        ("stage.temperature", 0, "stages.0.temperature must be positive"),
+        ("stage.sim_weight", -1.0, "stages.0.sim_weight must be at least 0"),
+        ("stage.learning_rate", -1e-4, "stages.0.learning_rate must be positive"),
+        ("optimizer.beta2", 1.0, "optimizer.beta2 must be at least 0 and below 1"),
+        ("optimizer.end_rate", 2.0, "optimizer.end_rate must be from 0 to 1"),
+        ("optimizer.warmup", -1, "optimizer.warmup must be at least 0"),
+        ("optimizer.clip", 0.0, "optimizer.clip must be positive"),
+        ("data.seq_len", 1, "data.seq_len must be at least 2"),
+        ("checkpoints.keep", 0, "checkpoints.keep must be at least 1"),
+        ("accumulate", 3, r"batch_size \(128\) must be a multiple of accumulate \(3\)"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(key: Any, value: Any, said: str) -> None:
+    document = with_value(key, value) if isinstance(key, str) else {**SMALL, key: value}
+    with pytest.raises(HeadshareError, match=said) as caught:
+        recipes.from_mapping(document)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("document", "said"),
+    [
+        ({"data": {"train": "t"}}, "The recipe lacks model."),
+        ({}, "The recipe lacks model, data."),
+        ({"model": "m", "data": {}}, "The recipe lacks data.train."),
+        ([], "The recipe must be a mapping of keys to values"),
+        (None, "The recipe must be a mapping"),
+    ],
+)
+def test_incomplete_recipes_are_refused(document: Any, said: str) -> None:
+    with pytest.raises(HeadshareError, match=said):
+        recipes.from_mapping(document)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"a: [", b"\xff\xfe\x00", b"a: 2020-99-99", b"!!python/object:os.system x", b"? [1]\n: 2", b"[" * 5000],
+    ids=["open", "bytes", "date", "object", "key", "deep"],
+)
+def test_files_that_are_no_yaml_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(HeadshareError, match=r"recipe.yaml is not readable YAML"):
+        recipes.load(path)
+    with pytest.raises(HeadshareError, match=r"absent.yaml is not readable YAML"):
+        recipes.load(tmp_path / "absent.yaml")
+
+
+KEYS = st.sampled_from(["model", "data", "train", "stages", "steps", "learning_rate", "sharing", "mesh", "seed", "x"])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.integers(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(document=VALUES)
+@example(document={**SMALL, "seed": 10**30})
+def test_any_document_is_a_recipe_or_is_refused(document: Any) -> None:
+    try:
+        recipe = recipes.from_mapping(document)
+    except HeadshareError:
+        return
+    assert recipes.from_mapping(document) == recipe
+
+
+def test_difference_names_every_value_that_differs() -> None:
+    old = recipes.from_mapping({**SMALL, "stages": [{"steps": 3}]})
+    assert recipes.difference(old, old) == []
+    new = recipes.from_mapping(
+        {"model": "other", "data": {"train": "text.txt", "eval": "e"}, "stages": [{"steps": 4}, {"kind": "tied"}]}
+    )
+    lines = recipes.difference(old, new)
+    assert lines[:4] == [
+        "model: 'tiny' -> 'other'",
+        "data.eval: None -> 'e'",
+        "stages.0.steps: 3 -> 4",
+        "stages.1.kind: None -> 'tied'",
+    ]
+    assert all(line.startswith("stages.1.") for line in lines[3:])
