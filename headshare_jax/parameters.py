@@ -144,23 +144,28 @@ def _cut(shape: tuple[int, ...], name: str, inner: tuple[slice, ...]) -> tuple[i
 
 
 def fingerprint(source: WeightSource) -> str:
-    """SHA-256 of the attention weights as float32, whatever the format or storage dtype: of every tensor's own SHA-256.
+    """SHA-256 over checksums of the attention weights as float32, whatever the format or storage dtype.
 
     16-bit weights and their exact float32 copies have the same fingerprint; a receiver counts as holding its donor's
-    weights. The four projections of a layer are in memory at a time.
+    weights. The checksums tell weights apart that differ by training or by accident, not ones made to collide. The
+    four projections of a layer are in memory at a time.
     """
     digest = hashlib.sha256()
-    # On few cores hashing in one thread takes longer than all products of matching.
     with ThreadPoolExecutor(len(PROJECTIONS)) as threads:
         for layer in range(source.config.num_layers):
             weights = [source.read(name, layer) for name in ("q_pool_pdh", "k_pool_pdh", "v_pool_pdh", "o_pool_phd")]
-            for part in threads.map(_sha256, weights):
+            for part in threads.map(_checksums, weights):
                 digest.update(part)
     return f"sha256:{digest.hexdigest()}"
 
 
-def _sha256(values: np.ndarray) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(values, np.float32).data).digest()
+def _checksums(values: np.ndarray) -> bytes:
+    """Sums modulo 2^32 of the bits of every head's rows and columns; a cryptographic hash of them all takes 4 times it.
+
+    Exchanging, moving or changing values changes them.
+    """
+    bits = np.asarray(values, np.float32).view(np.uint32)
+    return b"".join(np.add.reduce(bits, axis=axis, dtype=np.uint32).tobytes() for axis in (-1, -2))
 
 
 def _kept_heads(config: LlamaConfig, name: str, layer: int, sharing: SharingMap | None) -> Iterator[int]:

@@ -1,23 +1,31 @@
 """Match scores between all pairs of sharing units, from one blocked Gram matrix."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.parameters import WeightSource, fingerprint, slice_shape
 
+# One layer's features: arrays [U, ...].
+Parts = Sequence[np.ndarray]
+# Of a Gram matrix: the first row and the one behind the last, the first column and the one behind the last.
+Tile = tuple[int, int, int, int]
+
 MATCH_FUNCTIONS = ("q", "k", "v", "qk", "qkv", "total", "random")
-# Two blocks of layers are in memory at a time: the rows and the columns of a block of the Gram matrix.
-BLOCK_BYTES = 512 * 2**20
-# Of the rows of one chunk of a product: two such chunks and what the product makes of them fit in caches.
-CHUNK_BYTES = 2 * 2**20
+# Of one block of layers; two are in memory at a time, the rows and the columns of a block of the Gram matrix.
+BLOCK_BYTES = 2**30
+# Of what a core multiplies at a time.
+CHUNK_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,7 @@ def match(
 
 
 def cosine_scores(
-    read: Callable[[int], Sequence[np.ndarray]],
+    read: Callable[[int], Parts],
     num_layers: int,
     units: int,
     dim: int,
@@ -124,83 +132,94 @@ def cosine_scores(
     block_bytes: int = BLOCK_BYTES,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
-    """Cosines between the units of all layers, float32 [L * U, L * U]; zero where the column's block is later.
+    """Cosines between the units of all layers, float32 [L * U, L * U]; zero where the donor is not of an earlier layer.
 
     Args:
-      read: gives one layer's features in parts [U, ...] of any float type.
+      read: gives one layer's features in parts [U, ..., X, Y] of any float type; all parts have the same X and Y.
       num_layers, units, dim: L, U, and the number of features of a unit, in all parts together.
-      block_bytes: bytes of features in one block of layers.
+      block_bytes: bytes of features, as float32, in one block of layers.
       progress: called with the block products done and in all.
     """
     block = max(1, min(num_layers, block_bytes // (4 * units * dim)))
     starts = range(0, num_layers, block)
     total, done = len(starts) * (len(starts) + 1) // 2, 0
     gram = np.zeros((num_layers * units, num_layers * units), np.float32)
-    buffers = [_aligned_empty((block * units, dim)) for _ in range(2)]
+    squares = np.zeros(num_layers * units, np.float32)
 
-    def features(buffer: np.ndarray, start: int) -> jax.Array:
-        layers = range(start, min(start + block, num_layers))
-        for place, layer in enumerate(layers):
-            _fill(buffer[place * units : (place + 1) * units], read(layer))
-        return jax.device_put(buffer[: len(layers) * units])
+    def read_block(start: int) -> list[Parts]:
+        return [read(layer) for layer in range(start, min(start + block, num_layers))]
 
-    previous = None
+    columns: list[Parts] = []
     for row in starts:
-        # The rows before these stay in their buffer as the first columns, so they are not read again.
-        buffers.reverse()
-        rows = features(buffers[0], row)
-        for column in reversed(starts[: row // block + 1]):
-            if column == row:
-                columns = rows
-            elif column == row - block and previous is not None:
-                columns = previous
-            else:
-                columns = features(buffers[1], column)
-            # Waiting for the product here makes it safe to fill a buffer that jax uses in place.
-            product = np.asarray(_products(rows, columns))
-            top, left = row * units, column * units
-            gram[top : top + product.shape[0], left : left + product.shape[1]] = product
-            done += 1
-            progress(done, total)
-        previous = rows
-    norm = np.sqrt(np.diag(gram))
+        rows = read_block(row)
+        within = slice(row * units, (row + len(rows)) * units)
+        gram[within, within], squares[within] = _products(rows, _earlier_layers(units, 0, len(rows)))
+        progress(done := done + 1, total)
+        for column in reversed(starts[: row // block]):
+            # The block before the rows is still held, so it is not read again.
+            if column != row - block:
+                columns.clear()
+                columns += read_block(column)
+            left = len(columns) * units
+            tile = (left, left + len(rows) * units, 0, left)
+            product, _ = _products([*columns, *rows], (tile,))
+            gram[within, column * units : column * units + left] = product[left:, :left]
+            progress(done := done + 1, total)
+        columns = rows
+    norm = np.sqrt(squares)
     return gram / np.maximum(norm[:, None] * norm[None, :], np.finfo(np.float32).tiny)
 
 
-def _aligned_empty(shape: tuple[int, int]) -> np.ndarray:
-    """An uninitialised float32 array at a multiple of 64 bytes, which jax uses on a CPU without copying it."""
-    size = shape[0] * shape[1]
-    memory = np.empty(size + 16, np.float32)
-    start = -memory.ctypes.data % 64 // 4
-    return memory[start : start + size].reshape(shape)
+def _earlier_layers(units: int, low: int, high: int) -> tuple[Tile, ...]:
+    """Tiles that cover every pair of units whose column's layer is earlier than its row's, and no other pair."""
+    if high - low < 2:
+        return ()
+    middle = (low + high) // 2
+    tile = (middle * units, high * units, low * units, middle * units)
+    return (tile, *_earlier_layers(units, low, middle), *_earlier_layers(units, middle, high))
 
 
-def _fill(features: np.ndarray, parts: Sequence[np.ndarray]) -> None:
-    """Writes parts [U, ...] side by side into features [U, dim], in one pass even where a part is a transposed view."""
+def _products(layers: list[Parts], tiles: tuple[Tile, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Inner products [R, R] of the layers' units, zero outside the tiles, and their squares [R]; float32.
+
+    Every core works on chunks of the features that stay in its cache: the products of one chunk are too small to be
+    shared out among cores.
+    """
+    first = layers[0][0]
+    if first.strides[-1] > first.strides[-2]:
+        # Chunks are cut along the axis that is farther apart in memory, or they would be copied value by value.
+        layers = [[part.swapaxes(-1, -2) for part in parts] for parts in layers]
+    rows, length = len(layers) * len(first), layers[0][0].shape[-2]
+    width = sum(math.prod(part.shape[1:]) for part in layers[0]) // length
+    step = max(1, min(length, CHUNK_BYTES // (4 * rows * width)))
+
+    def add_up(starts: range) -> tuple[np.ndarray, np.ndarray]:
+        buffer = np.empty(rows * step * width, np.float32)
+        products, squares = np.zeros((rows, rows), np.float32), np.zeros(rows, np.float32)
+        for start in starts:
+            stop = min(start + step, length)
+            chunk = buffer[: rows * (stop - start) * width].reshape(rows, -1)
+            for features, parts in zip(np.split(chunk, len(layers)), layers, strict=True):
+                _fill(features, [part[..., start:stop, :] for part in parts])
+            for top, bottom, left, right in tiles:
+                products[top:bottom, left:right] += chunk[top:bottom] @ chunk[left:right].T
+            squares += np.einsum("ri,ri->r", chunk, chunk)
+        return products, squares
+
+    cores = os.cpu_count() or 1
+    shares = [range(core * step, length, cores * step) for core in range(cores)]
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(cores) as threads:
+        products, squares = zip(*threads.map(add_up, shares), strict=True)
+    return np.sum(products, axis=0), np.sum(squares, axis=0)
+
+
+def _fill(features: np.ndarray, parts: Parts) -> None:
+    """Writes parts [U, ...] side by side into features [U, dim]."""
     start = 0
     for part in parts:
         stop = start + math.prod(part.shape[1:])
         features[:, start:stop].reshape(part.shape, copy=False)[...] = part
         start = stop
-
-
-@jax.jit
-def _products(rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """Inner products [R, C] of rows [R, dim] and columns [C, dim], float32.
-
-    The feature axis is cut into chunks small enough for all rows' share of one to stay in a core's cache.
-    """
-    dim = rows.shape[1]
-    chunk = min(dim, max(1, CHUNK_BYTES // (4 * 128 * rows.shape[0])) * 128)
-
-    def product(start: jax.Array | int, size: int) -> jax.Array:
-        a, b = (jax.lax.dynamic_slice_in_dim(block, start, size, axis=1) for block in (rows, columns))
-        return jnp.einsum("ai,bi->ab", a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-
-    whole = dim // chunk
-    rest = product(whole * chunk, dim - whole * chunk) if dim % chunk else jnp.zeros((), jnp.float32)
-    first = product(0, chunk) + rest
-    return jax.lax.fori_loop(1, whole, lambda place, total: total + product(place * chunk, chunk), first)
 
 
 def _feature_dim(config: LlamaConfig, match: str) -> int:

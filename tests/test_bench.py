@@ -31,9 +31,7 @@ def test_matching_is_compared_with_pairs_and_with_matrix_products(tmp_path: Path
     assert result["speedup"]["scores"] == result["seconds"]["pytorch_loop"] / result["seconds"]["scores"]
     # PyTorch computed the same thing.
     assert result["largest_difference"] < 1e-6
-    assert 0 < result["gflops"]["useful"] < result["gflops"]["executed"]
-    best = max(result["matmul_gflops"].values())
-    assert result["fraction_of_matmul"]["executed"] == result["gflops"]["executed"] / best
+    assert result["fraction_of_matmul"] == result["gflops"] / max(result["matmul_gflops"].values())
     sizes = result["bytes"]
     assert sizes["weights"] + sizes["libraries"] < sizes["peak_rss"]
     assert [row["layers"] for row in result["growth"]] == [2, 4, 8]

@@ -84,11 +84,16 @@ def similarity_penalty(params: Mapping[str, jax.Array], sharing: SharingMap, pen
     donors = sharing.donor.ravel()[receivers]
     total = jnp.zeros((), jnp.float32)
     for projection in sharing.tie:
-        pool = params[f"{projection}_pool_{'phd' if projection == 'o' else 'pdh'}"]
+        pool = params[pool_name(projection)]
         group = sharing.heads_per_unit if projection in "qo" else 1
         receiver_rgdh, donor_rgdh = (_unit_rows(pool, units, group) for units in (receivers, donors))
         total += jnp.mean(_PENALTIES[penalty](receiver_rgdh, donor_rgdh))
     return total
+
+
+def pool_name(projection: str) -> str:
+    """Parameter that holds the heads of a projection."""
+    return f"{projection}_pool_{'phd' if projection == 'o' else 'pdh'}"
 
 
 # Axes of a unit's slices. They are never merged: a pool is cut along D, and merging would gather its parts.

@@ -19,7 +19,7 @@ from headshare_jax.mesh import BATCH, batch_sharding
 from headshare_jax.modeling import Llama
 from headshare_jax.sharing import SharingMap
 from headshare_jax.train import recipe as recipes
-from headshare_jax.train.losses import similarity_penalty, target_mask, token_losses
+from headshare_jax.train.losses import pool_name, similarity_penalty, target_mask, token_losses
 
 Params = dict[str, jax.Array]
 
@@ -231,10 +231,12 @@ def loss_and_gradients(
     metrics |= {"sim_loss": jnp.float32(0), "sim_weight": jnp.float32(0)}
     if stage.kind == "align":
         weight = context.sim_weight(step)
+        # Differentiated for these alone: zeros for all other parameters would cost as much as a pass over them.
+        pools = {name: params[name] for name in map(pool_name, context.sharing.tie) if name in params}
         sim, sim_gradients = jax.value_and_grad(
-            lambda params: similarity_penalty({**frozen, **params}, context.sharing, stage.penalty)
-        )(params)
+            lambda pools: similarity_penalty({**frozen, **params, **pools}, context.sharing, stage.penalty)
+        )(pools)
         loss = loss + weight * sim
-        gradients = jax.tree.map(lambda gradient, more: gradient + weight * more, gradients, sim_gradients)
+        gradients |= {name: gradients[name] + weight * more for name, more in sim_gradients.items()}
         metrics |= {"sim_loss": sim, "sim_weight": weight}
     return (loss, metrics | {"loss": loss}), gradients
