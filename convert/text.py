@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from headshare_jax.errors import HeadshareError
 # Characters of a text file that are in memory at a time.
 PIECE = 2**18
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
+_FILE_ENDINGS = (*_JSON_LINES, ".parquet", ".txt", ".md")
+_DATA_SET_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _ROWS = 1024
 
 
@@ -77,9 +80,12 @@ def open_corpus(spec: str, *, field: str = "text", split: str = "train") -> Corp
     path = Path(spec)
     if path.is_dir():
         raise HeadshareError(f"{path} is a folder; give a text file.")
-    if not path.exists():
-        return _data_set(spec, field, split)
     ending = path.suffix.lower()
+    if not path.exists():
+        # Whoever misspells a file is told at once, not after attempts to reach a hub.
+        if ending in _FILE_ENDINGS or not _DATA_SET_NAME.fullmatch(spec.partition(":")[0]):
+            raise HeadshareError(f"There is no file {spec}; check its name and folder.")
+        return _data_set(spec, field, split)
     if ending == ".parquet":
         return _parquet(path, field)
     if ending in _JSON_LINES:

@@ -117,6 +117,17 @@ def prepare(
     return Blocks(tokens, segments, digest)
 
 
+def check(source: str, tokenizer: "PreTrainedTokenizerBase", *, seq_len: int, text_field: str = "text") -> None:
+    """Raises HeadshareError unless a text gives at least one block; reads little further than that, and writes nothing.
+
+    Args:
+      source, tokenizer, seq_len, text_field: as for `prepare`.
+    """
+    corpus = text.open_corpus(source, field=text_field)
+    encoded = _encoded(corpus, tokenizer, 1, lambda done, total: None)
+    any(len(tokens) for tokens, _ in _packed(encoded, seq_len, source))
+
+
 def _tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
     if tokenizer.is_fast:
         # A tokenizer may be stored with these; calling it as here drops them, which is to leave its digest the same.

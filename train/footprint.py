@@ -6,14 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from headshare_jax import convert
 from headshare_jax.errors import HeadshareError
 from headshare_jax.mesh import batch_sharding
 from headshare_jax.parameters import parameter_names
-from headshare_jax.selection import sharing_map
-from headshare_jax.similarity import match
+from headshare_jax.train import data
 from headshare_jax.train import recipe as recipes
-from headshare_jax.train.loop import check_devices
+from headshare_jax.train.loop import check_devices, choose_pairs, open_inputs
 from headshare_jax.train.placement import abstract_params, abstract_state, split_names
 from headshare_jax.train.step import StageContext, make_step
 
@@ -21,15 +19,16 @@ from headshare_jax.train.step import StageContext, make_step
 def footprint(recipe: recipes.Recipe) -> dict[str, Any]:
     """Bytes of parameters, optimizer state and temporaries (activations, gradients) on a device, stage by stage.
 
-    The sharing map is drawn at random: sizes depend on its ratio and tie alone.
+    Without a map in the recipe, one is drawn at random: sizes depend on its ratio and tie alone. The texts are opened,
+    and read as far as the first block, so that a run does not fail for what could be known.
 
     Raises:
-      HeadshareError: the model cannot be opened, or mesh and batch do not fit this machine's devices.
+      HeadshareError: model, map or texts cannot be read, or mesh and batch do not fit this machine's devices.
     """
     mesh = check_devices(recipe)
-    source = convert.open_checkpoint(recipe.model)
-    settings = recipe.sharing
-    sharing = sharing_map(match(source, "random"), settings.ratio, chains=settings.chains, tie=settings.tie)
+    source, words, _ = open_inputs(recipe)
+    data.check(recipe.data.train, words, seq_len=recipe.data.seq_len, text_field=recipe.data.text_field)
+    sharing = choose_pairs(recipe, source, "random")
     stages = []
     for stage in recipe.stages:
         context = StageContext(source.config, sharing, stage, recipe)

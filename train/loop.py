@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from headshare_jax import convert
 from headshare_jax.convert import map_file, text, tokenizer
-from headshare_jax.convert.atomic import new_file
+from headshare_jax.convert.atomic import check_output, new_directory
 from headshare_jax.convert.cache import cache_directory
 from headshare_jax.convert.cast import cast
 from headshare_jax.errors import HeadshareError
@@ -33,6 +33,9 @@ from headshare_jax.train.metrics import MetricsLog, matrix_rate, step_flops
 from headshare_jax.train.placement import abstract_params, abstract_state, begin, gathered, place, split_names
 from headshare_jax.train.step import Params, StageContext, TrainState, make_step, trainable_names
 from headshare_jax.transform import share
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CONFIG, MAP, FINAL, CHECKPOINTS = "config.yaml", "map.json", "final", "checkpoints"
 
@@ -74,8 +77,10 @@ def run(
       HeadshareError: the recipe cannot be run, or `output` is not a run to be resumed.
     """
     check_devices(recipe)
-    _claim(output, recipe, resume)
+    _check_folder(output, recipe, resume)
     task = prepare(recipe, output)
+    if not resume:
+        _begin_folder(task)
     with RunCheckpoints(output / CHECKPOINTS, recipe.checkpoints.keep) as checkpoints, _told_to_stop() as stopping:
         trainer = _Trainer(task, checkpoints, stopping, report)
         trainer.start(resume)
@@ -94,14 +99,10 @@ def check_devices(recipe: recipes.Recipe) -> Mesh:
 
 
 def prepare(recipe: recipes.Recipe, output: Path) -> Run:
-    """Opens the model, makes or reads the map (`map.json` in `output`), and tokenises the text."""
-    path = convert.locate(recipe.model)
-    source = convert.open_checkpoint(path)
-    if source.sharing is not None:
-        raise HeadshareError(f"{recipe.model} already shares heads; PostShare begins with a dense model.")
-    for stage in recipe.stages:
-        trainable_names(source.config, stage.trainable)
-    words = tokenizer.load(path)
+    """Opens the model, makes or reads the map (`map.json` in `output`), and tokenises the text; writes nothing."""
+    source, words, eval_tokens = open_inputs(recipe)
+    stored = output / MAP
+    sharing = map_file.read(stored) if stored.is_file() else choose_pairs(recipe, source, recipe.sharing.match)
     blocks = data.prepare(
         recipe.data.train,
         words,
@@ -110,17 +111,49 @@ def prepare(recipe: recipes.Recipe, output: Path) -> Run:
         workers=recipe.data.workers,
         cache=cache_directory() / "blocks",
     )
+    return Run(recipe, output, source, sharing, check_devices(recipe), blocks, eval_tokens)
+
+
+def open_inputs(recipe: recipes.Recipe) -> tuple[convert.Checkpoint, "PreTrainedTokenizerBase", np.ndarray]:
+    """The dense model, its tokenizer, and the held-out text as int32 [tokens], empty if the recipe has none.
+
+    Raises:
+      HeadshareError: one of them cannot be read, or the model shares heads or has no parameters that a stage trains.
+    """
+    path = convert.locate(recipe.model)
+    source = convert.open_checkpoint(path)
+    if source.sharing is not None:
+        raise HeadshareError(f"{recipe.model} already shares heads; PostShare begins with a dense model.")
+    for stage in recipe.stages:
+        trainable_names(source.config, stage.trainable)
+    words = tokenizer.load(path)
     held_out = recipe.data.eval
-    eval_tokens = (
+    tokens = (
         [] if held_out is None else words(text.read(held_out, field=recipe.data.text_field), verbose=False).input_ids
     )
-    mesh = check_devices(recipe)
-    return Run(
-        recipe, output, source, _sharing(recipe, source, output), mesh, blocks, np.asarray(eval_tokens, np.int32)
-    )
+    return source, words, np.asarray(tokens, np.int32)
 
 
-def _claim(output: Path, recipe: recipes.Recipe, resume: bool) -> None:
+def choose_pairs(recipe: recipes.Recipe, source: convert.Checkpoint, function: str) -> SharingMap:
+    """The map that the recipe names, or one made with a match function.
+
+    Raises:
+      HeadshareError: a map that cannot be read, is for another model, or lets no unit receive.
+    """
+    settings = recipe.sharing
+    if settings.map is not None:
+        sharing = map_file.read(Path(settings.map))
+        sharing.check_model(source.config)
+        if sharing.source is not None and sharing.source != fingerprint(source):
+            raise HeadshareError(f"The map {settings.map} was made for other weights than those of {recipe.model}.")
+    else:
+        sharing = sharing_map(match(source, function), settings.ratio, chains=settings.chains, tie=settings.tie)
+    if not len(sharing.receivers):
+        raise HeadshareError("The map has no receivers, so there is nothing to share; raise the ratio.")
+    return sharing
+
+
+def _check_folder(output: Path, recipe: recipes.Recipe, resume: bool) -> None:
     path = output / CONFIG
     if resume:
         if not path.is_file():
@@ -133,38 +166,20 @@ def _claim(output: Path, recipe: recipes.Recipe, resume: bool) -> None:
                 "a new run in another folder."
             )
         return
-    if jax.process_index() == 0:
-        try:
-            output.mkdir()
-        except FileExistsError as error:
-            raise HeadshareError(
-                f"{output} exists already; pass --resume to go on with it, or choose another."
-            ) from error
-        except OSError as error:
-            raise HeadshareError(f"The folder {output} cannot be made: {error.strerror}.") from error
-        path.write_text(recipes.to_yaml(recipe))
-    _wait_for_all("claimed")
+    check_output(output, overwrite=True)
+    if output.exists():
+        remedy = "pass --resume to go on with it, or choose another" if path.is_file() else "choose another folder"
+        raise HeadshareError(f"{output} exists already; {remedy}.")
 
 
-def _sharing(recipe: recipes.Recipe, source: convert.Checkpoint, output: Path) -> SharingMap:
-    path = output / MAP
-    if path.is_file():
-        return map_file.read(path)
-    settings = recipe.sharing
-    if settings.map is not None:
-        sharing = map_file.read(Path(settings.map))
-        sharing.check_model(source.config)
-        if sharing.source is not None and sharing.source != fingerprint(source):
-            raise HeadshareError(f"The map {settings.map} was made for other weights than those of {recipe.model}.")
-    else:
-        sharing = sharing_map(match(source, settings.match), settings.ratio, chains=settings.chains, tie=settings.tie)
-    if not len(sharing.receivers):
-        raise HeadshareError("The map has no receivers, so there is nothing to share; raise the ratio.")
-    _wait_for_all("mapped")
+def _begin_folder(task: Run) -> None:
+    """Makes the run's folder with recipe and map, which appear together: without them, nothing could be resumed."""
+    _wait_for_all("prepared")
     if jax.process_index() == 0:
-        with new_file(path) as partial:
-            partial.write_text(sharing.to_json())
-    return sharing
+        with new_directory(task.output) as folder:
+            (folder / CONFIG).write_text(recipes.to_yaml(task.recipe))
+            (folder / MAP).write_text(task.sharing.to_json())
+    _wait_for_all("begun")
 
 
 class _Trainer:

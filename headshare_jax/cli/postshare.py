@@ -33,7 +33,10 @@ class Postshare(Command):
     ] = ()
     resume: Annotated[bool, tyro.conf.arg(help="Go on after the newest checkpoint of the run.")] = False
     dry_run: Annotated[
-        bool, tyro.conf.arg(help="Show the recipe and the memory it needs on a device; train nothing.")
+        bool,
+        tyro.conf.arg(
+            help="Check model and texts, show the recipe and the memory it needs on a device; train nothing."
+        ),
     ] = False
     distributed: Annotated[
         bool, tyro.conf.arg(help="One process of many; the others are found by themselves on TPU pods, Slurm and GKE.")

@@ -83,6 +83,13 @@ def test_bad_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (str(tmp_path / "numbers.parquet"), "text", r"no column named text \(it has number\)"),
         (file("damaged.parquet", b"PAR1" + bytes(100)), "text", "parquet"),
         ("no/such:set", "text", "neither a file nor a data set"),
+        # Names of files, which no hub is asked for.
+        ("nope.txt", "text", "There is no file nope.txt"),
+        ("no/nope.JSONL", "text", "There is no file no/nope.JSONL"),
+        ("nope.parquet", "text", "There is no file nope.parquet"),
+        ("./nope", "text", "There is no file ./nope"),
+        (str(tmp_path / "nope"), "text", f"There is no file {tmp_path}/nope"),
+        ("no/such/text", "text", "There is no file no/such/text"),
     ]
     for spec, field, message in cases:
         with pytest.raises(HeadshareError, match=message):

@@ -21,6 +21,7 @@ from headshare_jax.errors import HeadshareError
 from headshare_jax.parameters import parameter_names
 from headshare_jax.train import loop
 from headshare_jax.train import recipe as recipes
+from headshare_jax.train.footprint import footprint
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps.\n" * 150
 ALIGN = {"kind": "align", "steps": 5, "learning_rate": 1e-3}
@@ -196,21 +197,29 @@ def test_checkpoint_of_other_data_is_refused(finished: Path, workplace: Path) ->
         ({"mesh": {"fsdp": 16}}, "16 devices"),
         ({"mesh": {"fsdp": 3}}, "3 devices"),
         ({"batch_size": 12}, "multiple"),
-        ({"data": {"train": "absent.txt", "seq_len": 32}}, "absent.txt"),
+        ({"data": {"train": "absent.txt", "seq_len": 32}}, "no file absent.txt"),
         ({"sharing": {"ratio": 0.0}}, "no receivers"),
         ({"sharing": {"map": "absent.json"}}, "absent.json"),
         ({"stages": [ALIGN | {"trainable": "nothing"}]}, "nothing"),
     ],
 )
 def test_impossible_runs_are_refused(workplace: Path, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(HeadshareError, match=said):
-        loop.run(recipe(workplace, **changes), tmp_path / "run")
+    refused(recipe(workplace, **changes), said, tmp_path)
 
 
 def test_text_shorter_than_a_block_is_refused(workplace: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("Short.")
-    with pytest.raises(HeadshareError, match="seq_len"):
-        loop.run(recipe(workplace, data={"train": str(tmp_path / "short.txt"), "seq_len": 32}), tmp_path / "run")
+    refused(recipe(workplace, data={"train": str(tmp_path / "short.txt"), "seq_len": 32}), "seq_len", tmp_path)
+
+
+def refused(impossible: recipes.Recipe, said: str, folder: Path) -> None:
+    """Asserts that a run and its plan are refused, and that nothing is left that would block a corrected run."""
+    before = list(folder.iterdir())
+    with pytest.raises(HeadshareError, match=said):
+        loop.run(impossible, folder / "run")
+    with pytest.raises(HeadshareError, match=said):
+        footprint(impossible)
+    assert list(folder.iterdir()) == before
 
 
 def test_a_run_does_not_write_over_another(finished: Path, workplace: Path) -> None:
@@ -218,6 +227,10 @@ def test_a_run_does_not_write_over_another(finished: Path, workplace: Path) -> N
         loop.run(recipe(workplace), finished)
     with pytest.raises(HeadshareError, match="no run to resume"):
         loop.run(recipe(workplace), workplace / "never", resume=True)
+    with pytest.raises(HeadshareError, match="exists already; choose another"):
+        loop.run(recipe(workplace), workplace / "model")
+    with pytest.raises(HeadshareError, match="create it first"):
+        loop.run(recipe(workplace), workplace / "never" / "run")
 
 
 def test_losses_that_stay_infinite_end_the_run(workplace: Path, tmp_path: Path) -> None:
