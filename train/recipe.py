@@ -24,6 +24,10 @@ STAGES = ("align", "tied")
 CHAINS = ("resolve", "forbid")
 SCHEDULES = ("cosine", "wsd", "constant")
 WEIGHT_SCHEDULES = ("constant", "linear", "cosine")
+# Recipes that come with the package, by name.
+SHIPPED = {path.stem: path for path in sorted(Path(__file__).with_name("recipes").glob("*.yaml"))}
+# Settings of the penalty, which `tied` stages do not have; the next-token loss has weight 1 there.
+_ALIGN_ONLY = ("lm_weight", "sim_weight", "sim_schedule", "penalty")
 
 
 @dataclass(frozen=True)
@@ -92,9 +96,9 @@ class Stage:
       kind: `align` trains the dense model with the similarity penalty, then shares it; `tied` trains the shared model.
       steps: optimizer steps.
       learning_rate: its peak.
-      lm_weight, sim_weight: weights of the next-token loss and of the penalty (`align` only).
-      sim_schedule: `constant`, or a `linear` or `cosine` ramp of `sim_weight` from 0 to its full value.
-      penalty: form of the similarity penalty.
+      lm_weight, sim_weight: weights of the next-token loss and of the penalty (`align` only; 1 and 0 in `tied`).
+      sim_schedule: `constant`, or a `linear` or `cosine` ramp of `sim_weight` from 0 to its full value (`align` only).
+      penalty: form of the similarity penalty (`align` only).
       z_weight: weight of the squared log-partition.
       distill_weight: weight of the divergence from the dense model.
       temperature: of the distillation.
@@ -172,6 +176,10 @@ class Recipe:
         kinds = [stage.kind for stage in self.stages]
         if not kinds or kinds != sorted(kinds):
             raise HeadshareError("stages must name at least one stage, and align before tied.")
+        for number, stage in enumerate(self.stages):
+            unused = [name for name in _ALIGN_ONLY if getattr(stage, name) != getattr(Stage, name)]
+            if stage.kind == "tied" and unused:
+                raise HeadshareError(f"stages.{number}.{unused[0]} is of align stages only; leave it out.")
         if self.batch_size % self.accumulate:
             raise HeadshareError(
                 f"batch_size ({self.batch_size}) must be a multiple of accumulate ({self.accumulate})."
@@ -206,19 +214,25 @@ _LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 )
 
 
-def load(path: Path, changes: Sequence[str] = ()) -> Recipe:
+def load(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     """Reads a recipe from YAML.
 
     Args:
-      path: the file.
+      path: the file, or one of the names in `SHIPPED`.
       changes: values to use instead of the file's, as `key=value` with dots between nested keys and YAML values, such
         as `stages.0.steps=50`.
 
     Raises:
-      HeadshareError: no readable YAML, or keys or values that are not a recipe's (the nearest right key is named).
+      HeadshareError: no file, no readable YAML, or keys or values that are not a recipe's (the nearest right key is
+        named).
     """
+    path = SHIPPED.get(str(path), Path(path))
     try:
         document = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise HeadshareError(
+            f"There is no recipe {path}; give a .yaml file, or one of the names {', '.join(SHIPPED)}."
+        ) from error
     # PyYAML lets ValueError through for dates that do not exist, and for what is no text.
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise HeadshareError(f"The recipe {path} is not readable YAML: {' '.join(str(error).split())}.") from error
@@ -256,8 +270,13 @@ def from_mapping(document: Any) -> Recipe:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The recipe with every value spelled out; `load` reads it back."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(recipe)), sort_keys=False)
+    """The recipe with every value that the run uses spelled out; `load` reads it back."""
+    document = _plain(dataclasses.asdict(recipe))
+    for stage in document["stages"]:
+        if stage["kind"] == "tied":
+            for name in _ALIGN_ONLY:
+                del stage[name]
+    return yaml.safe_dump(document, sort_keys=False)
 
 
 def difference(old: Recipe, new: Recipe) -> list[str]:

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -66,14 +66,18 @@ def say(message: str) -> None:
 def progress(label: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on standard error; yields the function to call with the steps done and in all."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=_errors, transient=True) as bar:
+    # Where it cannot be drawn over and over, it would end as an empty line.
+    with Progress(*columns, console=_errors, transient=True, disable=not _errors.is_terminal) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @contextmanager
 def progress_with_text(label: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar with a text that changes; yields the function to call with the steps done and the text."""
+    """A progress bar with a text that changes; yields the function to call with the steps done and the text.
+
+    It appears with the first call, so that work that is refused before it begins shows none.
+    """
     columns = (
         TextColumn(label),
         BarColumn(),
@@ -81,9 +85,16 @@ def progress_with_text(label: str, total: int) -> Iterator[Callable[[int, str], 
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=_errors) as bar:
+    with ExitStack() as shown:
+        bar = Progress(*columns, console=_errors)
         task = bar.add_task("", total=total)
-        yield lambda done, text: bar.update(task, completed=done, description=text)
+
+        def show(done: int, text: str) -> None:
+            if not bar.live.is_started:
+                shown.enter_context(bar)
+            bar.update(task, completed=done, description=text)
+
+        yield show
 
 
 def megabytes(count: int) -> str:

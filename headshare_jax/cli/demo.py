@@ -45,7 +45,7 @@ class Demo(Command):
 
     src: Annotated[
         tyro.conf.Positional[str | None],
-        tyro.conf.arg(metavar="SRC", help="Another model instead of SmolLM2-135M-Instruct."),
+        tyro.conf.arg(metavar="[SRC]", help="Another model instead of SmolLM2-135M-Instruct."),
     ] = None
     output: Annotated[Path, tyro.conf.arg(aliases=("-o",), help="Folder to make for models and picture.")] = Path(
         "headshare-demo"

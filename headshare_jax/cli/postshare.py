@@ -23,10 +23,13 @@ from headshare_jax.train.footprint import footprint
 class Postshare(Command):
     """Post-train a model so that its heads can share weights (PostShare), then share them.
 
-    Example: headshare postshare --config train/recipes/smollm2-cpu.yaml --output run --set stages.0.steps=50
+    Example: headshare postshare --config smollm2-cpu --output run --set model=my-llama data.train=train.txt
     """
 
-    config: Annotated[Path, tyro.conf.arg(help="Recipe (.yaml).")]
+    config: Annotated[
+        str,
+        tyro.conf.arg(help=f"Recipe: a .yaml file, or one that comes along: {', '.join(recipes.SHIPPED)}."),
+    ]
     output: Annotated[Path, tyro.conf.arg(aliases=("-o",), help="Folder of the run.")]
     set: Annotated[
         tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE ...", help="Values to use instead of the recipe's.")

@@ -274,8 +274,7 @@ def test_postshare_command(workplace: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_published_recipes_can_be_read() -> None:
-    folder = Path(recipes.__file__).with_name("recipes")
-    names = {path.stem for path in folder.glob("*.yaml")}
-    assert {"llama-2-7b", "llama-2-13b", "llama-3.1-8b-v5e-256", "smollm2-gpu", "smollm2-cpu"} <= names
-    for path in folder.glob("*.yaml"):
-        assert yaml.safe_load(recipes.to_yaml(recipes.load(path)))["model"]
+    assert {"llama-2-7b", "llama-2-13b", "llama-3.1-8b-v5e-256", "smollm2-gpu", "smollm2-cpu"} == set(recipes.SHIPPED)
+    for name, path in recipes.SHIPPED.items():
+        assert yaml.safe_load(recipes.to_yaml(recipes.load(name)))["model"]
+        assert recipes.load(name) == recipes.load(path)

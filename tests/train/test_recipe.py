@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -50,6 +51,12 @@ def test_values_that_are_given_are_used_and_others_are_the_published_ones() -> N
     assert (stage.learning_rate, stage.lm_weight, stage.sim_weight, stage.penalty) == (5e-5, 0.5, 0.5, "norm")
     assert (optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.weight_decay) == (0.9, 0.95, 1e-8, 0.1)
     assert (optimizer.clip, optimizer.schedule, recipe.batch_size, recipe.data.seq_len) == (1.0, "cosine", 128, 4096)
+
+
+def test_a_tied_stage_is_written_without_what_it_does_not_use() -> None:
+    recipe = recipes.from_mapping({**SMALL, "stages": [{"kind": "align"}, {"kind": "tied"}]})
+    align, tied = yaml.safe_load(recipes.to_yaml(recipe))["stages"]
+    assert set(align) - set(tied) == {"lm_weight", "sim_weight", "sim_schedule", "penalty"}
 
 
 @pytest.mark.parametrize("text", ["5e-5", "5.0e-5", "0.00005"])
@@ -122,6 +129,7 @@ def with_value(key: str, value: Any) -> dict[str, Any]:
         ("stages", [], "at least one stage"),
         ("stages", [{"kind": "tied"}, {"kind": "align"}], "align before tied"),
         ("stage.kind", "alone", "stages.0.kind must be one of align, tied, not 'alone'"),
+        ("stages", [{"kind": "tied", "lm_weight": 0.3}], "stages.0.lm_weight is of align stages only; leave it out"),
         ("stage.penalty", "cosine", "stages.0.penalty must be one of norm, mse, kl, js"),
         ("stage.sim_schedule", "wsd", "stages.0.sim_schedule must be one of constant, linear, cosine"),
         ("optimizer.schedule", "linear", "optimizer.schedule must be one of cosine, wsd, constant"),
@@ -176,7 +184,7 @@ def test_files_that_are_no_yaml_are_refused(tmp_path: Path, content: bytes) -> N
     path.write_bytes(content)
     with pytest.raises(HeadshareError, match=r"recipe.yaml is not readable YAML"):
         recipes.load(path)
-    with pytest.raises(HeadshareError, match=r"absent.yaml is not readable YAML"):
+    with pytest.raises(HeadshareError, match=r"no recipe .*absent.yaml; give .* smollm2-cpu"):
         recipes.load(tmp_path / "absent.yaml")
 
 
