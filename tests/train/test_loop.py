@@ -106,8 +106,8 @@ def test_training_helps(finished: Path, workplace: Path) -> None:
     assert lines[8]["shared_perplexity"] < lines[4]["shared_perplexity"]
 
 
-_KILLED = """
-import os, signal, sys
+_HINDERED = """
+import os, resource, signal, sys
 sys.path.insert(0, {tests!r})
 import conftest, jax
 from pathlib import Path
@@ -115,7 +115,7 @@ from headshare_jax.train import loop, recipe
 
 def report(line):
     if line["step"] == {step}:
-        os.kill(os.getpid(), signal.{signal})
+        {action}
 
 result = loop.run(recipe.load(Path({recipe!r})), Path({run!r}), report=report)
 print("stopped" if result is None else "finished")
@@ -124,10 +124,15 @@ print("stopped" if result is None else "finished")
 
 def run_killed(workplace: Path, run: Path, step: int, how: str) -> subprocess.CompletedProcess[str]:
     """A run in a process of its own that gets a signal after a step."""
+    return run_hindered(workplace, run, step, f"os.kill(os.getpid(), signal.{how})")
+
+
+def run_hindered(workplace: Path, run: Path, step: int, action: str) -> subprocess.CompletedProcess[str]:
+    """A run in a process of its own that does something to itself after a step."""
     path = run.with_suffix(".yaml")
     path.write_text(recipes.to_yaml(recipe(workplace)))
     tests = str(Path(__file__).parents[1])
-    code = _KILLED.format(tests=tests, step=step, signal=how, recipe=str(path), run=str(run))
+    code = _HINDERED.format(tests=tests, step=step, action=action, recipe=str(path), run=str(run))
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
@@ -170,6 +175,17 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     loop.run(recipe(workplace), run, resume=True)
     assert "step 7 cannot be read" in caplog.text
+    assert losses(run) == losses(finished)
+
+
+def test_a_full_disk_leaves_earlier_checkpoints_to_resume_from(finished: Path, workplace: Path) -> None:
+    run = workplace / "full"
+    # Files end there as on a full disk; metrics are smaller, a checkpoint's arrays larger.
+    done = run_hindered(workplace, run, 3, "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))")
+    assert done.returncode == 1
+    assert "could not be written" in done.stderr.splitlines()[-1]
+    assert "earlier ones are intact" in done.stderr.splitlines()[-1]
+    loop.run(recipe(workplace), run, resume=True)
     assert losses(run) == losses(finished)
 
 
