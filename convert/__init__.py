@@ -1,5 +1,6 @@
 """Reading and writing checkpoints: Hugging Face, GGUF and native."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,7 @@ def save(
     tokenizer_from: Path | None = None,
     overwrite: bool = False,
     provenance: dict[str, Any] | None = None,
+    documents: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a model; the output appears complete or not at all.
 
@@ -111,6 +113,7 @@ def save(
       tokenizer_from: checkpoint whose tokenizer to carry along.
       overwrite: replace an existing output.
       provenance: plain data to keep in a native checkpoint's `headshare.json`.
+      documents: texts to keep beside the weights, by file name.
 
     Raises:
       HeadshareError: unknown format, an output that exists, or one that cannot be written.
@@ -127,3 +130,5 @@ def save(
             (huggingface if to == "hf" else compact).write(source, folder)
             if source.sharing is not None:
                 (folder / MAP_FILE).write_text(source.sharing.to_json())
+        for name, document in (documents or {}).items():
+            (folder / name).write_text(document)

@@ -1,5 +1,6 @@
 """Makes LLaMA-family language models smaller by letting attention heads share weights, in JAX and Flax."""
 
+from headshare_jax.calibration import calibration_windows
 from headshare_jax.config import LlamaConfig, RopeScaling
 from headshare_jax.convert import load, open_checkpoint, save
 from headshare_jax.errors import HeadshareError
@@ -8,22 +9,27 @@ from headshare_jax.generation import Sampling, generate
 from headshare_jax.ledger import Ledger, ledger
 from headshare_jax.modeling import Llama
 from headshare_jax.parameters import WeightSource, fingerprint
+from headshare_jax.refit import BlockFit, RefitReport, RefitSettings, refit
 from headshare_jax.selection import sharing_map
 from headshare_jax.sharing import SharingMap
 from headshare_jax.similarity import MatchResult, match
 from headshare_jax.transform import share, unshare
 
 __all__ = [
+    "BlockFit",
     "HeadshareError",
     "Ledger",
     "Llama",
     "LlamaConfig",
     "MatchResult",
     "Perplexity",
+    "RefitReport",
+    "RefitSettings",
     "RopeScaling",
     "Sampling",
     "SharingMap",
     "WeightSource",
+    "calibration_windows",
     "fingerprint",
     "generate",
     "ledger",
@@ -31,6 +37,7 @@ __all__ = [
     "match",
     "open_checkpoint",
     "perplexity",
+    "refit",
     "save",
     "share",
     "sharing_map",

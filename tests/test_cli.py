@@ -129,6 +129,27 @@ def test_share_by_ratio_and_by_its_own_map(headshare: Any, model: Path, tmp_path
     assert np.array_equal(support.jax_logits(one, tokens), support.jax_logits(two, tokens))
 
 
+def test_share_and_refit_keeps_the_record_beside_the_model(
+    headshare: Any, model: Path, text: Path, tmp_path: Path
+) -> None:
+    args = ("--ratio", 0.5, "--method", "refit", "--calibrate", text, "--calibrate-tokens", 640, "--seq-len", 64)
+    for format in ("native", "hf", "hf-compact"):
+        result = headshare("share", model, tmp_path / format, *args, "--to", format, "--json")
+        assert json.loads((tmp_path / format / "headshare_fit.json").read_text()) == result["fit"]
+    assert result["fit"]["windows"] == 10
+    assert [fit["fitted_rows"] for fit in result["fit"]["blocks"]] == [64, 64]
+    refitted = hs.load(tmp_path / "native")
+    direct = hs.share(hs.load(model), hs.sharing_map(hs.match(hs.load(model)), 0.5))
+    assert refitted.sharing is not None
+    assert refitted.sharing.method == result["method"] == "refit"
+    assert np.array_equal(refitted.sharing.donor, direct.sharing.donor)
+    tokens = np.array([list(TEXT.encode()[:64])])
+    expected = support.jax_logits(hs.load(model), tokens)
+    errors = [np.linalg.norm(support.jax_logits(each, tokens) - expected) for each in (direct, refitted)]
+    assert errors[1] < errors[0]
+    assert "held out" in headshare("share", model, tmp_path / "printed", *args)
+
+
 def test_share_with_random_pairs_follows_its_seed(headshare: Any, model: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         headshare("share", model, tmp_path / name, "--ratio", 0.5, "--match", "random", "--seed", seed)
@@ -237,6 +258,7 @@ def test_bad_input_is_refused_in_one_sentence(refused: Any, model: Path, tmp_pat
     (tmp_path / "nothing.txt").write_text(" \n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     out, taken = tmp_path / "out", tmp_path / "empty"
+    refit = ("share", model, out, "--ratio", 0.3, "--method", "refit")
     cases = [
         (("inspect", tmp_path / "absent"), "does not exist"),
         (("inspect", ""), "empty"),
@@ -259,6 +281,14 @@ def test_bad_input_is_refused_in_one_sentence(refused: Any, model: Path, tmp_pat
         (("share", model, out, "--ratio", 0.3, "--chains", "cut"), "chains"),
         (("share", model, out, "--map", text), "JSON"),
         (("share", model, out, "--map", tmp_path / "absent.json"), "absent.json"),
+        (("share", model, out, "--ratio", 0.3, "--method", "best"), "direct"),
+        (("share", model, out, "--ratio", 0.3, "--method", "refit"), "--calibrate"),
+        (("share", model, out, "--ratio", 0.3, "--calibrate", text), "--calibrate"),
+        ((*refit, "--calibrate", tmp_path / "absent.txt"), "absent.txt"),
+        ((*refit, "--calibrate", text), "need 12288"),
+        ((*refit, "--calibrate", text, "--calibrate-tokens", 100), "more tokens"),
+        ((*refit, "--calibrate", text, "--calibrate-tokens", 100, "--seq-len", 1), "seq_len"),
+        ((*refit, "--calibrate", text, "--calibrate-tokens", 100, "--seq-len", 100), "two windows"),
         (("eval", model, "--text", tmp_path / "nothing.txt"), "empty"),
         (("eval", model, "--text", tmp_path / "bytes.txt"), "UTF-8"),
         (("eval", model, "--text", taken), "folder"),

@@ -1,0 +1,167 @@
+"""Calibration text run through a model layer by layer: what a layer's blocks compute, and where their input is kept."""
+
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from headshare_jax import parameters
+from headshare_jax.config import LlamaConfig
+from headshare_jax.errors import HeadshareError
+from headshare_jax.modeling import _ACTIVATIONS
+from headshare_jax.parameters import WeightSource
+from headshare_jax.rope import rotary_angles, rotate
+
+# A layer adds to the residual stream what its two blocks give, one after the other; each ends in a linear map.
+BLOCKS = ("attention", "mlp")
+OUTPUT = {"attention": "o_pool_phd", "mlp": "down_lfd"}
+_OUTPUT_BIAS = {"attention": "o_bias_ld", "mlp": "down_bias_ld"}
+_LAYERLESS = ("embed_vd", "final_norm_d", "head_vd")
+
+
+def calibration_windows(tokens: Sequence[int] | np.ndarray, count: int, seq_len: int, vocab_size: int) -> np.ndarray:
+    """The text's first windows, int32 [count, seq_len].
+
+    Args:
+      tokens: the text as one sequence of token ids.
+      count, seq_len: windows, and tokens in each.
+      vocab_size: V.
+
+    Raises:
+      HeadshareError: the text is too short, a token is outside the vocabulary, or the windows have no tokens.
+    """
+    tokens = np.asarray(tokens)
+    if count < 1 or seq_len < 2:
+        raise HeadshareError(
+            f"Calibration needs at least one window of two tokens, not {count} of {seq_len}; give it more tokens."
+        )
+    if tokens.size < count * seq_len:
+        raise HeadshareError(
+            f"The calibration text has {tokens.size} tokens, but {count} windows of {seq_len} need {count * seq_len}; "
+            "give a longer text, or ask for fewer tokens."
+        )
+    windows = tokens[: count * seq_len].reshape(count, seq_len)
+    if windows.dtype.kind not in "iu" or windows.min() < 0 or windows.max() >= vocab_size:
+        raise HeadshareError(f"The calibration text holds a token outside the model's vocabulary of {vocab_size}.")
+    return windows.astype(np.int32)
+
+
+def layer_weights(source: WeightSource, layer: int) -> dict[str, jax.Array]:
+    """One layer's parameters by name, in float32 whatever the stored type; shapes as `parameters.slice_shape` has."""
+    names = (name for name in parameters.parameter_names(source.config) if name not in _LAYERLESS)
+    return {name: jnp.asarray(source.read(name, layer), jnp.float32) for name in names}
+
+
+def output_weight(weights: dict[str, jax.Array], block: str) -> jax.Array:
+    """The linear map that ends a block, float32 [I, D]: I is N * H or F."""
+    weight = weights[OUTPUT[block]]
+    return weight.reshape(-1, weight.shape[-1])
+
+
+def output_bias(weights: dict[str, jax.Array], block: str) -> jax.Array:
+    """What a block adds besides the product with its output weight, float32 [D]."""
+    bias = weights.get(_OUTPUT_BIAS[block])
+    return jnp.zeros(weights["attn_norm_ld"].shape, jnp.float32) if bias is None else bias
+
+
+@partial(jax.jit, static_argnames=("config", "block"))
+def advance(config: LlamaConfig, weights: dict[str, jax.Array], x_btd: jax.Array, block: str) -> jax.Array:
+    """The residual stream behind a block, [B, T, D]."""
+    with jax.default_matmul_precision("highest"):
+        y_btd = features(config, weights, x_btd, block) @ output_weight(weights, block)
+        return x_btd + y_btd + output_bias(weights, block)[None, None]
+
+
+def residual_weights(x_btd: jax.Array) -> jax.Array:
+    """w, [B, T, 1]: the reciprocal of each token's norm, since the next RMSNorm divides by it."""
+    squares_bt1 = jnp.sum(jnp.square(x_btd), axis=-1, keepdims=True)
+    return jax.lax.rsqrt(jnp.maximum(squares_bt1, np.finfo(np.float32).tiny))
+
+
+def features(config: LlamaConfig, weights: dict[str, jax.Array], x_btd: jax.Array, block: str) -> jax.Array:
+    """What a block's output weight multiplies, [B, T, I]: its head outputs side by side, or its gated MLP units."""
+    if block == "attention":
+        heads_btnh = head_outputs(config, weights, _rms_norm(config, x_btd, weights["attn_norm_ld"]))
+        return heads_btnh.reshape(*x_btd.shape[:2], -1)
+    return mlp_units(config, weights, _rms_norm(config, x_btd, weights["mlp_norm_ld"]))
+
+
+def head_outputs(config: LlamaConfig, weights: dict[str, jax.Array], normed_btd: jax.Array) -> jax.Array:
+    """Outputs of attention heads on normalised input, [B, T, N, H]; N and K are those of the weights.
+
+    Args:
+      weights: q, k and v weights [N or K, D, H], and their biases [N or K, H] where there are any.
+      normed_btd: windows of text, each from position 0.
+    """
+
+    def project(letter: str) -> jax.Array:
+        heads_btnh = jnp.einsum("btd,ndh->btnh", normed_btd, weights[f"{letter}_pool_pdh"])
+        bias_nh = weights.get(f"{letter}_bias_ph")
+        return heads_btnh if bias_nh is None else heads_btnh + bias_nh[None, None]
+
+    positions_bt = jnp.broadcast_to(jnp.arange(normed_btd.shape[1], dtype=jnp.int32), normed_btd.shape[:2])
+    cos_bth, sin_bth = rotary_angles(config, positions_bt)
+    q_btnh, k_btkh = (rotate(project(letter), cos_bth, sin_bth) for letter in "qk")
+    return jax.nn.dot_product_attention(q_btnh, k_btkh, project("v"), is_causal=True)
+
+
+def mlp_units(config: LlamaConfig, weights: dict[str, jax.Array], normed_btd: jax.Array) -> jax.Array:
+    """Gated units of the MLP on normalised input, [B, T, F]."""
+
+    def project(name: str) -> jax.Array:
+        units_btf = jnp.einsum("btd,df->btf", normed_btd, weights[f"{name}_ldf"])
+        bias_f = weights.get(f"{name}_bias_lf")
+        return units_btf if bias_f is None else units_btf + bias_f[None, None]
+
+    return _ACTIVATIONS[config.hidden_act](project("gate")) * project("up")
+
+
+def _rms_norm(config: LlamaConfig, x_btd: jax.Array, scale_d: jax.Array) -> jax.Array:
+    mean_bt1 = jnp.mean(jnp.square(x_btd), axis=-1, keepdims=True)
+    return x_btd * jax.lax.rsqrt(mean_bt1 + config.rms_norm_eps) * scale_d[None, None]
+
+
+@contextmanager
+def on_disk(parts: Iterable[np.ndarray], folder: Path | None = None) -> Iterator[np.ndarray]:
+    """Hidden states in a temporary file, so that memory does not grow with the text; the file goes with the block.
+
+    Args:
+      parts: arrays [w, T, D], the first windows first.
+      folder: where the file lies; by default where the system has its temporary files.
+
+    Yields:
+      float32 [W, T, D], mapped from the file, to read and write.
+
+    Raises:
+      HeadshareError: the disk is full.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        windows = 0
+        try:
+            for part in parts:
+                file.write(np.ascontiguousarray(part, np.float32).data)
+                windows += len(part)
+            file.flush()
+        except OSError as error:
+            raise HeadshareError(
+                f"The hidden states of the calibration text find no room in temporary files ({error.strerror}); "
+                "set TMPDIR to a folder with more room, or calibrate on fewer tokens."
+            ) from error
+        yield np.memmap(file, np.float32, "r+", shape=(windows, *part.shape[1:]))
+
+
+def embedded(source: WeightSource, windows_wt: np.ndarray) -> Iterator[np.ndarray]:
+    """What the first layer reads of every window, float32 [1, T, D]."""
+    embed_vd = source.read("embed_vd")
+    return (np.asarray(embed_vd[window_t], np.float32)[None] for window_t in windows_wt)
+
+
+def batches(windows: slice, tokens: int, seq_len: int) -> Iterator[slice]:
+    """The windows in batches of at most `tokens` tokens, at least one window."""
+    step = max(1, tokens // seq_len)
+    return (slice(start, min(start + step, windows.stop)) for start in range(windows.start, windows.stop, step))

@@ -1,0 +1,402 @@
+"""Repairing a shared model in closed form: output weights are fitted to the dense model on calibration text.
+
+The dense and the compressed model are walked side by side. A layer consists of two blocks, attention and MLP, and each
+adds H W + b to the residual stream, H [M, I] being what its output weight W [I, D] multiplies. On the compressed
+model's own input x', W is fitted to what brings its stream back to the dense one.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import linalg
+
+from headshare_jax import parameters
+from headshare_jax.calibration import (
+    BLOCKS,
+    OUTPUT,
+    advance,
+    batches,
+    embedded,
+    features,
+    layer_weights,
+    on_disk,
+    output_bias,
+    output_weight,
+    residual_weights,
+)
+from headshare_jax.config import LlamaConfig
+from headshare_jax.errors import HeadshareError
+from headshare_jax.modeling import Llama
+from headshare_jax.parameters import WeightSource
+
+SCOPES = ("receivers", "attention", "all")
+# Where a ridge is too small for the system to be solved, it is raised tenfold until it is not, from this least value.
+LEAST_RIDGE = 1e-12
+
+
+@dataclass(frozen=True)
+class RefitSettings:
+    """How output weights are fitted.
+
+    Attributes:
+      scope: which output weights: `receivers`, those of attention in layers with receivers; `attention`, those of
+        attention in the first layer with receivers and all above it; `all`, those of its MLPs too.
+      ridges: lambda, of which each block takes what is best on held-out text; times the mean square of a feature.
+      drifts: beta, likewise: the part of the distance between the streams that a block is to make good.
+      held_out: part of the windows, the last ones, that choose lambda and beta; the weights are then fitted to all.
+      batch_tokens: tokens run at a time.
+    """
+
+    scope: str = "receivers"
+    ridges: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
+    drifts: tuple[float, ...] = (0.0, 0.5, 1.0)
+    held_out: float = 1 / 6
+    batch_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.scope not in SCOPES:
+            raise HeadshareError(f"The scope of a refit must be one of {', '.join(SCOPES)}, not {self.scope!r}.")
+        if not self.ridges or not all(0 <= ridge < np.inf for ridge in self.ridges):
+            raise HeadshareError(f"The ridges must be numbers of at least 0, unlike {self.ridges}.")
+        if not self.drifts or not all(0 <= drift <= 1 for drift in self.drifts):
+            raise HeadshareError(f"The drifts must lie between 0 and 1, unlike {self.drifts}.")
+        if not 0 < self.held_out < 1 or self.batch_tokens < 1:
+            raise HeadshareError(
+                f"held_out ({self.held_out}) must lie between 0 and 1, and batch_tokens ({self.batch_tokens}) be "
+                "positive."
+            )
+
+
+@dataclass(frozen=True)
+class BlockFit:
+    """What fitting one block did.
+
+    Errors are distances between the two streams behind the block, relative to the dense stream's norm, as root mean
+    square over tokens.
+
+    Attributes:
+      layer, block: which block, `attention` or `mlp`.
+      rows, fitted_rows: I, and how many rows of the output weight no other head uses, so that they could be fitted.
+      error_before, error_after: on all calibration text.
+      held_out_before, held_out_after: on its held-out part, fitted to the rest.
+      ridge, drift: lambda and beta that were chosen; None where the weights stay as they were.
+      raised: lambda had to be raised for the system to be solvable.
+    """
+
+    layer: int
+    block: str
+    rows: int
+    fitted_rows: int
+    error_before: float
+    error_after: float
+    held_out_before: float
+    held_out_after: float
+    ridge: float | None
+    drift: float | None
+    raised: bool
+
+
+@dataclass(frozen=True)
+class RefitReport:
+    """What a refit did, block by block, in the order of the walk."""
+
+    blocks: tuple[BlockFit, ...]
+    windows: int
+    seq_len: int
+    settings: RefitSettings
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Weighted sums over tokens, in float64: all that fitting needs of any amount of text.
+
+    Targets are what W_0 leaves: row 0 is the block's own error e = y - H W_0, row 1 the drift d = x - x'.
+
+    Attributes:
+      gram: [I, I], H^T w^2 H.
+      cross: [2, I, D], H^T w^2 (e, d).
+      energy: [2, 2], inner products of e and d.
+      tokens: M.
+    """
+
+    gram: np.ndarray
+    cross: np.ndarray
+    energy: np.ndarray
+    tokens: int
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(
+            self.gram + other.gram,
+            self.cross + other.cross,
+            self.energy + other.energy,
+            self.tokens + other.tokens,
+        )
+
+    def of_rows(self, rows: np.ndarray) -> "Moments":
+        """The same with only some of the features."""
+        return Moments(self.gram[np.ix_(rows, rows)], self.cross[:, rows], self.energy, self.tokens)
+
+    def error(self, change: np.ndarray) -> float:
+        """Root mean square of w (e + d - H change)."""
+        cross = self.cross[0] + self.cross[1]
+        squares = self.energy.sum() + np.sum(change * (self.gram @ change - 2 * cross))
+        return float(np.sqrt(max(squares, 0.0) / self.tokens))
+
+
+def solve_ridge(gram: np.ndarray, cross: np.ndarray, ridge: float) -> tuple[np.ndarray, float]:
+    """Minimises ||H X - t||^2 + rho ||X||^2, rho being `ridge` times the mean square of a feature.
+
+    Args:
+      gram: float64 [I, I], H^T H.
+      cross: float64 [I, ...], H^T t.
+      ridge: raised until the system can be solved, if need be.
+
+    Returns:
+      X, shaped like `cross`, and the ridge that was used.
+    """
+    scale = np.trace(gram) / len(gram)
+    if scale == 0:
+        return np.zeros_like(cross), ridge
+    while True:
+        try:
+            factor = linalg.cho_factor(gram + ridge * scale * np.eye(len(gram)), lower=True, check_finite=False)
+        except linalg.LinAlgError:
+            ridge = max(10 * ridge, LEAST_RIDGE)
+        else:
+            return linalg.cho_solve(factor, cross.reshape(len(gram), -1)).reshape(cross.shape), ridge
+
+
+def refit(
+    dense: WeightSource,
+    shared: Llama,
+    windows_wt: np.ndarray,
+    settings: RefitSettings | None = None,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Llama, RefitReport]:
+    """Fits the output weights of a shared model to the dense one.
+
+    Per block, in order: min over W of sum over tokens of w^2 ||H W - t||^2 + rho ||W - W_0||^2 with t = y + beta
+    (x - x'), y the dense block's output without its bias, x and x' the two streams before it, and w the reciprocal of
+    the dense stream's norm behind it, which is what the next norm divides by. Weights that do not lower the error on
+    held-out text stay as they were. Rows of the output projection that several heads use are never fitted. Below the
+    first receiver both models are the same, and nothing is fitted.
+
+    Memory: one layer's parameters, its sums of products, and a batch of tokens. Streams are in temporary files.
+
+    Args:
+      dense: the model to come close to.
+      shared: the model to repair; it is left as it is.
+      windows_wt: int32 [W, T], the calibration text.
+      settings: by default `RefitSettings()`.
+      progress: called with the layers done and in all.
+
+    Raises:
+      HeadshareError: too few windows to hold any out, two models of different shape, or no room for the streams.
+    """
+    settings = settings or RefitSettings()
+    if len(windows_wt) < 2:
+        raise HeadshareError(
+            f"A refit needs at least two windows of text, one of them to hold out, so {2 * windows_wt.shape[1]} tokens "
+            f"at {windows_wt.shape[1]} a window; give more tokens or shorter windows."
+        )
+    if shared.sharing is None or dense.config != shared.config:
+        raise HeadshareError("A refit needs a shared model and the dense model that it was made from.")
+    fitted = _Fitted(shared)
+    blocks: list[BlockFit] = []
+    with ExitStack() as files:
+        walk = _Walk(dense, windows_wt, settings, files)
+        for layer in range(dense.config.num_layers):
+            receives = bool(shared.sharing.receives[layer].any())
+            walk.enter(layer, layer_weights(shared, layer) if receives or walk.parted else None)
+            for block in BLOCKS:
+                if not walk.parted or not _in_scope(settings.scope, block, receives):
+                    walk.advance(block)
+                    continue
+                rows = fitted.free_rows(layer, block)
+                change, fit = _fit(*walk.moments(block), rows, layer, block, settings)
+                if fit.drift is not None:
+                    walk.compressed[OUTPUT[block]] = fitted.change(layer, block, change)
+                walk.advance_compressed(block)
+                blocks.append(fit)
+            progress(layer + 1, dense.config.num_layers)
+    return fitted.model(), RefitReport(tuple(blocks), walk.windows, walk.seq_len, settings)
+
+
+class _Walk:
+    """Both streams, at one block of one layer; they are one until the first layer that has receivers."""
+
+    def __init__(self, dense: WeightSource, windows_wt: np.ndarray, settings: RefitSettings, files: ExitStack):
+        self.source, self.config, self.files = dense, dense.config, files
+        self.windows, self.seq_len = windows_wt.shape
+        self.held_out = min(max(1, round(settings.held_out * self.windows)), self.windows - 1)
+        self.batch_tokens = settings.batch_tokens
+        self.x_wtd = self.compressed_wtd = files.enter_context(on_disk(embedded(dense, windows_wt)))
+        self.compressed: dict[str, jax.Array] = {}
+
+    @property
+    def parted(self) -> bool:
+        """Whether the compressed stream is one of its own."""
+        return self.compressed_wtd is not self.x_wtd
+
+    def enter(self, layer: int, compressed: dict[str, jax.Array] | None) -> None:
+        """Goes on to a layer; `compressed` are its weights in the compressed model, None where they are the dense's."""
+        self.dense = layer_weights(self.source, layer)
+        if compressed is None:
+            return
+        self.compressed = compressed
+        if not self.parted:
+            self.compressed_wtd = self.files.enter_context(on_disk(self.x_wtd[part] for part in self._batches()))
+
+    def moments(self, block: str) -> tuple[Moments, Moments]:
+        """Sums over the windows to fit to, and over those held out; the dense stream is then behind the block."""
+        kept = self.windows - self.held_out
+        return self._moments(block, 0, kept), self._moments(block, kept, self.windows)
+
+    def advance(self, block: str) -> None:
+        """Takes both streams behind a block."""
+        if self.parted:
+            self.advance_compressed(block)
+        for part in self._batches():
+            self.x_wtd[part] = advance(self.config, self.dense, self.x_wtd[part], block)
+
+    def advance_compressed(self, block: str) -> None:
+        """Takes the compressed stream alone behind a block."""
+        for part in self._batches():
+            self.compressed_wtd[part] = advance(self.config, self.compressed, self.compressed_wtd[part], block)
+
+    def _moments(self, block: str, start: int, stop: int) -> Moments:
+        width = output_weight(self.dense, block).shape[0]
+        shape = (2, width, self.config.hidden_size)
+        total = Moments(np.zeros((width, width)), np.zeros(shape), np.zeros((2, 2)), 0)
+        for part in self._batches(start, stop):
+            x_btd, compressed_btd = self.x_wtd[part], self.compressed_wtd[part]
+            sums, self.x_wtd[part] = _moments(self.config, self.dense, self.compressed, x_btd, compressed_btd, block)
+            gram, cross, energy = (np.asarray(value, np.float64) for value in sums)
+            total += Moments(gram, cross, energy, x_btd.shape[0] * x_btd.shape[1])
+        return total
+
+    def _batches(self, start: int = 0, stop: int | None = None) -> Any:
+        return batches(slice(start, self.windows if stop is None else stop), self.batch_tokens, self.seq_len)
+
+
+@partial(jax.jit, static_argnames=("config", "block"))
+def _moments(
+    config: LlamaConfig,
+    dense: dict[str, jax.Array],
+    compressed: dict[str, jax.Array],
+    x_btd: jax.Array,
+    compressed_btd: jax.Array,
+    block: str,
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """`Moments.gram`, `.cross` and `.energy` of a batch, float32; and the dense stream behind the block."""
+    with jax.default_matmul_precision("highest"):
+        y_btd = features(config, dense, x_btd, block) @ output_weight(dense, block)
+        after_btd = x_btd + y_btd + output_bias(dense, block)[None, None]
+        w_bt1 = residual_weights(after_btd)
+        h_bti = features(config, compressed, compressed_btd, block)
+        error_btd = y_btd - h_bti @ output_weight(compressed, block)
+        h_mi = (w_bt1 * h_bti).reshape(-1, h_bti.shape[-1])
+        targets_rbtd = w_bt1[None] * jnp.stack([error_btd, x_btd - compressed_btd])
+        targets_rmd = targets_rbtd.reshape(2, -1, x_btd.shape[-1])
+        cross_rid = jnp.einsum("mi,rmd->rid", h_mi, targets_rmd)
+        energy_rs = jnp.einsum("rmd,smd->rs", targets_rmd, targets_rmd)
+        return (h_mi.T @ h_mi, cross_rid, energy_rs), after_btd
+
+
+def _in_scope(scope: str, block: str, receives: bool) -> bool:
+    return scope == "all" or (block == "attention" and (receives or scope == "attention"))
+
+
+def _solutions(moments: Moments, ridge: float) -> tuple[np.ndarray, float]:
+    """Changes for the error and for the drift, [2, I, D], which add up for any beta; and the ridge that was used."""
+    solution, used = solve_ridge(moments.gram, np.moveaxis(moments.cross, 0, 1), ridge)
+    return np.moveaxis(solution, 1, 0), used
+
+
+def _fit(
+    fit: Moments, held_out: Moments, rows: np.ndarray, layer: int, block: str, settings: RefitSettings
+) -> tuple[np.ndarray, BlockFit]:
+    """The change of an output weight, float64 [I, D], zero outside `rows`; and what it does to the errors."""
+    own, judge = fit.of_rows(rows), held_out.of_rows(rows)
+    everything = own + judge
+    change = np.zeros_like(own.cross[0])
+    before = best = judge.error(change)
+    chosen: tuple[float, float] | None = None
+    for ridge in settings.ridges if len(rows) else ():
+        (for_error, for_drift), _ = _solutions(own, ridge)
+        for drift in settings.drifts:
+            error = judge.error(for_error + drift * for_drift)
+            if error < best:
+                best, chosen = error, (ridge, drift)
+    raised = False
+    if chosen is not None:
+        (for_error, for_drift), used = _solutions(everything, chosen[0])
+        candidate = for_error + chosen[1] * for_drift
+        raised = used > chosen[0]
+        if everything.error(candidate) < everything.error(change):
+            change, chosen = candidate, (used, chosen[1])
+        else:
+            best, chosen = before, None
+    whole = np.zeros_like(fit.cross[0])
+    whole[rows] = change
+    return whole, BlockFit(
+        layer=layer,
+        block=block,
+        rows=len(whole),
+        fitted_rows=len(rows),
+        error_before=everything.error(np.zeros_like(change)),
+        error_after=everything.error(change),
+        held_out_before=before,
+        held_out_after=best,
+        ridge=chosen and chosen[0],
+        drift=chosen and chosen[1],
+        raised=raised,
+    )
+
+
+class _Fitted:
+    """Output weights of a shared model, copied to the host where they change."""
+
+    def __init__(self, shared: Llama):
+        self.shared = shared
+        self.values: dict[str, np.ndarray] = {}
+
+    def free_rows(self, layer: int, block: str) -> np.ndarray:
+        """Rows of the block's output weight that nothing else uses, ascending."""
+        config = self.shared.config
+        if block == "mlp":
+            return np.arange(config.intermediate_size)
+        index_ln = parameters.pool_index(config, "o", self.shared.sharing)
+        heads = np.flatnonzero(np.bincount(index_ln.ravel())[index_ln[layer]] == 1)
+        return (heads[:, None] * config.head_dim + np.arange(config.head_dim)).ravel()
+
+    def change(self, layer: int, block: str, change: np.ndarray) -> jax.Array:
+        """Adds a change [I, D]; returns the block's new output weight as `layer_weights` would."""
+        name = OUTPUT[block]
+        if name not in self.values:
+            self.values[name] = np.array(getattr(self.shared, name)[...])
+        value = self.values[name]
+        at = (
+            parameters.pool_index(self.shared.config, "o", self.shared.sharing)[layer]
+            if block == "attention"
+            else layer
+        )
+        value[at] = (value[at].astype(np.float64) + change.reshape(value[at].shape)).astype(value.dtype)
+        return jnp.asarray(value[at], jnp.float32)
+
+    def model(self) -> Llama:
+        """The shared model with what was changed."""
+        shared = self.shared
+        names = parameters.parameter_names(shared.config)
+        params = {name: getattr(shared, name)[...] for name in names}
+        params |= {name: jnp.asarray(value) for name, value in self.values.items()}
+        return Llama(
+            shared.config, params, sharing=shared.sharing, compute_dtype=shared.compute_dtype, remat=shared.remat
+        )
