@@ -5,6 +5,7 @@ from headshare_jax.config import LlamaConfig, RopeScaling
 from headshare_jax.convert import load, open_checkpoint, save
 from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluation import Perplexity, perplexity
+from headshare_jax.functional import match_functional
 from headshare_jax.generation import Sampling, generate
 from headshare_jax.ledger import Ledger, ledger
 from headshare_jax.modeling import Llama
@@ -35,6 +36,7 @@ __all__ = [
     "ledger",
     "load",
     "match",
+    "match_functional",
     "open_checkpoint",
     "perplexity",
     "refit",

@@ -86,9 +86,14 @@ def residual_weights(x_btd: jax.Array) -> jax.Array:
 def features(config: LlamaConfig, weights: dict[str, jax.Array], x_btd: jax.Array, block: str) -> jax.Array:
     """What a block's output weight multiplies, [B, T, I]: its head outputs side by side, or its gated MLP units."""
     if block == "attention":
-        heads_btnh = head_outputs(config, weights, _rms_norm(config, x_btd, weights["attn_norm_ld"]))
+        heads_btnh = head_outputs(config, weights, attention_input(config, weights, x_btd))
         return heads_btnh.reshape(*x_btd.shape[:2], -1)
     return mlp_units(config, weights, _rms_norm(config, x_btd, weights["mlp_norm_ld"]))
+
+
+def attention_input(config: LlamaConfig, weights: dict[str, jax.Array], x_btd: jax.Array) -> jax.Array:
+    """The residual stream as a layer's heads read it, [B, T, D]."""
+    return _rms_norm(config, x_btd, weights["attn_norm_ld"])
 
 
 def head_outputs(config: LlamaConfig, weights: dict[str, jax.Array], normed_btd: jax.Array) -> jax.Array:

@@ -28,6 +28,8 @@ def sharing_map(
     if chains not in ("resolve", "forbid"):
         raise HeadshareError(f"chains must be resolve or forbid, not {chains!r}.")
     tie = check_tie(tie)
+    if chains == "resolve" and result.match == "functional":
+        raise HeadshareError("Functional scores hold only for donors that keep their weights; choose chains=forbid.")
     num_layers, units = result.value.shape
     # The small term keeps a product such as 0.29 * 100 from falling just below the whole number it stands for.
     count = int(ratio * num_layers * units + 1e-9)

@@ -150,6 +150,21 @@ def test_share_and_refit_keeps_the_record_beside_the_model(
     assert "held out" in headshare("share", model, tmp_path / "printed", *args)
 
 
+def test_share_by_function(headshare: Any, model: Path, text: Path, tmp_path: Path) -> None:
+    calibrate = ("--calibrate", text, "--calibrate-tokens", 640, "--seq-len", 64)
+    result = headshare("share", model, tmp_path / "fitted", "--ratio", 0.4, "--method", "fitted", *calibrate, "--json")
+    dense = hs.load(model)
+    windows = hs.calibration_windows(
+        list(transformers.AutoTokenizer.from_pretrained(model)(TEXT).input_ids), 10, 64, 259
+    )
+    expected = hs.sharing_map(hs.match_functional(dense, windows), 0.4, chains="forbid")
+    sharing = hs.load(tmp_path / "fitted").sharing
+    assert sharing is not None
+    assert np.array_equal(sharing.donor, expected.donor)
+    assert (sharing.method, sharing.match, sharing.chains) == ("fitted", "functional", "forbid")
+    assert {fit["block"] for fit in result["fit"]["blocks"]} == {"attention"}
+
+
 def test_share_with_random_pairs_follows_its_seed(headshare: Any, model: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         headshare("share", model, tmp_path / name, "--ratio", 0.5, "--match", "random", "--seed", seed)
@@ -259,6 +274,8 @@ def test_bad_input_is_refused_in_one_sentence(refused: Any, model: Path, tmp_pat
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     out, taken = tmp_path / "out", tmp_path / "empty"
     refit = ("share", model, out, "--ratio", 0.3, "--method", "refit")
+    fitted = ("share", model, out, "--ratio", 0.3, "--method", "fitted", "--calibrate", text)
+    fitted += ("--calibrate-tokens", 200, "--seq-len", 100)
     cases = [
         (("inspect", tmp_path / "absent"), "does not exist"),
         (("inspect", ""), "empty"),
@@ -285,6 +302,8 @@ def test_bad_input_is_refused_in_one_sentence(refused: Any, model: Path, tmp_pat
         (("share", model, out, "--ratio", 0.3, "--method", "refit"), "--calibrate"),
         (("share", model, out, "--ratio", 0.3, "--calibrate", text), "--calibrate"),
         ((*refit, "--calibrate", tmp_path / "absent.txt"), "absent.txt"),
+        ((*fitted, "--match", "v"), "--match"),
+        ((*fitted, "--chains", "resolve"), "forbid"),
         ((*refit, "--calibrate", text), "need 12288"),
         ((*refit, "--calibrate", text, "--calibrate-tokens", 100), "more tokens"),
         ((*refit, "--calibrate", text, "--calibrate-tokens", 100, "--seq-len", 1), "seq_len"),

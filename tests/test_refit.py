@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from equivalent_models import equivalent, with_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import VARIANTS, jax_logits, random_tokens, sharing_by_hand, tiny_hf_model, tiny_model
@@ -17,12 +18,6 @@ from headshare_jax.calibration import BLOCKS, advance, calibration_windows, embe
 from headshare_jax.refit import RefitSettings, refit, solve_ridge
 
 WINDOWS = random_tokens((8, 32))
-
-
-def with_params(model: Llama, **params: Any) -> Llama:
-    """The same model with some parameters replaced."""
-    old = {name: getattr(model, name)[...] for name in parameters.parameter_names(model.config)}
-    return Llama(model.config, old | params, sharing=model.sharing)
 
 
 def model_of(hf: Any) -> Llama:
@@ -216,30 +211,6 @@ def test_what_cannot_be_seen_in_a_models_outputs_changes_no_error(seed: int, blo
         _, report = refit(model, shared, random_tokens((16, 32)), settings)
         errors.append([block.error_after for block in report.blocks])
     np.testing.assert_allclose(errors[1], errors[0], rtol=2e-3)
-
-
-def equivalent(model: Llama, block: str, rng: np.random.Generator) -> Llama:
-    """The same function with other weights: V and O by any invertible matrix, Q and K by a complex number per pair."""
-    q, k, v, o = (
-        np.asarray(getattr(model, name)[...]) for name in ("q_pool_pdh", "k_pool_pdh", "v_pool_pdh", "o_pool_phd")
-    )
-    group, width = model.config.heads_per_unit, model.config.head_dim
-    if block == "vo":
-        left, right = (np.linalg.qr(rng.normal(size=(len(v), width, width)))[0] for _ in range(2))
-        mix = left * rng.uniform(0.5, 2, (len(v), 1, width)) @ right
-        undo = np.repeat(np.linalg.inv(mix), group, axis=0)
-        return with_params(
-            model,
-            v_pool_pdh=jnp.asarray(np.einsum("pdh,phi->pdi", v, mix), jnp.float32),
-            o_pool_phd=jnp.asarray(np.einsum("phi,pid->phd", undo, o), jnp.float32),
-        )
-    turn = rng.uniform(0.5, 2, (len(k), width // 2)) * np.exp(1j * rng.uniform(0, 6.28, (len(k), width // 2)))
-
-    def times(pool: np.ndarray, factor: np.ndarray) -> Any:
-        pairs = (pool[..., : width // 2] + 1j * pool[..., width // 2 :]) * factor[:, None]
-        return jnp.asarray(np.concatenate([pairs.real, pairs.imag], axis=-1), jnp.float32)
-
-    return with_params(model, k_pool_pdh=times(k, turn), q_pool_pdh=times(q, np.repeat(1 / turn.conj(), group, axis=0)))
 
 
 @pytest.mark.parametrize("block", ["vo", "qk"])

@@ -19,6 +19,7 @@ from headshare_jax.cli.match import MatchFunction, Seed, matched
 from headshare_jax.convert import map_file, text, tokenizer
 from headshare_jax.convert.atomic import check_output, new_file
 from headshare_jax.errors import HeadshareError
+from headshare_jax.functional import match_functional
 from headshare_jax.ledger import NOT_SAVED, ledger
 from headshare_jax.modeling import Llama
 from headshare_jax.refit import RefitReport, refit
@@ -26,7 +27,7 @@ from headshare_jax.selection import sharing_map
 from headshare_jax.sharing import SharingMap
 from headshare_jax.transform import share
 
-METHODS = ("direct", "refit")
+METHODS = ("direct", "refit", "fitted")
 # Beside a refitted model: what was fitted, and the errors before and after.
 FIT_FILE = "headshare_fit.json"
 
@@ -47,7 +48,8 @@ class Share(Command):
     method: Annotated[
         str,
         tyro.conf.arg(
-            help="direct: the paper's DirectShare; refit: then fit output weights to the dense model (--calibrate)."
+            help="direct: the paper's DirectShare; refit: then fit output weights to the dense model (--calibrate); "
+            "fitted: choose donors too by what they compute on that text."
         ),
     ] = "direct"
     calibrate: Annotated[
@@ -62,8 +64,12 @@ class Share(Command):
     seed: Seed = 0
     tie: Annotated[str, tyro.conf.arg(help="Projections to share: some of q, k, v, o, in that order.")] = "qkv"
     chains: Annotated[
-        str, tyro.conf.arg(help="resolve: a donor that receives is replaced by its root; forbid: no donor receives.")
-    ] = "resolve"
+        str | None,
+        tyro.conf.arg(
+            help="resolve (by default): a donor that receives is replaced by its root; forbid (fitted): no donor "
+            "receives."
+        ),
+    ] = None
     to: Annotated[str, tyro.conf.arg(help="Format of the output: native, hf or hf-compact.")] = "native"
     save_map: Annotated[Path | None, tyro.conf.arg(help="Where to write the sharing map (.json) besides.")] = None
     plot: Annotated[Path | None, tyro.conf.arg(help="Where to draw who shares with whom (.png, .svg or .pdf).")] = None
@@ -78,7 +84,7 @@ class Share(Command):
         path = convert.locate(self.src)
         source = convert.open_checkpoint(path)
         windows_wt = None if self.calibrate is None else self._windows(path, source)
-        sharing = self._map(source)
+        sharing = self._map(source, windows_wt)
         say("sharing")
         model = share(convert.load(source), sharing)
         report = None
@@ -127,6 +133,10 @@ class Share(Command):
                 f"The method {self.method} "
                 + ("needs no text; leave out --calibrate." if self.calibrate else "needs a text: --calibrate TEXT.")
             )
+        if self.method == "fitted" and (self.map is not None or self.match != "qk"):
+            raise HeadshareError(
+                "The method fitted chooses donors by what they compute; leave out --match, or use --method refit."
+            )
 
     def _windows(self, path: Path, source: convert.Checkpoint) -> np.ndarray:
         assert self.calibrate is not None
@@ -148,14 +158,20 @@ class Share(Command):
     def _record(self, report: RefitReport) -> dict[str, Any]:
         return {"calibrate": self.calibrate, **asdict(report)}
 
-    def _map(self, source: convert.Checkpoint) -> SharingMap:
+    def _map(self, source: convert.Checkpoint, windows_wt: np.ndarray | None) -> SharingMap:
         if self.map is not None:
             return map_file.read(self.map)
         assert self.ratio is not None
         if not 0 <= self.ratio < 1:
             raise HeadshareError(f"The sharing ratio must be at least 0 and below 1, not {self.ratio}.")
-        scores = matched(source, self.match, self.seed)
-        return replace(sharing_map(scores, self.ratio, chains=self.chains, tie=self.tie), method=self.method)
+        if self.method == "fitted":
+            assert windows_wt is not None
+            with progress("matching by function") as step:
+                scores = match_functional(source, windows_wt, progress=step)
+        else:
+            scores = matched(source, self.match, self.seed)
+        chains = self.chains or ("forbid" if self.method == "fitted" else "resolve")
+        return replace(sharing_map(scores, self.ratio, chains=chains, tie=self.tie), method=self.method)
 
     def _write_extras(self, sharing: SharingMap) -> None:
         if self.save_map is not None:

@@ -1,0 +1,137 @@
+"""Functional matching: scores against least squares, and what they must not depend on."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from equivalent_models import equivalent, with_params
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import VARIANTS, random_tokens, sharing_by_hand, tiny_model
+
+from headshare_jax import HeadshareError, Llama, match_functional, share, sharing_map
+from headshare_jax.calibration import BLOCKS, advance, embedded, features, layer_weights
+from headshare_jax.functional import pair_residuals
+
+WINDOWS = random_tokens((8, 32))
+
+
+@settings(max_examples=20)
+@given(units=st.integers(1, 4), size=st.integers(1, 5), ridge=st.floats(1e-4, 10), seed=st.integers(0, 99))
+def test_a_pairs_residual_is_that_of_solving_for_it_alone(units: int, size: int, ridge: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    h, o = rng.normal(size=(60, units * size)), rng.normal(size=(units * size, 3))
+    donors = [rng.normal(size=(60, size)) + rng.normal() * h[:, :size] for _ in range(2)]
+    cross, own = np.stack([h.T @ g for g in donors]), np.stack([g.T @ g for g in donors])
+    found = pair_residuals(h.T @ h, cross, own, o, ridge)
+    rho = ridge * np.mean(np.sum(h**2, axis=0))
+    for unit in range(units):
+        for donor, g in enumerate(donors):
+            changed = h.copy()
+            changed[:, unit * size : (unit + 1) * size] = g
+            rows = np.concatenate([changed, np.sqrt(rho) * np.eye(len(o))])
+            values = np.concatenate([h @ o, np.sqrt(rho) * o])
+            expected = np.sum((rows @ np.linalg.lstsq(rows, values)[0] - values) ** 2)
+            np.testing.assert_allclose(found[unit, donor], expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("overrides", [{}, VARIANTS["mha"], {"attention_bias": True}], ids=["gqa", "mha", "bias"])
+def test_scores_are_what_the_refit_of_a_shared_layer_leaves(overrides: dict[str, Any]) -> None:
+    dense = tiny_model(**overrides)
+    units = dense.config.num_kv_heads
+    result = match_functional(dense, WINDOWS, span=2, ridge=0.1, keep=99)
+    assert result.scores is not None
+    x, weights = inputs(dense, 1), layer_weights(dense, 1)
+    h = np.asarray(features(dense.config, weights, jnp.asarray(x), "attention"), np.float64).reshape(WINDOWS.size, -1)
+    o = np.asarray(weights["o_pool_phd"], np.float64).reshape(h.shape[1], -1)
+    y = h @ o + np.asarray(weights.get("o_bias_ld", 0.0))
+    w = 1 / np.linalg.norm(x.reshape(WINDOWS.size, -1) + y, axis=1, keepdims=True)
+    for donor in range(units):
+        shared = share(dense, sharing_by_hand(dense, "qkv", {units: donor}))
+        changed = features(dense.config, layer_weights(shared, 1), jnp.asarray(x), "attention")
+        rho = 0.1 * np.mean(np.sum((w * h) ** 2, axis=0))
+        rows = np.concatenate([w * np.asarray(changed).reshape(h.shape), np.sqrt(rho) * np.eye(len(o))])
+        values = np.concatenate([w * (h @ o), np.sqrt(rho) * o])
+        residual = np.sum((rows @ np.linalg.lstsq(rows, values)[0] - values) ** 2)
+        np.testing.assert_allclose(result.scores[units, donor], -np.sqrt(residual / WINDOWS.size), rtol=1e-4)
+
+
+def inputs(model: Llama, layer: int) -> np.ndarray:
+    """What a layer reads, float32 [W, T, D]."""
+    x = np.concatenate(list(embedded(model, WINDOWS)))
+    for below in range(layer):
+        for block in BLOCKS:
+            x = np.asarray(advance(model.config, layer_weights(model, below), x, block))
+    return x
+
+
+def test_a_copy_is_found_whatever_its_layer() -> None:
+    dense = tiny_model()
+    pools = {name: np.array(getattr(dense, name)[...]) for name in ("q_pool_pdh", "k_pool_pdh", "v_pool_pdh")}
+    # Unit 5 (2.1) gets the weights of unit 2 (1.0).
+    for name, pool in pools.items():
+        group = 2 if name[0] == "q" else 1
+        pool[5 * group : 6 * group] = pool[2 * group : 3 * group]
+    copied = with_params(dense, **{name: jnp.asarray(pool) for name, pool in pools.items()})
+    result = match_functional(copied, WINDOWS)
+    assert result.donor.ravel()[5] == 2
+    assert result.value.ravel()[5] > 0.01 * result.value.ravel()[2:5].max()
+    chosen = sharing_map(result, 0.2, chains="forbid")
+    assert chosen.receivers.tolist() == [5]
+
+
+def test_every_ratio_gives_a_map_without_chains() -> None:
+    result = match_functional(tiny_model(num_hidden_layers=5), WINDOWS, span=2)
+    for ratio, count in ((0.0, 0), (0.1, 1), (0.3, 3), (0.5, 5)):
+        chosen = sharing_map(result, ratio, chains="forbid")
+        assert len(chosen.receivers) == count
+        assert chosen.match == "functional"
+    with pytest.raises(HeadshareError, match="forbid"):
+        sharing_map(result, 0.3)
+
+
+def test_span_and_same_layer_say_who_is_tried() -> None:
+    dense = tiny_model(num_hidden_layers=4)
+    layer = np.arange(8) // 2
+    distance = layer[:, None] - layer[None, :]
+    for span, same in ((1, False), (2, False), (2, True)):
+        scores = match_functional(dense, WINDOWS, span=span, same_layer=same).scores
+        assert scores is not None
+        wanted = (distance <= span) & (distance >= (0 if same else 1)) & ~np.eye(8, dtype=bool)
+        np.testing.assert_array_equal(np.isfinite(scores), wanted)
+
+
+def test_the_prefilter_keeps_the_best_donors() -> None:
+    dense = tiny_model(num_hidden_layers=4)
+    everything = match_functional(dense, WINDOWS, prefilter=8).scores
+    filtered = match_functional(dense, WINDOWS, prefilter=4, keep=1).scores
+    assert everything is not None
+    assert filtered is not None
+    tried = np.isfinite(filtered)
+    np.testing.assert_allclose(filtered[tried], everything[tried], rtol=1e-3)
+    assert tried.sum(axis=1).tolist() == [0, 0, 2, 2, 2, 2, 2, 2]
+    first_half = match_functional(dense, WINDOWS[:4], prefilter=4).scores
+    assert first_half is not None
+    for unit in range(2, 8):
+        assert tried[unit, first_half[unit].argmax()]
+
+
+@settings(max_examples=4)
+@given(seed=st.integers(0, 99), block=st.sampled_from(["vo", "qk"]))
+def test_what_cannot_be_seen_in_a_models_outputs_changes_no_score(seed: int, block: str) -> None:
+    dense = tiny_model(seed=1)
+    # A ridge pulls to the weights themselves, whose scale V and O may exchange.
+    ridge = 1e-8 if block == "vo" else 0.1
+    models = (dense, equivalent(dense, block, np.random.default_rng(seed)))
+    scores = [match_functional(model, random_tokens((16, 32)), ridge=ridge).value[1:] for model in models]
+    np.testing.assert_allclose(scores[1], scores[0], rtol=2e-3)
+
+
+def test_wrong_settings_are_refused() -> None:
+    dense = tiny_model()
+    for wrong in ({"span": 0}, {"ridge": 0.0}, {"prefilter": 0}, {"keep": 0}):
+        with pytest.raises(HeadshareError, match="at least 1"):
+            match_functional(dense, WINDOWS, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(HeadshareError, match="two layers"):
+        match_functional(tiny_model(num_hidden_layers=1), WINDOWS)
