@@ -2,6 +2,8 @@
 
 import ctypes
 import errno
+import glob
+import logging
 import os
 import shutil
 import tempfile
@@ -10,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from headshare_jax.errors import HeadshareError
+
+logger = logging.getLogger(__name__)
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -41,7 +45,7 @@ def new_directory(path: Path, *, overwrite: bool = False, keep: tuple[Path, ...]
     """A folder to fill, which takes the name `path` when the block ends without an error.
 
     Until then an old output under that name stays as it is. After an error the new folder is removed; after a kill
-    it is left behind under a hidden name that ends in `.partial`.
+    it is left behind under a hidden name that ends in `.partial`, of which the next to make this output is warned.
 
     Raises:
       HeadshareError: `path` cannot become an output (see `check_output`), is a file, or cannot be written.
@@ -51,6 +55,7 @@ def new_directory(path: Path, *, overwrite: bool = False, keep: tuple[Path, ...]
     if path.exists() and not path.is_dir():
         raise HeadshareError(f"The output {path} is a file, not a folder; choose another name.")
     with _explained(path):
+        _tell_leftovers(path.parent, path.name, ".partial")
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
         try:
             partial.chmod(0o777 & ~_umask())
@@ -73,6 +78,7 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     if path.is_dir():
         raise HeadshareError(f"The output {path} is a folder, not a file; choose another name.")
     with _explained(path):
+        _tell_leftovers(path.parent, path.stem, f".partial{path.suffix}")
         # The ending is kept: writers choose their format by it.
         handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".partial{path.suffix}", dir=path.parent)
         os.close(handle)
@@ -84,6 +90,12 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _tell_leftovers(folder: Path, name: str, ending: str) -> None:
+    """Names what killed processes left; it is not removed, for a process that writes at this moment looks the same."""
+    for left in folder.glob(f".{glob.escape(name)}.*{glob.escape(ending)}"):
+        logger.warning("%s was left by a process that was killed or is still writing; delete it if none is.", left)
 
 
 def _take_place(partial: Path, path: Path) -> None:

@@ -70,8 +70,12 @@ class _Parser:
         self.size = self.left = path.stat().st_size
 
     def header(self) -> GgufHeader:
-        if self.take(4) != b"GGUF":
-            raise ValueError("it does not begin with GGUF")
+        magic = self.take(4)
+        if magic != b"GGUF":
+            raise HeadshareError(
+                f"{self.path} is no GGUF file, the only kind of model in a single file that is read (it begins with "
+                f"{magic!r}); give a .gguf file or a checkpoint's folder."
+            )
         version = self.number("I")
         if version not in _VERSIONS:
             raise HeadshareError(

@@ -103,7 +103,8 @@ def fetch(hub_id: str) -> Path:
     except Exception as error:  # the hub's client lets the errors of its HTTP library through
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise HeadshareError(
-            f"{hub_id} is not a local path, and fetching it from the Hugging Face hub failed: {reason}"
+            f"{hub_id} is not a local path, and fetching it from the Hugging Face hub failed: {reason.rstrip('.')}; "
+            "check the name and the network, or give a local folder or .gguf file."
         ) from error
     return folder
 

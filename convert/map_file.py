@@ -15,4 +15,7 @@ def read(path: Path) -> SharingMap:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise HeadshareError(f"The map {path} cannot be read: {error}.") from error
-    return SharingMap.from_json(text)
+    try:
+        return SharingMap.from_json(text)
+    except HeadshareError as error:
+        raise HeadshareError(f"{path}: {error}") from error

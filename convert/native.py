@@ -80,7 +80,9 @@ class NativeCheckpoint:
         try:
             return np.asarray(array.read().result())
         except _UNREADABLE as error:
-            raise HeadshareError(f"{self.path / WEIGHTS / name} is incomplete or corrupt ({error}).") from error
+            raise HeadshareError(
+                f"{self.path / WEIGHTS / name} is incomplete or corrupt ({error}); copy or make it again."
+            ) from error
 
     def _open(self, name: str) -> ts.TensorStore:
         spec = {
@@ -93,7 +95,7 @@ class NativeCheckpoint:
             return ts.open(spec, open=True).result()
         except _UNREADABLE as error:
             raise HeadshareError(
-                f"{self.path / WEIGHTS} has no readable array {name}; the copy is incomplete."
+                f"{self.path / WEIGHTS} has no readable array {name}; the copy is incomplete, make it again."
             ) from error
 
     def _check_arrays(self) -> None:

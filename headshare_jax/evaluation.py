@@ -46,8 +46,9 @@ class Perplexity:
             if self.stride == self.seq_len
             else f"each window scores the {self.stride} tokens new in it (the first: all but its first)"
         )
+        windows = "1 window" if self.windows == 1 else f"{self.windows} windows"
         return (
-            f"{self.total_tokens} tokens in one sequence, {self.windows} windows of {self.seq_len} tokens "
+            f"{self.total_tokens} tokens in one sequence, {windows} of {self.seq_len} tokens "
             f"at a stride of {self.stride}; {scored}; {self.scored_tokens} tokens scored"
         )
 

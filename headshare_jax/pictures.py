@@ -16,6 +16,12 @@ FORMATS = (".png", ".svg", ".pdf")
 _DONOR, _RECEIVER, _OWN = "#1b6ca8", "#d1495b", "#d9d9d9"
 
 
+def check_name(path: Path) -> None:
+    """Raises HeadshareError unless the file's ending is one of `FORMATS`."""
+    if path.suffix.lower() not in FORMATS:
+        raise HeadshareError(f"A picture's name must end in {', '.join(FORMATS)}, unlike {path.name}.")
+
+
 def draw_scores(result: MatchResult, path: Path) -> None:
     """Draws the score of every (receiver, donor) pair as a heatmap, with each receiver's best donor marked.
 
@@ -108,6 +114,5 @@ def _arc(axes: Axes, donor: tuple[int, int], receiver: tuple[int, int]) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    if path.suffix.lower() not in FORMATS:
-        raise HeadshareError(f"A picture's name must end in {', '.join(FORMATS)}, unlike {path.name}.")
+    check_name(path)
     figure.savefig(path, dpi=150)

@@ -31,8 +31,7 @@ def sharing_map(
     if chains == "resolve" and result.match == "functional":
         raise HeadshareError("Functional scores hold only for donors that keep their weights; choose chains=forbid.")
     num_layers, units = result.value.shape
-    # The small term keeps a product such as 0.29 * 100 from falling just below the whole number it stands for.
-    count = int(ratio * num_layers * units + 1e-9)
+    count = receiver_count(ratio, num_layers * units)
     if count > (num_layers - 1) * units:
         raise HeadshareError(
             f"A ratio of {ratio} asks for {count} receivers, but the first layer never receives, "
@@ -51,6 +50,12 @@ def sharing_map(
         seed=result.seed,
         source=result.source,
     )
+
+
+def receiver_count(ratio: float, num_units: int) -> int:
+    """How many of a model's units a sharing ratio makes receivers."""
+    # The small term keeps a product such as 0.29 * 100 from falling just below the whole number it stands for.
+    return int(ratio * num_units + 1e-9)
 
 
 def _select_resolved(result: MatchResult, count: int) -> tuple[np.ndarray, np.ndarray]:

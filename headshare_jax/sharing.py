@@ -143,8 +143,10 @@ class SharingMap:
             raise HeadshareError(f"The map has version {document.get('version')!r}; this release reads {VERSION}.")
         try:
             return cls(**_map_fields(document))
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise HeadshareError(f"The map has a missing or malformed field: {error!r}.") from error
+        except KeyError as error:
+            raise HeadshareError(f"The map lacks the field {error}.") from error
+        except (TypeError, ValueError, OverflowError) as error:
+            raise HeadshareError(f"The map has a malformed field: {error}.") from error
 
     def _key(self) -> tuple[Any, ...]:
         settings = (self.heads_per_unit, self.tie, self.method, self.match, self.chains, self.ratio, self.seed)

@@ -16,7 +16,8 @@ def share(model: Llama, sharing: SharingMap, *, check_source: bool = True) -> Ll
     Args:
       model: a dense model; it is left as it is. Parameters that the map does not touch are the same arrays in both.
       sharing: whose `tie` says which projections are shared.
-      check_source: compare the map's fingerprint with the model's weights; turn off for weights that were trained on.
+      check_source: compare the map's fingerprint with the model's weights, unless every receiver's are its donor's
+        already; turn off for weights that were trained on.
 
     Raises:
       HeadshareError: the model already shares heads, or the map is for another model.
@@ -24,8 +25,11 @@ def share(model: Llama, sharing: SharingMap, *, check_source: bool = True) -> Ll
     if model.sharing is not None:
         raise HeadshareError("The model already shares heads; unshare it first.")
     sharing.check_model(model.config)
-    if check_source and sharing.source is not None and sharing.source != fingerprint(model):
-        raise HeadshareError("The map was made for other weights: its source fingerprint is not this model's.")
+    if check_source and sharing.source not in (None, fingerprint(model)) and not _is_tied(model, sharing):
+        raise HeadshareError(
+            "The map was made for other weights: its source fingerprint is not this model's; make a map for this model "
+            'with a ratio, or set "source" to null in the map to use its pairs all the same.'
+        )
     return _with_pools(model, sharing, {p: jnp.asarray(sharing.stored_slots(p)) for p in sharing.tie})
 
 
@@ -33,6 +37,19 @@ def unshare(model: Llama) -> Llama:
     """The dense model that computes the same function: every receiver holds a copy of its donor's weights."""
     slots = {p: getattr(model, index_name(p))[...].ravel() for p in PROJECTIONS}
     return _with_pools(model, None, slots)
+
+
+def _is_tied(model: Llama, sharing: SharingMap) -> bool:
+    """Whether receivers hold their donors' weights, as in a dense export of a shared model."""
+    pools = (
+        (getattr(model, name)[...], parameters.pooled_projection(name))
+        for name in parameters.parameter_names(model.config)
+    )
+    return all(
+        bool(jnp.array_equal(rows, rows[sharing.slot_donor(projection).ravel()]))
+        for rows, projection in pools
+        if projection is not None and projection in sharing.tie
+    )
 
 
 def _with_pools(model: Llama, sharing: SharingMap | None, rows: dict[str, jax.Array]) -> Llama:

@@ -62,6 +62,7 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
         *_, said = printed.err.strip().splitlines()
         assert said.startswith("headshare: ")
         assert "Traceback" not in printed.err
+        assert "" not in printed.err.splitlines()
         return said
 
     return call
@@ -75,12 +76,20 @@ def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str])
     assert f"Example: headshare {command}" in capsys.readouterr().out
 
 
-def test_wrong_arguments_exit_with_2(capsys: pytest.CaptureFixture[str], model: Path) -> None:
-    for args in (["nonsense"], ["share", str(model), "out", "--ratio", "much"], ["inspect"]):
-        with pytest.raises(SystemExit) as exit:
-            cli.run(args)
-        assert exit.value.code == 2
-        assert capsys.readouterr().out == ""
+def test_wrong_arguments_are_refused_in_one_sentence(refused: Any) -> None:
+    cases = [
+        ((), "No command was given"),
+        (("nonsense",), "nonsense is no command; the commands are demo"),
+        (("--nonsense",), "--nonsense is no command"),
+        (("share", "a", "b", "--ration", 0.3), "no option --ration; did you mean --ratio? See headshare share --help"),
+        (("share", "a", "b", "--ratio=much"), "--ratio does not take 'much'; see headshare share --help"),
+        (("eval", "a", "--text", "b", "--seq-len", 3.5), "--seq-len does not take '3.5'"),
+        (("share", "a", "b", "--ratio"), "Missing value for argument '--ratio'"),
+        (("inspect",), "headshare inspect: SRC; see headshare inspect --help"),
+        (("inspect", "a", "b"), "Unrecognized options: b"),
+    ]
+    for args, words in cases:
+        assert words in refused(*args), args
 
 
 def test_convert_there_and_back(headshare: Any, model: Path, tmp_path: Path) -> None:
@@ -104,7 +113,7 @@ def test_convert_can_store_another_type(headshare: Any, model: Path, tmp_path: P
 def test_match_stores_the_three_arrays(headshare: Any, model: Path, tmp_path: Path) -> None:
     scores, picture = tmp_path / "scores.npz", tmp_path / "heatmap.png"
     result = headshare("match", model, "--match", "qkv", "-o", scores, "--plot", picture, "--json")
-    expected = hs.match(hs.load(model), "qkv")
+    expected = hs.match(hs.open_checkpoint(model), "qkv")
     with np.load(scores) as stored:
         assert set(stored) == {"donor_layer", "donor_unit", "value"}
         for name in stored:
@@ -180,6 +189,12 @@ def test_shared_model_exported_plain_has_its_map_beside_it(headshare: Any, model
     shared = hs.share(dense, sharing)
     tokens = support.random_tokens((2, 16))
     assert np.abs(support.hf_logits(plain, tokens) - support.jax_logits(shared, tokens)).max() < 1e-5
+    # Its own map makes it small again, although its weights are not those that the map was made for.
+    headshare("share", tmp_path / "hf", tmp_path / "small", "--map", tmp_path / "hf" / "headshare_map.json")
+    small = hs.load(tmp_path / "small")
+    assert small.sharing == sharing
+    for name in hs.parameters.parameter_names(small.config):
+        assert np.array_equal(getattr(small, name)[...], getattr(shared, name)[...]), name
 
 
 def test_eval_reports_what_perplexity_gives(headshare: Any, model: Path, text: Path) -> None:
@@ -190,6 +205,13 @@ def test_eval_reports_what_perplexity_gives(headshare: Any, model: Path, text: P
     assert result["word_perplexity"] == expected.word_perplexity
     assert result["protocol"] == expected.protocol
     assert "perplexity" in headshare("eval", model, "--text", text, "--max-windows", 1, "--seq-len", 64)
+
+
+def test_eval_tells_that_a_text_is_shorter_than_a_window(headshare: Any, model: Path, text: Path) -> None:
+    text.write_text("A short text.")
+    printed = " ".join(headshare("eval", model, "--text", text, "--seq-len", 64).split())
+    assert "1 window of 13 tokens" in printed
+    assert "shorter than --seq-len 64" in printed
 
 
 def test_eval_reads_a_data_set(headshare: Any, model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,23 +302,27 @@ def test_bad_input_is_refused_in_one_sentence(refused: Any, model: Path, tmp_pat
         (("inspect", tmp_path / "absent"), "does not exist"),
         (("inspect", ""), "empty"),
         (("inspect", tmp_path / "empty"), "holds no checkpoint"),
-        (("inspect", text), "GGUF"),
+        (("inspect", text), "no GGUF file"),
         (("convert", model, out, "--to", "onnx"), "onnx"),
         (("convert", model, out, "--to", "native", "--dtype", "int8"), "int8"),
         (("convert", model, taken, "--to", "native"), "--overwrite"),
         (("convert", model, tmp_path / "no" / "where", "--to", "native"), "does not exist"),
         (("match", model, "--match", "kq"), "kq"),
         (("match", model, "-o", text), "--overwrite"),
-        (("match", model, "--plot", tmp_path / "picture.doc"), ".png"),
+        # Before the model, which is not there, is read.
+        (("match", "absent", "--plot", tmp_path / "picture.doc"), ".png"),
+        (("match", "absent", "-o", tmp_path / "scores.txt"), ".npz"),
+        (("share", "absent", out, "--ratio", 0.3, "--plot", tmp_path / "picture.doc"), ".png"),
         (("share", model, out), "--ratio"),
         (("share", model, out, "--ratio", 0.3, "--map", text), "--ratio"),
         (("share", model, out, "--ratio", 1), "below 1"),
         (("share", model, out, "--ratio", -0.1), "at least 0"),
         (("share", model, out, "--ratio", "nan"), "ratio"),
         (("share", model, out, "--ratio", 0.9), "at most 4"),
+        (("share", model, out, "--ratio", 0.16), "none of 6 units a receiver; give at least 0.1667"),
         (("share", model, out, "--ratio", 0.3, "--tie", "vk"), "tie"),
         (("share", model, out, "--ratio", 0.3, "--chains", "cut"), "chains"),
-        (("share", model, out, "--map", text), "JSON"),
+        (("share", model, out, "--map", text), f"{text}: The map is not valid JSON"),
         (("share", model, out, "--map", tmp_path / "absent.json"), "absent.json"),
         (("share", model, out, "--ratio", 0.3, "--method", "best"), "direct"),
         (("share", model, out, "--ratio", 0.3, "--method", "refit"), "--calibrate"),
@@ -315,7 +341,7 @@ def test_bad_input_is_refused_in_one_sentence(refused: Any, model: Path, tmp_pat
         (("eval", model, "--text", text, "--stride", 0), "stride"),
         (("generate", model, "--prompt", ""), "--prompt"),
         (("generate", model, "--prompt", "x", "--temperature", -1), "temperature"),
-        (("generate", model, "--prompt", "x", "--max-new-tokens", 0), "max_new_tokens"),
+        (("generate", "absent", "--prompt", "x", "--max-new-tokens", 0), "--max-new-tokens"),
         (("demo", model, "-o", taken), "--overwrite"),
         (("demo", model, "-o", out, "--ratios", 1.5), "ratios"),
     ]  # fmt: skip

@@ -93,6 +93,7 @@ def test_the_protocol_is_told(model: Llama) -> None:
     plain = perplexity(model, TEXT, seq_len=SEQ_LEN).protocol
     assert "103 tokens" in plain
     assert "4 windows of 24 tokens" in plain
+    assert "1 window of 24 tokens" in perplexity(model, TEXT, seq_len=SEQ_LEN, max_windows=1).protocol
     assert "92 tokens scored" in plain
     assert "a stride of 10" in perplexity(model, TEXT, seq_len=SEQ_LEN, stride=10).protocol
 

@@ -158,6 +158,7 @@ def receivers(*pairs: tuple[int, int, int, int]) -> dict[str, Any]:
         ({"receivers": [{"layer": 1, "unit": 0, "donor": [0, 0], "score": "high"}]}, "malformed"),
         ({"receivers": [{"layer": 1.0, "unit": 0, "donor": [0, 0]}]}, "layer"),
         ({"receivers": None}, "malformed"),
+        ({"receivers": [{"unit": 0, "donor": [0, 0]}]}, "lacks the field 'layer'"),
         ({"version": 2}, "version 2"),
         ({"version": None}, "version"),
         ({"format": "safetensors"}, "format"),

@@ -1,11 +1,16 @@
 """The command `headshare`."""
 
+import dataclasses
+import difflib
+import io
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from contextlib import redirect_stderr
+from itertools import takewhile
 from types import FrameType
 from typing import Any
 
@@ -22,7 +27,7 @@ from headshare_jax.cli.postshare import Postshare
 from headshare_jax.cli.share import Share
 from headshare_jax.errors import HeadshareError
 
-COMMANDS: dict[str, Callable[..., Command]] = {
+COMMANDS: dict[str, type[Command]] = {
     "demo": Demo,
     "convert": Convert,
     "match": Match,
@@ -45,11 +50,8 @@ def run(args: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     _quieten_libraries()
     signal.signal(signal.SIGTERM, _stop)
-    command = tyro.extras.subcommand_cli_from_dict(
-        COMMANDS, prog="headshare", description=_DESCRIPTION, args=args, config=(tyro.conf.FlagCreatePairsOff,)
-    )
     try:
-        command.execute()
+        _parse(sys.argv[1:] if args is None else args).execute()
     except HeadshareError as error:
         return _fail(str(error), _BAD_INPUT)
     except KeyboardInterrupt:
@@ -67,6 +69,52 @@ def run(args: list[str] | None = None) -> int:
             _INTERNAL_ERROR,
         )
     return 0
+
+
+def _parse(args: list[str]) -> Command:
+    """The command that the arguments spell; HeadshareError, in one sentence, where they spell none."""
+    name = next(iter(args), "")
+    if name not in (*COMMANDS, "-h", "--help"):
+        wrong = f"{name} is no command" if name else "No command was given"
+        raise HeadshareError(f"{wrong}; the commands are {', '.join(COMMANDS)} (headshare --help).")
+    prog = f"headshare {name}" if name in COMMANDS else "headshare"
+    if name in COMMANDS:
+        _check_options(prog, COMMANDS[name], args[1:])
+    refusal = io.StringIO()
+    try:
+        with redirect_stderr(refusal):
+            command: Command = tyro.extras.subcommand_cli_from_dict(
+                {**COMMANDS},
+                prog="headshare",
+                description=_DESCRIPTION,
+                args=args,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as error:
+        if error.code != _BAD_INPUT:
+            raise
+        raise HeadshareError(f"{_sentence(refusal.getvalue())}; see {prog} --help.") from error
+    return command
+
+
+def _check_options(prog: str, command: type[Command], args: list[str]) -> None:
+    """Raises HeadshareError, with the nearest right one, for an option that the command does not have."""
+    known = ["--help", *(f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(command))]
+    for arg in args:
+        option = arg.partition("=")[0]
+        if option.startswith("--") and option.replace("_", "-") not in known:
+            near = difflib.get_close_matches(option, known, 1)
+            hint = f"did you mean {near[0]}? See" if near else "see"
+            raise HeadshareError(f"{prog} has no option {option}; {hint} {prog} --help.")
+
+
+def _sentence(box: str) -> str:
+    """What tyro says in the first part of the box that it draws, without the help on each option."""
+    rows = re.findall(r"^[│|] (.*?)\s*[│|]$", re.sub(r"\x1b\[[\d;]*m", "", box), re.MULTILINE)
+    first = takewhile(lambda row: not re.fullmatch("[─-]{9,}", row), rows)
+    text = " ".join(row.strip() for row in first if not row.startswith(" " * 8)).rstrip(".")
+    wrong = re.match(r"Error parsing ([^:]+):.*'([^']*)'", text)
+    return f"{wrong[1]} does not take {wrong[2]!r}" if wrong else text or "The arguments cannot be understood"
 
 
 def _fail(message: str, code: int) -> int:

@@ -56,3 +56,5 @@ class Evaluate(Command):
     def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
         yield f"token perplexity {result['token_perplexity']:.3f}, word perplexity {result['word_perplexity']:.3f}"
         yield f"protocol: {result['protocol']}; computed in {result['compute_dtype']}"
+        if result["seq_len"] < self.seq_len:
+            yield f"The text is shorter than --seq-len {self.seq_len}, so it is one window by itself."

@@ -34,6 +34,8 @@ class Generate(Command):
 
     def run(self) -> dict[str, Any]:
         sampling = Sampling(self.temperature, self.top_k, self.top_p)
+        if self.max_new_tokens < 1:
+            raise HeadshareError(f"--max-new-tokens must be at least 1, not {self.max_new_tokens}.")
         path = convert.locate(self.src)
         words = tokenizer.load(path)
         if self.chat and words.chat_template is None:

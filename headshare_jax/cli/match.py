@@ -13,6 +13,7 @@ from rich.table import Table
 from headshare_jax import convert, pictures
 from headshare_jax.cli.command import Command, Overwrite, Source, progress
 from headshare_jax.convert.atomic import check_output, new_file
+from headshare_jax.errors import HeadshareError
 from headshare_jax.similarity import MatchResult, match
 
 MatchFunction = Annotated[
@@ -44,6 +45,10 @@ class Match(Command):
     def run(self) -> dict[str, Any]:
         for path in filter(None, (self.output, self.plot)):
             check_output(path, overwrite=self.overwrite)
+        if self.plot is not None:
+            pictures.check_name(self.plot)
+        if self.output is not None and self.output.suffix != ".npz":
+            raise HeadshareError(f"The scores are written as .npz, so their name must end so, unlike {self.output}.")
         result = matched(convert.open_checkpoint(self.src), self.match, self.seed)
         if self.output is not None:
             save_scores(result, self.output, overwrite=self.overwrite)

@@ -1,6 +1,7 @@
 """`headshare share`."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from headshare_jax.functional import match_functional
 from headshare_jax.ledger import NOT_SAVED, ledger
 from headshare_jax.modeling import Llama
 from headshare_jax.refit import RefitReport, refit
-from headshare_jax.selection import sharing_map
+from headshare_jax.selection import receiver_count, sharing_map
 from headshare_jax.sharing import SharingMap
 from headshare_jax.transform import share
 
@@ -78,6 +79,8 @@ class Share(Command):
     def run(self) -> dict[str, Any]:
         for output in filter(None, (Path(self.dst), self.save_map, self.plot)):
             check_output(output, overwrite=self.overwrite)
+        if self.plot is not None:
+            pictures.check_name(self.plot)
         if (self.ratio is None) == (self.map is None):
             raise HeadshareError("Give either --ratio, to match and choose, or --map, to use a map that exists.")
         self._check_method()
@@ -164,6 +167,12 @@ class Share(Command):
         assert self.ratio is not None
         if not 0 <= self.ratio < 1:
             raise HeadshareError(f"The sharing ratio must be at least 0 and below 1, not {self.ratio}.")
+        units = source.config.num_units
+        if not receiver_count(self.ratio, units):
+            raise HeadshareError(
+                f"A ratio of {self.ratio} makes none of {units} units a receiver; give at least "
+                f"{math.ceil(1e4 / units) / 1e4}, which makes one."
+            )
         if self.method == "fitted":
             assert windows_wt is not None
             with progress("matching by function") as step:

@@ -50,6 +50,16 @@ def test_an_output_appears_when_it_is_complete(tmp_path: Path, kind: str) -> Non
     assert list(content(tmp_path).values()) == [b"new"]
 
 
+def test_what_a_killed_process_left_is_named_and_stays(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = tmp_path / (".out.abc.partial.txt" if kind == "file" else ".out.txt.abc.partial")
+    left.mkdir()
+    write(kind, tmp_path / "out.txt", "new")
+    assert f"{left} was left by a process that was killed" in caplog.text
+    assert left.is_dir()
+
+
 def test_an_output_that_exists_is_refused(tmp_path: Path, kind: str) -> None:
     write(kind, tmp_path / "out.txt", "old")
     before = content(tmp_path)

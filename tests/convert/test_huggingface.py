@@ -387,6 +387,7 @@ def test_a_hub_id_without_a_network_is_refused_in_one_sentence() -> None:
     assert message.startswith(
         "nobody/no-such-model is not a local path, and fetching it from the Hugging Face hub failed"
     )
+    assert "check the name and the network, or give a local folder" in message
     assert "\n" not in message
 
 
