@@ -38,6 +38,8 @@ COMMANDS: dict[str, type[Command]] = {
     "inspect": Inspect,
 }
 _DESCRIPTION = "Make LLaMA-family language models smaller by letting attention heads share weights."
+# Between the parts of what tyro says.
+_RULER = re.compile("[─╰╯-]{9,}")
 _BAD_INPUT, _INTERNAL_ERROR = 2, 1
 
 
@@ -110,9 +112,13 @@ def _check_options(prog: str, command: type[Command], args: list[str]) -> None:
 
 def _sentence(box: str) -> str:
     """What tyro says in the first part of the box that it draws, without the help on each option."""
-    rows = re.findall(r"^[│|] (.*?)\s*[│|]$", re.sub(r"\x1b\[[\d;]*m", "", box), re.MULTILINE)
-    first = takewhile(lambda row: not re.fullmatch("[─-]{9,}", row), rows)
-    text = " ".join(row.strip() for row in first if not row.startswith(" " * 8)).rstrip(".")
+    plain = re.sub(r"\x1b\[[\d;]*m", "", box)
+    # A terminal without box characters gets no frame, and a ruler under the title.
+    rows = [row.lstrip("│").rstrip(" │") for row in plain.splitlines()[1:]]
+    if rows and _RULER.fullmatch(rows[0].strip()):
+        rows = rows[1:]
+    said = takewhile(lambda row: not _RULER.fullmatch(row.strip()), rows)
+    text = " ".join(row.strip() for row in said if not row.startswith(" " * 9)).strip().rstrip(".")
     wrong = re.match(r"Error parsing ([^:]+):.*'([^']*)'", text)
     return f"{wrong[1]} does not take {wrong[2]!r}" if wrong else text or "The arguments cannot be understood"
 
