@@ -157,22 +157,23 @@ def jax_step(options: Options, shape: dict[str, Any], tokens: np.ndarray) -> Cal
     sharing = sharing_map(match(model, "random"), RATIO)
     if options.only == "tied":
         model = share(model, sharing)
+    if options.only == "align":
+        stage = Stage(kind="align", steps=10**6, learning_rate=1e-5, lm_weight=1.0)
+    else:
+        stage = Stage(kind="tied", steps=10**6, learning_rate=1e-5)
     recipe = Recipe(
         model="",
         data=Data(train="", seq_len=options.seq_len),
         sharing=Sharing(ratio=RATIO),
-        stages=(
-            Stage(kind="tied" if options.only == "tied" else "align", steps=10**6, learning_rate=1e-5, lm_weight=1.0),
-        ),
+        stages=(stage,),
         batch_size=options.batch,
         compute_dtype="float32",
         remat="none",
     )
-    stage = recipe.stages[0]
-    context = StageContext(config, sharing, stage, recipe)
     if options.only == "dense":
         # Tied training of the identity map is training of the dense model.
-        context = replace(context, sharing=sharing_map(match(model, "random"), 0.0), stage=replace(stage, kind="tied"))
+        sharing = sharing_map(match(model, "random"), 0.0)
+    context = StageContext(config, sharing, stage, recipe)
     params = {name: getattr(model, name)[...] for name in parameters.parameter_names(config)}
     del model
     state = first_state(context, params)

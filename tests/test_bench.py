@@ -47,3 +47,14 @@ def test_conversion_is_compared_with_the_model_and_with_copies(tmp_path: Path) -
         assert 0 < sizes["model"] < sizes["output"]
         assert sizes["model"] < sizes["libraries_rss"] < sizes["peak_rss"]
         assert row["peak_of_limit"] == pytest.approx(sizes["peak_rss"] / (sizes["model"] + 250e6))
+
+
+def test_training_steps_are_compared_with_pytorch(tmp_path: Path) -> None:
+    result = run_quick("train", tmp_path)
+    rival, dense, tied, align = result["contenders"]
+    assert rival["speedup"] == dense["over_dense"] == 1
+    for row in (rival, dense, tied, align):
+        assert row["speedup"] == rival["seconds"] / row["seconds"]
+        assert row["tokens_per_second"] == pytest.approx(2 * 64 / row["seconds"])
+        assert 0 < row["mfu"] < 1
+        assert row["peak_rss"] > 1e8
