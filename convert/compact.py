@@ -1,6 +1,6 @@
 """Compact Hugging Face checkpoints: every stored head once, and the PyTorch code that runs the model at that size.
 
-The projections that a map ties lie in pools, `model.q_pool.weight` [P, H, D] with `model.q_pool.index` [layers, heads]
+The projections that a map pools lie in pools, `model.q_pool.weight` [P, H, D] with `model.q_pool.index` [layers, heads]
 saying which row each head is; everything else lies as in a plain LLaMA checkpoint.
 """
 
@@ -54,11 +54,14 @@ class CompactCheckpoint(TensorCheckpoint):
 
     def read(self, name: str, layer: int | None = None) -> np.ndarray:
         projection = parameters.pooled_projection(name)
-        if projection is None or projection not in _tie(self.sharing):
+        if layer is None or projection is None or projection not in _pooled_projections(self.sharing):
             return super().read(name, layer)
         pool = POOLS[name].template
-        rows = parameters.pool_index(self.config, projection, self.sharing)[layer]
-        return keys.decode(POOLS, self.config, name, self.reader.read_rows(self._infos[pool], pool, rows))
+
+        def read_rows(rows: np.ndarray) -> np.ndarray:
+            return keys.decode(POOLS, self.config, name, self.reader.read_rows(self._infos[pool], pool, rows))
+
+        return parameters.read_heads(self, name, layer, read_rows)
 
     def _expected(self) -> dict[str, keys.Tensor]:
         return _pooled(super()._expected(), self.config, self.sharing)
@@ -134,12 +137,12 @@ def _settings(sharing: SharingMap | None) -> dict[str, Any]:
 
 def _pooled(dense: dict[str, keys.Tensor], config: LlamaConfig, sharing: SharingMap | None) -> dict[str, keys.Tensor]:
     """Every tensor of a compact checkpoint, from those of the expanded one."""
-    tie = _tie(sharing)
+    pooled = _pooled_projections(sharing)
     tensors = {
-        name: tensor for name, tensor in dense.items() if parameters.pooled_projection(tensor.parts[0]) not in tie
+        name: tensor for name, tensor in dense.items() if parameters.pooled_projection(tensor.parts[0]) not in pooled
     }
     for name in parameters.parameter_names(config):
-        if parameters.pooled_projection(name) in tie:
+        if parameters.pooled_projection(name) in pooled:
             shape = parameters.stored_shape(config, name, sharing)
             shape = keys.encode(POOLS, config, name, np.broadcast_to(np.int8(0), shape)).shape
             tensors[POOLS[name].template] = keys.Tensor((name,), None, shape)
@@ -149,13 +152,13 @@ def _pooled(dense: dict[str, keys.Tensor], config: LlamaConfig, sharing: Sharing
 
 def _indices(config: LlamaConfig, sharing: SharingMap | None) -> dict[str, np.ndarray]:
     """The tensors that say which pool row each head of each layer is, int32 [L, heads], by name."""
-    return {_index_name(p): parameters.pool_index(config, p, sharing) for p in _tie(sharing)}
+    return {_index_name(p): parameters.pool_index(config, p, sharing) for p in _pooled_projections(sharing)}
 
 
 def _index_name(projection: str) -> str:
     return f"model.{projection}_pool.index"
 
 
-def _tie(sharing: SharingMap | None) -> tuple[str, ...]:
+def _pooled_projections(sharing: SharingMap | None) -> tuple[str, ...]:
     """The projections that lie in pools."""
-    return () if sharing is None else tuple(sharing.tie)
+    return () if sharing is None else tuple(sharing.pooled)

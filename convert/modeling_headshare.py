@@ -5,6 +5,7 @@ Made by headshare-jax, and self-contained: needs PyTorch and transformers only.
 
 # mypy: allow-untyped-calls
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -24,20 +25,41 @@ class HeadshareConfig(LlamaConfig):
     headshare_map: dict[str, Any] | None = None
 
 
-def pool_index(config: HeadshareConfig, projection: str) -> list[list[int]]:
-    """Pool row of every head of every layer."""
-    assert config.headshare_map is not None
+def donors(config: HeadshareConfig, projection: str) -> list[int | None]:
+    """The unit whose weights each unit uses, by flat index; None for a dropped unit."""
+    sharing = config.headshare_map
+    assert sharing is not None
+    assert config.num_key_value_heads is not None
+    units = config.num_key_value_heads
+    donor: list[int | None] = list(range(config.num_hidden_layers * units))
+    for receiver in sharing["receivers"]:
+        if projection in receiver.get("tie", sharing["tie"]):
+            donor_layer, donor_unit = receiver["donor"]
+            donor[receiver["layer"] * units + receiver["unit"]] = donor_layer * units + donor_unit
+    for unit in sharing.get("dropped", ()):
+        donor[unit["layer"] * units + unit["unit"]] = None
+    return donor
+
+
+def pool_index(config: HeadshareConfig, projection: str) -> tuple[list[list[int]], int]:
+    """Pool row of every head of every layer, and the number of rows, which is also the row of every dropped head."""
+    donor = donors(config, projection)
     assert config.num_key_value_heads is not None
     units = config.num_key_value_heads
     heads = config.num_attention_heads // units if projection in "qo" else 1
-    donor = list(range(config.num_hidden_layers * units))
-    for receiver in config.headshare_map["receivers"]:
-        donor_layer, donor_unit = receiver["donor"]
-        donor[receiver["layer"] * units + receiver["unit"]] = donor_layer * units + donor_unit
     stored = [unit for unit, its_donor in enumerate(donor) if unit == its_donor]
     first_row = {unit: place * heads for place, unit in enumerate(stored)}
-    rows = [first_row[unit] + head for unit in donor for head in range(heads)]
-    return [rows[start : start + units * heads] for start in range(0, len(rows), units * heads)]
+    count = len(stored) * heads
+    rows = [count if unit is None else first_row[unit] + head for unit in donor for head in range(heads)]
+    width = units * heads
+    return [rows[start : start + width] for start in range(0, len(rows), width)], count
+
+
+def is_pooled(config: HeadshareConfig, projection: str) -> bool:
+    """Whether some unit does not store its own weights of this projection."""
+    return config.headshare_map is not None and any(
+        unit != donor for unit, donor in enumerate(donors(config, projection))
+    )
 
 
 class HeadPool(nn.Module):
@@ -46,14 +68,15 @@ class HeadPool(nn.Module):
     Attributes:
       weight: [P, H, D], one stored head a row.
       bias: [P, H], or None.
-      index: int32 [L, heads], row of every head of every layer.
+      index: int32 [L, heads], row of every head of every layer; P for a dropped head.
+      drops: whether any head is dropped.
     """
 
     index: torch.Tensor
 
-    def __init__(self, index: list[list[int]], head_dim: int, hidden_size: int, bias: bool):
+    def __init__(self, index: list[list[int]], rows: int, head_dim: int, hidden_size: int, bias: bool):
         super().__init__()
-        rows = max(max(layer) for layer in index) + 1
+        self.drops = any(rows in layer for layer in index)
         self.weight = nn.Parameter(torch.empty(rows, head_dim, hidden_size))
         self.bias = nn.Parameter(torch.empty(rows, head_dim)) if bias else None
         self.register_buffer("index", torch.tensor(index, dtype=torch.int32))
@@ -61,12 +84,11 @@ class HeadPool(nn.Module):
     def pieces(self, layer: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         """One layer's heads in order: weights [n * H, D] and biases [n * H] of pieces of n heads.
 
-        On a CPU these are views of the pool's runs of rows, elsewhere one copy.
+        On a CPU these are views of the pool's runs of rows, elsewhere one copy. The last row stands in for dropped
+        heads.
         """
-        if self.weight.device.type in VIEWS_ON:
-            rows: list[Any] = _runs(self.index[layer].tolist())
-        else:
-            rows = [self.index[layer]]
+        index = self.index[layer].clamp(max=self.weight.shape[0] - 1)
+        rows: list[Any] = _runs(index.tolist()) if self.weight.device.type in VIEWS_ON else [index]
         bias = self.bias
         return [(self.weight[row].flatten(0, 1), None if bias is None else bias[row].flatten()) for row in rows]
 
@@ -99,6 +121,9 @@ class HeadsOut(nn.Module):
         self.bias = bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.pool.drops:
+            kept = (self.pool.index[self.layer] < self.pool.weight.shape[0]).to(x.dtype)
+            x = x * kept.repeat_interleave(self.pool.weight.shape[1])
         weights = [weight for weight, _ in self.pool.pieces(self.layer)]
         parts = x.split([weight.shape[0] for weight in weights], dim=-1)
         out: torch.Tensor = sum(part @ weight for part, weight in zip(parts, weights, strict=True))
@@ -106,17 +131,18 @@ class HeadsOut(nn.Module):
 
 
 class HeadshareModel(LlamaModel):
-    """LlamaModel with one pool of heads for every projection that the map's `tie` names."""
+    """LlamaModel with one pool of heads for every projection of which some unit does not store its own."""
 
     config: HeadshareConfig
     config_class = HeadshareConfig
 
     def __init__(self, config: HeadshareConfig):
         super().__init__(config)
-        for projection in config.headshare_map["tie"] if config.headshare_map else "":
+        for projection in filter(partial(is_pooled, config), "qkvo"):
             attentions: list[Any] = [layer.self_attn for layer in self.layers]
             bias = config.attention_bias and projection != "o"
-            pool = HeadPool(pool_index(config, projection), attentions[0].head_dim, config.hidden_size, bias)
+            index, rows = pool_index(config, projection)
+            pool = HeadPool(index, rows, attentions[0].head_dim, config.hidden_size, bias)
             setattr(self, f"{projection}_pool", pool)
             for layer, attention in enumerate(attentions):
                 if projection == "o":

@@ -62,19 +62,19 @@ class NativeCheckpoint:
         names = (*parameters.parameter_names(self.config), *map(index_name, PROJECTIONS))
         self._arrays = {name: self._open(name) for name in names}
         self._check_arrays()
-        self._index = {projection: self._checked_index(projection) for projection in PROJECTIONS}
+        for projection in PROJECTIONS:
+            self._check_index(projection)
 
     def dtype(self, name: str) -> np.dtype[Any]:
         return np.dtype(self._arrays[name].dtype.numpy_dtype)
 
     def read(self, name: str, layer: int | None = None) -> np.ndarray:
         array = self._arrays[name]
-        projection = parameters.pooled_projection(name)
-        if projection is not None:
-            array = array[self._index[projection][layer]]
-        elif layer is not None:
-            array = array[layer]
-        return self._values(array, name)
+        if layer is None:
+            return self._values(array, name)
+        if parameters.pooled_projection(name) is None:
+            return self._values(array[layer], name)
+        return parameters.read_heads(self, name, layer, lambda rows: self._values(array[rows], name))
 
     def _values(self, array: ts.TensorStore, name: str) -> np.ndarray:
         try:
@@ -118,12 +118,11 @@ class NativeCheckpoint:
             problems.append(f"{name} holds {array.dtype.name} instead of {' or '.join(types)}")
         return problems
 
-    def _checked_index(self, projection: str) -> np.ndarray:
+    def _check_index(self, projection: str) -> None:
         name = index_name(projection)
         expected = parameters.pool_index(self.config, projection, self.sharing)
         if not np.array_equal(self._values(self._arrays[name], name), expected):
             raise HeadshareError(f"{name} in {self.path} disagrees with the map in {DOCUMENT}.")
-        return expected
 
 
 def write(source: WeightSource, folder: Path, *, provenance: dict[str, Any] | None = None) -> None:

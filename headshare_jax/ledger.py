@@ -9,9 +9,10 @@ import numpy as np
 from flax import nnx
 
 from headshare_jax import parameters
+from headshare_jax.config import LlamaConfig
 from headshare_jax.modeling import Llama
 from headshare_jax.parameters import WeightSource
-from headshare_jax.sharing import PROJECTIONS
+from headshare_jax.sharing import PROJECTIONS, SharingMap
 
 NOT_SAVED = "The key/value cache and the FLOPs per token are those of the dense model: sharing saves weights only."
 
@@ -95,10 +96,9 @@ def ledger(source: WeightSource, *, path: Path | None = None) -> Ledger:
         row = counts.setdefault(_part(name), [0, 0, source.dtype(name).itemsize])
         row[0] += dense
         row[1] += stored
-    receivers = 0 if sharing is None else len(sharing.receivers)
     return Ledger(
         rows=tuple(LedgerRow(part, *row) for part, row in counts.items()),
-        nominal_saving=0 if sharing is None else receivers * _unit_parameters(source, sharing.tie),
+        nominal_saving=0 if sharing is None else _saving(config, sharing),
         live_bytes=_live_bytes(source) if isinstance(source, Llama) else None,
         disk_bytes=None if path is None else _disk_bytes(path),
     )
@@ -108,13 +108,14 @@ def _stored(source: WeightSource, name: str) -> int:
     return prod(parameters.stored_shape(source.config, name, source.sharing))
 
 
-def _unit_parameters(source: WeightSource, tie: str) -> int:
-    """Parameters that one receiver does without."""
+def _saving(config: LlamaConfig, sharing: SharingMap) -> int:
+    """Parameters that the map says are not stored."""
     total = 0
-    for name in parameters.parameter_names(source.config):
+    for name in parameters.parameter_names(config):
         projection = parameters.pooled_projection(name)
-        if projection is not None and projection in tie:
-            total += prod(parameters.slice_shape(source.config, name)) // source.config.num_kv_heads
+        if projection is not None:
+            gone = np.count_nonzero(sharing.tied(projection) | sharing.dropped)
+            total += int(gone) * prod(parameters.slice_shape(config, name)) // config.num_kv_heads
     return total
 
 

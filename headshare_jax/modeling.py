@@ -70,7 +70,7 @@ class Llama(nnx.Module):
         and logits are float32 always.
       remat: `none`, or which activations a training step keeps: `full` keeps none, `dots` those of weight products.
       batch_sharding: where activations lie on a mesh of devices, by their first axis; None leaves it to the compiler.
-      q_index_ln, k_index_lk, v_index_lk, o_index_ln: pool row of every head.
+      q_index_ln, k_index_lk, v_index_lk, o_index_ln: pool row of every head; P, one past the last, of a dropped one.
     """
 
     embed_vd: nnx.Param[jax.Array]
@@ -246,7 +246,7 @@ class Llama(nnx.Module):
         value = getattr(self, name)[...]
         projection = parameters.pooled_projection(name)
         if projection is not None:
-            value = value[getattr(self, index_name(projection))[layer]]
+            value = value.at[getattr(self, index_name(projection))[layer]].get(mode="fill", fill_value=0)
         elif layer is not None:
             value = value[layer]
         return np.asarray(value)
@@ -290,6 +290,10 @@ class Llama(nnx.Module):
 
     def _project_out(self, heads_btnh: jax.Array, index_n: jax.Array) -> jax.Array:
         pool_phd = self.o_pool_phd[...]
+        if self.sharing is not None and self.sharing.dropped.any():
+            # A dropped head has no row: the last one stands in for it, on an output of zero.
+            kept_n = (index_n < pool_phd.shape[0]).astype(heads_btnh.dtype)
+            heads_btnh = heads_btnh * kept_n[None, None, :, None]
         if heads_btnh.shape[0] * heads_btnh.shape[1] <= PER_HEAD_TOKENS:
             heads = [
                 heads_btnh[:, :, n] @ _row(pool_phd, row).astype(heads_btnh.dtype) for n, row in enumerate(index_n)
@@ -392,4 +396,4 @@ def _row(pool: jax.Array, row: jax.Array) -> jax.Array:
 
 
 def _rows(pool: jax.Array, index_n: jax.Array) -> jax.Array:
-    return pool.at[index_n].get(mode="promise_in_bounds")
+    return pool.at[index_n].get(mode="clip")

@@ -5,7 +5,7 @@ A name's suffix spells its axes: `v` vocabulary, `d` width, `f` MLP width, `h` h
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -31,8 +31,8 @@ class WeightSource(Protocol):
     def read(self, name: str, layer: int | None = None) -> np.ndarray:
         """A parameter's slice for one layer, or the whole of one that has no layers.
 
-        Pools are read as the layer's own heads: a receiver's slot holds its donor's weights. The shape is
-        `slice_shape(config, name)`.
+        Pools are read as the layer's own heads: a receiver's slot holds its donor's weights, a dropped one's zeros.
+        The shape is `slice_shape(config, name)`.
         """
 
 
@@ -101,11 +101,37 @@ def pool_rows(config: LlamaConfig, projection: str, sharing: SharingMap | None =
 
 
 def pool_index(config: LlamaConfig, projection: str, sharing: SharingMap | None = None) -> np.ndarray:
-    """Pool row of every head, int32 [L, N] for q and o, [L, K] for k and v; the identity for a dense model."""
+    """Pool row of every head, int32 [L, N] for q and o, [L, K] for k and v; the identity for a dense model.
+
+    A dropped head's is P, one past the last row.
+    """
     if sharing is not None:
         return sharing.pool_index(projection)
     heads = heads_per_layer(config, projection)
     return np.arange(config.num_layers * heads, dtype=np.int32).reshape(config.num_layers, heads)
+
+
+def read_heads(
+    source: WeightSource, name: str, layer: int, read_rows: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """One layer's heads of a stored pool, as `WeightSource.read` gives them.
+
+    Args:
+      source: what the pool belongs to.
+      name: a pooled parameter.
+      layer: the layer.
+      read_rows: gives the pool's rows at some indices, int32 [n], at least one.
+    """
+    projection = pooled_projection(name)
+    assert projection is not None
+    index = pool_index(source.config, projection, source.sharing)[layer]
+    kept = index < pool_rows(source.config, projection, source.sharing)
+    if kept.all():
+        return read_rows(index)
+    heads = np.zeros(slice_shape(source.config, name), source.dtype(name))
+    if kept.any():
+        heads[kept] = read_rows(index[kept])
+    return heads
 
 
 def assemble(source: WeightSource, name: str, part: tuple[slice, ...] = ()) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Sharing maps: who shares whose weights, and the JSON document that says so."""
+"""Sharing maps: who shares whose weights, who is dropped, and the JSON document that says so."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -12,18 +12,21 @@ from headshare_jax.errors import HeadshareError
 
 PROJECTIONS = ("q", "k", "v", "o")
 FORMAT, VERSION = "headshare-map", 1
+# In place of a donor: the unit is dropped, its output is zero, and nothing of it is stored.
+DROPPED = -1
 
 
 @dataclass(frozen=True, eq=False)
 class SharingMap:
-    """For every sharing unit, the unit whose weights it uses.
+    """For every sharing unit, the unit whose weights it uses, or that it is dropped.
 
     Attributes:
       donor: int32 [L, U], flat index (layer * U + unit) of the root donor; a unit's own index where it keeps its
-        weights.
-      score: float64 [L, U], the match score by which a receiver was chosen; NaN elsewhere.
+        weights, `DROPPED` where it is dropped.
+      score: float64 [L, U], the score by which a receiver or a dropped unit was chosen; NaN elsewhere.
       heads_per_unit: G, query heads in a unit.
-      tie: projections that are shared, a non-empty subset of `qkvo` in that order.
+      tie: projections that receivers share, a non-empty subset of `qkvo` in that order.
+      unit_tie: str [L, U], what each receiver shares, empty for other units; `tie` for every receiver unless given.
       method: how donors were found, e.g. `direct`.
       match: match function.
       chains: `resolve` or `forbid`.
@@ -32,13 +35,14 @@ class SharingMap:
       source: fingerprint of the attention weights the map was made for, or None if unknown.
 
     Raises:
-      HeadshareError: the donors are out of range, or form a chain or a cycle; the tie is not a subset of `qkvo`.
+      HeadshareError: the donors are out of range, dropped, or form a chain or a cycle; a tie is not a subset of `qkvo`.
     """
 
     donor: np.ndarray
     score: np.ndarray
     heads_per_unit: int
     tie: str = "qkv"
+    unit_tie: np.ndarray | None = None
     method: str = "direct"
     match: str | None = None
     chains: str = "resolve"
@@ -53,37 +57,59 @@ class SharingMap:
         if self.donor.ndim != 2 or self.donor.shape != self.score.shape:
             raise HeadshareError("A sharing map needs donors and scores of the same shape [layers, units].")
         _check_donors(self.donor)
+        ties = np.where(self.receives, self.tie, "") if self.unit_tie is None else np.asarray(self.unit_tie, str)
+        if ties.shape != self.donor.shape or not np.array_equal(ties != "", self.receives):
+            raise HeadshareError("A sharing map needs a tie for every receiver, and for no other unit.")
+        for tie in np.unique(ties[self.receives]):
+            check_tie(str(tie))
+        object.__setattr__(self, "unit_tie", _frozen(ties))
 
     @property
     def receives(self) -> np.ndarray:
         """bool [L, U]: the unit uses another unit's weights."""
-        return self.donor != np.arange(self.donor.size).reshape(self.donor.shape)
+        return (self.donor != _identity(self.donor)) & ~self.dropped
+
+    @property
+    def dropped(self) -> np.ndarray:
+        """bool [L, U]: the unit is dropped."""
+        return self.donor == DROPPED
 
     @property
     def receivers(self) -> np.ndarray:
         """int64 [receivers], flat indices of the receivers in ascending order."""
         return np.flatnonzero(self.receives)
 
+    def tied(self, projection: str) -> np.ndarray:
+        """bool [L, U]: the unit uses its donor's weights of this projection."""
+        assert self.unit_tie is not None
+        return np.strings.find(self.unit_tie, projection) >= 0
+
+    @property
+    def pooled(self) -> str:
+        """Projections of which some unit does not store its own weights, in the order q, k, v, o."""
+        return "".join(projection for projection in PROJECTIONS if not self.owns_weights(projection).all())
+
     def slot_donor(self, projection: str) -> np.ndarray:
-        """Flat head slot whose weights each head uses, int64 [L, N] for q and o, [L, K] for k and v."""
+        """Flat head slot whose weights each head uses, int64 [L, N] for q and o, [L, K] for k and v; -1: dropped."""
         num_layers, units = self.donor.shape
         group = self.heads_per_unit if projection in "qo" else 1
-        unit_lu = self.donor if projection in self.tie else np.arange(self.donor.size).reshape(self.donor.shape)
-        slot_lug = unit_lu[:, :, None].astype(np.int64) * group + np.arange(group)
+        unit_lu = np.where(self.tied(projection), self.donor, _identity(self.donor)).astype(np.int64)
+        slot_lug = np.where(self.dropped[:, :, None], DROPPED, unit_lu[:, :, None] * group + np.arange(group))
         return slot_lug.reshape(num_layers, units * group)
 
     def owns_weights(self, projection: str) -> np.ndarray:
         """bool, shaped like `slot_donor`: the head's own weights are stored."""
         slot = self.slot_donor(projection)
-        return slot == np.arange(slot.size).reshape(slot.shape)
+        return slot == _identity(slot)
 
     def stored_slots(self, projection: str) -> np.ndarray:
         """int64 [P], the flat head slot that each pool row holds, ascending."""
         return np.flatnonzero(self.owns_weights(projection))
 
     def pool_index(self, projection: str) -> np.ndarray:
-        """Pool row of every head, int32, shaped like `slot_donor`."""
-        return np.searchsorted(self.stored_slots(projection), self.slot_donor(projection)).astype(np.int32)
+        """Pool row of every head, int32, shaped like `slot_donor`; P, one past the last row, for a dropped head."""
+        stored, slot = self.stored_slots(projection), self.slot_donor(projection)
+        return np.where(slot == DROPPED, len(stored), np.searchsorted(stored, slot)).astype(np.int32)
 
     def check_model(self, config: LlamaConfig) -> None:
         """Raises HeadshareError unless the map has the shape of this model."""
@@ -111,19 +137,21 @@ class SharingMap:
             "source": self.source,
         }
         lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
-        receivers = [f"    {json.dumps(self._receiver(flat))}" for flat in self.receivers]
-        body = "[\n" + ",\n".join(receivers) + "\n  ]" if receivers else "[]"
-        return "\n".join(["{", *lines, f'  "receivers": {body}', "}", ""])
+        lines.append(f'  "receivers": {_one_a_line(map(self._receiver, self.receivers))},')
+        lines.append(f'  "dropped": {_one_a_line(map(self._unit, np.flatnonzero(self.dropped)))}')
+        return "\n".join(["{", *lines, "}", ""])
 
     def _receiver(self, flat: int) -> dict[str, Any]:
-        units = self.donor.shape[1]
-        donor, score = int(self.donor.flat[flat]), float(self.score.flat[flat])
-        return {
-            "layer": int(flat) // units,
-            "unit": int(flat) % units,
-            "donor": [donor // units, donor % units],
-            "score": None if np.isnan(score) else score,
-        }
+        assert self.unit_tie is not None
+        place, tie = self._unit(flat), str(self.unit_tie.flat[flat])
+        donor = list(divmod(int(self.donor.flat[flat]), self.donor.shape[1]))
+        score = {"score": place.pop("score")}
+        return place | {"donor": donor} | ({} if tie == self.tie else {"tie": tie}) | score
+
+    def _unit(self, flat: int) -> dict[str, Any]:
+        layer, unit = divmod(int(flat), self.donor.shape[1])
+        score = float(self.score.flat[flat])
+        return {"layer": layer, "unit": unit, "score": None if np.isnan(score) else score}
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -131,7 +159,7 @@ class SharingMap:
 
         Raises:
           HeadshareError: not JSON, not such a document, or a map that cannot be: units out of range or named twice,
-            a receiver that is its own donor, a chain or a cycle.
+            a receiver that is its own donor, a dropped donor, a chain or a cycle.
         """
         try:
             document = json.loads(text)
@@ -149,8 +177,10 @@ class SharingMap:
             raise HeadshareError(f"The map has a malformed field: {error}.") from error
 
     def _key(self) -> tuple[Any, ...]:
+        assert self.unit_tie is not None
         settings = (self.heads_per_unit, self.tie, self.method, self.match, self.chains, self.ratio, self.seed)
-        return (self.donor.shape, self.donor.tobytes(), self.score.tobytes(), self.source, *settings)
+        arrays = (self.donor.tobytes(), self.score.tobytes(), tuple(self.unit_tie.flat))
+        return (self.donor.shape, *arrays, self.source, *settings)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SharingMap) and self._key() == other._key()
@@ -172,10 +202,17 @@ def _check_donors(donor: np.ndarray) -> None:
     def label(unit: int) -> str:
         return f"{unit // units}.{unit % units}"
 
-    outside = np.flatnonzero((flat < 0) | (flat >= flat.size))
+    outside = np.flatnonzero((flat < DROPPED) | (flat >= flat.size))
     if outside.size:
         raise HeadshareError(f"Unit {label(outside[0])} of the map has a donor outside the model.")
-    for unit in np.flatnonzero(flat[flat] != flat):
+    kept = np.flatnonzero(flat != DROPPED)
+    orphans = kept[flat[flat[kept]] == DROPPED]
+    if orphans.size:
+        donor, receiver = label(flat[orphans[0]]), label(orphans[0])
+        raise HeadshareError(
+            f"The map drops unit {donor} (layer.unit), the donor of {receiver}; keep it, or drop both."
+        )
+    for unit in kept[flat[flat[kept]] != flat[kept]]:
         seen = [int(unit)]
         while flat[seen[-1]] != seen[-1]:
             seen.append(int(flat[seen[-1]]))
@@ -194,25 +231,38 @@ def _map_fields(document: Mapping[str, Any]) -> dict[str, Any]:
         raise HeadshareError(f"The map claims {num_layers} layers of {units} units, more than any model has.")
     donor = np.arange(num_layers * units).reshape(num_layers, units)
     score = np.full(donor.shape, np.nan)
+    tie = check_tie(_text(document["tie"], "tie"))
+    unit_tie = np.full(donor.shape, "", "<U4")
     named = np.zeros(donor.shape, bool)
+
+    def name(entry: Mapping[str, Any]) -> tuple[int, int]:
+        place = _unit(entry["layer"], entry["unit"], donor.shape)
+        if named[place]:
+            raise HeadshareError(f"The map names unit {place[0]}.{place[1]} (layer.unit) twice.")
+        named[place] = True
+        if entry.get("score") is not None:
+            score[place] = float(entry["score"])
+        return place
+
     for entry in document["receivers"]:
-        layer, unit = _unit(entry["layer"], entry["unit"], donor.shape)
+        place = name(entry)
         to_layer, to_unit = entry["donor"]
         donor_layer, donor_unit = _unit(to_layer, to_unit, donor.shape)
-        if named[layer, unit]:
-            raise HeadshareError(f"The map names receiver {layer}.{unit} (layer.unit) twice.")
-        if (layer, unit) == (donor_layer, donor_unit):
-            raise HeadshareError(f"The map makes unit {layer}.{unit} (layer.unit) its own donor; leave it out instead.")
-        named[layer, unit] = True
-        donor[layer, unit] = donor_layer * units + donor_unit
-        if entry.get("score") is not None:
-            score[layer, unit] = float(entry["score"])
+        if place == (donor_layer, donor_unit):
+            raise HeadshareError(
+                f"The map makes unit {place[0]}.{place[1]} (layer.unit) its own donor; leave it out instead."
+            )
+        donor[place] = donor_layer * units + donor_unit
+        unit_tie[place] = check_tie(_text(entry.get("tie", tie), "tie"))
+    for entry in document.get("dropped", ()):
+        donor[name(entry)] = DROPPED
     match, ratio, seed, source = (document.get(name) for name in ("match", "ratio", "seed", "source"))
     return {
         "donor": donor,
         "score": score,
         "heads_per_unit": _whole(model["heads_per_unit"], "heads_per_unit", 1),
-        "tie": check_tie(_text(document["tie"], "tie")),
+        "tie": tie,
+        "unit_tie": unit_tie,
         "method": _text(document["method"], "method"),
         "chains": _text(document["chains"], "chains"),
         "match": None if match is None else _text(match, "match"),
@@ -247,6 +297,16 @@ def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise HeadshareError(f"{name} in the map must be text, not {value!r}.")
     return value
+
+
+def _identity(slots: np.ndarray) -> np.ndarray:
+    """Every place's own flat index, shaped like `slots`."""
+    return np.arange(slots.size).reshape(slots.shape)
+
+
+def _one_a_line(entries: Iterable[dict[str, Any]]) -> str:
+    lines = [f"    {json.dumps(entry)}" for entry in entries]
+    return "[\n" + ",\n".join(lines) + "\n  ]" if lines else "[]"
 
 
 def _frozen(array: np.ndarray) -> np.ndarray:

@@ -11,11 +11,11 @@ from headshare_jax.sharing import PROJECTIONS, SharingMap
 
 
 def share(model: Llama, sharing: SharingMap, *, check_source: bool = True) -> Llama:
-    """A model in which every receiver uses its donor's weights; pools keep only the rows that are used.
+    """A model in which receivers use their donors' weights and dropped units none; pools keep only what is used.
 
     Args:
       model: a dense model; it is left as it is. Parameters that the map does not touch are the same arrays in both.
-      sharing: whose `tie` says which projections are shared.
+      sharing: who shares with whom, and who is dropped.
       check_source: compare the map's fingerprint with the model's weights, unless every receiver's are its donor's
         already; turn off for weights that were trained on.
 
@@ -30,25 +30,25 @@ def share(model: Llama, sharing: SharingMap, *, check_source: bool = True) -> Ll
             "The map was made for other weights: its source fingerprint is not this model's; make a map for this model "
             'with a ratio, or set "source" to null in the map to use its pairs all the same.'
         )
-    return _with_pools(model, sharing, {p: jnp.asarray(sharing.stored_slots(p)) for p in sharing.tie})
+    return _with_pools(model, sharing, {p: jnp.asarray(sharing.stored_slots(p)) for p in sharing.pooled})
 
 
 def unshare(model: Llama) -> Llama:
-    """The dense model that computes the same function: every receiver holds a copy of its donor's weights."""
+    """The dense model that computes the same: receivers hold copies of their donors' weights, dropped units zeros."""
     slots = {p: getattr(model, index_name(p))[...].ravel() for p in PROJECTIONS}
     return _with_pools(model, None, slots)
 
 
 def _is_tied(model: Llama, sharing: SharingMap) -> bool:
-    """Whether receivers hold their donors' weights, as in a dense export of a shared model."""
+    """Whether receivers hold their donors' weights, and dropped units zeros, as in a dense export of a shared model."""
     pools = (
         (getattr(model, name)[...], parameters.pooled_projection(name))
         for name in parameters.parameter_names(model.config)
     )
     return all(
-        bool(jnp.array_equal(rows, rows[sharing.slot_donor(projection).ravel()]))
+        bool(jnp.array_equal(rows, _rows(rows, jnp.asarray(sharing.slot_donor(projection).ravel()))))
         for rows, projection in pools
-        if projection is not None and projection in sharing.tie
+        if projection is not None and projection in sharing.pooled
     )
 
 
@@ -57,5 +57,10 @@ def _with_pools(model: Llama, sharing: SharingMap | None, rows: dict[str, jax.Ar
     for name in parameters.parameter_names(model.config):
         value = getattr(model, name)[...]
         projection = parameters.pooled_projection(name)
-        params[name] = value[rows[projection]] if projection in rows else value
+        params[name] = _rows(value, rows[projection]) if projection in rows else value
     return Llama(model.config, params, sharing=sharing, compute_dtype=model.compute_dtype, remat=model.remat)
+
+
+def _rows(pool: jax.Array, slots: jax.Array) -> jax.Array:
+    """Rows of a pool; zeros where a slot is outside it, as those of dropped units are."""
+    return pool.at[slots].get(mode="fill", fill_value=0, wrap_negative_indices=False)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from headshare_jax.modeling import Llama, head_logits
-from headshare_jax.sharing import SharingMap
+from headshare_jax.sharing import PROJECTIONS, SharingMap
 
 PENALTIES = ("norm", "mse", "kl", "js")
 # Tokens on one device whose logits are in memory at a time.
@@ -70,7 +70,7 @@ def token_losses(
 
 
 def similarity_penalty(params: Mapping[str, jax.Array], sharing: SharingMap, penalty: str = "norm") -> jax.Array:
-    """How far the receivers of a map are from their donors, float32 scalar: mean over pairs, summed over the tie.
+    """How far the receivers of a map are from their donors, float32 scalar: mean over pairs, summed over projections.
 
     `norm` is the L2 norm of the difference of the flattened slices (paper, equation 5), `mse` its mean square; `kl`
     and `js` take the slices' softmax as distributions: KL(receiver || donor), and the Jensen-Shannon divergence.
@@ -80,15 +80,20 @@ def similarity_penalty(params: Mapping[str, jax.Array], sharing: SharingMap, pen
       sharing: the pairs, and the projections that are to be equal.
       penalty: one of `PENALTIES`.
     """
-    receivers = sharing.receivers
-    donors = sharing.donor.ravel()[receivers]
     total = jnp.zeros((), jnp.float32)
-    for projection in sharing.tie:
+    for projection in tied_projections(sharing):
+        receivers = np.flatnonzero(sharing.tied(projection))
+        donors = sharing.donor.ravel()[receivers]
         pool = params[pool_name(projection)]
         group = sharing.heads_per_unit if projection in "qo" else 1
         receiver_rgdh, donor_rgdh = (_unit_rows(pool, units, group) for units in (receivers, donors))
         total += jnp.mean(_PENALTIES[penalty](receiver_rgdh, donor_rgdh))
     return total
+
+
+def tied_projections(sharing: SharingMap) -> tuple[str, ...]:
+    """Projections that some receiver shares, in the order q, k, v, o."""
+    return tuple(projection for projection in PROJECTIONS if sharing.tied(projection).any())
 
 
 def pool_name(projection: str) -> str:

@@ -19,7 +19,7 @@ from headshare_jax.mesh import BATCH, batch_sharding
 from headshare_jax.modeling import Llama
 from headshare_jax.sharing import SharingMap
 from headshare_jax.train import recipe as recipes
-from headshare_jax.train.losses import pool_name, similarity_penalty, target_mask, token_losses
+from headshare_jax.train.losses import pool_name, similarity_penalty, target_mask, tied_projections, token_losses
 
 Params = dict[str, jax.Array]
 
@@ -232,7 +232,7 @@ def loss_and_gradients(
     if stage.kind == "align":
         weight = context.sim_weight(step)
         # Differentiated for these alone: zeros for all other parameters would cost as much as a pass over them.
-        pools = {name: params[name] for name in map(pool_name, context.sharing.tie) if name in params}
+        pools = {name: params[name] for name in map(pool_name, tied_projections(context.sharing)) if name in params}
         sim, sim_gradients = jax.value_and_grad(
             lambda pools: similarity_penalty({**frozen, **params, **pools}, context.sharing, stage.penalty)
         )(pools)
