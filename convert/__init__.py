@@ -5,9 +5,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
-from headshare_jax import parameters
 from headshare_jax.convert import compact, gguf_file, huggingface, map_file, native, tokenizer
 from headshare_jax.convert.atomic import new_directory
 from headshare_jax.convert.cast import cast
@@ -87,9 +84,7 @@ def load(
       HeadshareError: as `open_checkpoint`, or a type that is none of these.
     """
     source = cast(open_checkpoint(src) if isinstance(src, (str, Path)) else src, dtype)
-    names = parameters.parameter_names(source.config)
-    params = {name: jnp.asarray(parameters.assemble(source, name)) for name in names}
-    return Llama(source.config, params, sharing=source.sharing, compute_dtype=compute_dtype, remat=remat)
+    return Llama.of(source, compute_dtype=compute_dtype, remat=remat)
 
 
 def save(

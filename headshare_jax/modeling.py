@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from headshare_jax import parameters
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
+from headshare_jax.parameters import WeightSource
 from headshare_jax.rope import rotary_angles, rotate
 from headshare_jax.sharing import PROJECTIONS, SharingMap
 
@@ -115,6 +116,18 @@ class Llama(nnx.Module):
         for projection in PROJECTIONS:
             index = parameters.pool_index(config, projection, sharing)
             setattr(self, index_name(projection), HeadIndex(jnp.asarray(index)))
+
+    @classmethod
+    def of(cls, source: WeightSource, **settings: Any) -> Self:
+        """A source's model in memory; peak memory is its own size plus two parameters.
+
+        Args:
+          source: a model, or an opened checkpoint.
+          settings: keyword arguments of the constructor: `compute_dtype`, `remat`, `batch_sharding`.
+        """
+        names = parameters.parameter_names(source.config)
+        params = {name: jnp.asarray(parameters.assemble(source, name)) for name in names}
+        return cls(source.config, params, sharing=source.sharing, **settings)
 
     @classmethod
     def init(cls, config: LlamaConfig, key: jax.Array, *, dtype: str = "float32", **settings: Any) -> Self:

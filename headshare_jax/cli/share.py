@@ -1,9 +1,8 @@
 """`headshare share`."""
 
 import json
-import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,23 +11,30 @@ import tyro
 from rich.console import RenderableType
 from rich.table import Table
 
-from headshare_jax import convert, pictures
-from headshare_jax.calibration import calibration_windows
-from headshare_jax.cli.command import Command, Destination, Overwrite, Source, progress, say
+from headshare_jax import convert, methods, pictures
+from headshare_jax.cli.command import Command, Destination, Overwrite, Source, progress
 from headshare_jax.cli.inspect import ledger_data, ledger_table
-from headshare_jax.cli.match import MatchFunction, Seed, matched
-from headshare_jax.convert import map_file, text, tokenizer
+from headshare_jax.cli.match import Seed
+from headshare_jax.cli.sharing import (
+    Calibrate,
+    CalibrateTokens,
+    Chains,
+    MatchFunction,
+    SeqLen,
+    Tie,
+    read_windows,
+    scored,
+)
+from headshare_jax.convert import map_file
 from headshare_jax.convert.atomic import check_output, new_file
 from headshare_jax.errors import HeadshareError
-from headshare_jax.functional import match_functional
 from headshare_jax.ledger import NOT_SAVED, ledger
-from headshare_jax.modeling import Llama
-from headshare_jax.refit import RefitReport, refit
-from headshare_jax.selection import receiver_count, sharing_map
+from headshare_jax.methods import METHODS, Method, MethodSettings
+from headshare_jax.refit import RefitReport
 from headshare_jax.sharing import SharingMap
-from headshare_jax.transform import share
 
-METHODS = ("direct", "refit", "fitted")
+# What may be done by a map that exists.
+MAP_METHODS = ("direct", "refit")
 # Beside a refitted model: what was fitted, and the errors before and after.
 FIT_FILE = "headshare_fit.json"
 
@@ -48,29 +54,15 @@ class Share(Command):
     map: Annotated[Path | None, tyro.conf.arg(help="Use this sharing map instead of matching.")] = None
     method: Annotated[
         str,
-        tyro.conf.arg(
-            help="direct: the paper's DirectShare; refit: then fit output weights to the dense model (--calibrate); "
-            "fitted: choose donors too by what they compute on that text."
-        ),
+        tyro.conf.arg(help="; ".join(f"{method.name}: {method.summary}" for method in METHODS.values()) + "."),
     ] = "direct"
-    calibrate: Annotated[
-        str | None,
-        tyro.conf.arg(
-            help="Text to fit on: text, JSONL or parquet file, or data set name[:config[:split]]; of its train split."
-        ),
-    ] = None
-    calibrate_tokens: Annotated[int, tyro.conf.arg(help="Tokens of that text to use, from its start.")] = 12288
-    seq_len: Annotated[int, tyro.conf.arg(help="Tokens in a window of that text.")] = 512
-    match: MatchFunction = "qk"
+    calibrate: Calibrate = None
+    calibrate_tokens: CalibrateTokens = 12288
+    seq_len: SeqLen = 512
+    match: MatchFunction = None
     seed: Seed = 0
-    tie: Annotated[str, tyro.conf.arg(help="Projections to share: some of q, k, v, o, in that order.")] = "qkv"
-    chains: Annotated[
-        str | None,
-        tyro.conf.arg(
-            help="resolve (by default): a donor that receives is replaced by its root; forbid (fitted): no donor "
-            "receives."
-        ),
-    ] = None
+    tie: Tie = "qkv"
+    chains: Chains = None
     to: Annotated[str, tyro.conf.arg(help="Format of the output: native, hf or hf-compact.")] = "native"
     save_map: Annotated[Path | None, tyro.conf.arg(help="Where to write the sharing map (.json) besides.")] = None
     plot: Annotated[Path | None, tyro.conf.arg(help="Where to draw who shares with whom (.png, .svg or .pdf).")] = None
@@ -83,16 +75,16 @@ class Share(Command):
             pictures.check_name(self.plot)
         if (self.ratio is None) == (self.map is None):
             raise HeadshareError("Give either --ratio, to match and choose, or --map, to use a map that exists.")
-        self._check_method()
+        settings = MethodSettings(self.match, self.seed, self.tie, self.chains)
+        method = self._checked_method(settings)
         path = convert.locate(self.src)
         source = convert.open_checkpoint(path)
-        windows_wt = None if self.calibrate is None else self._windows(path, source)
-        sharing = self._map(source, windows_wt)
-        say("sharing")
-        model = share(convert.load(source), sharing)
-        report = None
-        if windows_wt is not None:
-            model, report = self._refit(source, model, windows_wt)
+        windows_wt = None
+        if self.calibrate is not None:
+            windows_wt = read_windows(path, source, self.calibrate, self.calibrate_tokens, self.seq_len)
+        sharing = self._map(source, windows_wt, method, settings)
+        with progress("refitting" if method.refits else "sharing") as step:
+            model, report = methods.apply(method, source, sharing, windows_wt, progress=step)
         convert.save(
             model,
             self.dst,
@@ -128,59 +120,31 @@ class Share(Command):
         if self.to == "hf":
             yield "A plain LLaMA checkpoint holds every head, also those that share: on disk it is at its full size."
 
-    def _check_method(self) -> None:
-        if self.method not in METHODS:
-            raise HeadshareError(f"The method must be one of {', '.join(METHODS)}, not {self.method!r}.")
-        if (self.method == "direct") != (self.calibrate is None):
+    def _checked_method(self, settings: MethodSettings) -> Method:
+        method = methods.find(self.method, settings)
+        if method.needs_text != (self.calibrate is not None):
             raise HeadshareError(
                 f"The method {self.method} "
-                + ("needs no text; leave out --calibrate." if self.calibrate else "needs a text: --calibrate TEXT.")
+                + ("needs a text: --calibrate TEXT." if method.needs_text else "needs no text; leave out --calibrate.")
             )
-        if self.method == "fitted" and (self.map is not None or self.match != "qk"):
+        if self.map is not None and self.method not in MAP_METHODS:
             raise HeadshareError(
-                "The method fitted chooses donors by what they compute; leave out --match, or use --method refit."
+                f"A map says who shares with whom, as the method {self.method} would; leave out --map, or use one of "
+                f"the methods {' and '.join(MAP_METHODS)}."
             )
-
-    def _windows(self, path: Path, source: convert.Checkpoint) -> np.ndarray:
-        assert self.calibrate is not None
-        if self.seq_len < 2:
-            raise HeadshareError(f"seq_len must be at least 2, not {self.seq_len}.")
-        words = tokenizer.load(path)
-        tokens: list[int] = []
-        for piece in text.open_corpus(self.calibrate).pieces():
-            tokens += words(piece.text, verbose=False).input_ids
-            if len(tokens) >= self.calibrate_tokens:
-                break
-        count = self.calibrate_tokens // self.seq_len
-        return calibration_windows(tokens, count, self.seq_len, source.config.vocab_size)
-
-    def _refit(self, source: convert.Checkpoint, model: Llama, windows_wt: np.ndarray) -> tuple[Llama, RefitReport]:
-        with progress("refitting") as step:
-            return refit(source, model, windows_wt, progress=step)
+        return method
 
     def _record(self, report: RefitReport) -> dict[str, Any]:
         return {"calibrate": self.calibrate, **asdict(report)}
 
-    def _map(self, source: convert.Checkpoint, windows_wt: np.ndarray | None) -> SharingMap:
+    def _map(
+        self, source: convert.Checkpoint, windows_wt: np.ndarray | None, method: Method, settings: MethodSettings
+    ) -> SharingMap:
         if self.map is not None:
             return map_file.read(self.map)
         assert self.ratio is not None
-        if not 0 <= self.ratio < 1:
-            raise HeadshareError(f"The sharing ratio must be at least 0 and below 1, not {self.ratio}.")
-        units = source.config.num_units
-        if not receiver_count(self.ratio, units):
-            raise HeadshareError(
-                f"A ratio of {self.ratio} makes none of {units} units a receiver; give at least "
-                f"{math.ceil(1e4 / units) / 1e4}, which makes one."
-            )
-        if self.method == "fitted":
-            assert windows_wt is not None
-            with progress("matching by function") as step:
-                scores = match_functional(source, windows_wt, progress=step)
-        else:
-            scores = matched(source, self.match, self.seed)
-        chains = self.chains or ("forbid" if self.method == "fitted" else "resolve")
-        return replace(sharing_map(scores, self.ratio, chains=chains, tie=self.tie), method=self.method)
+        methods.check_ratio(self.ratio, source.config)
+        return methods.choose(method, scored(method, source, windows_wt, settings), self.ratio, settings)
 
     def _write_extras(self, sharing: SharingMap) -> None:
         if self.save_map is not None:
