@@ -137,8 +137,9 @@ class SharingMap:
             "source": self.source,
         }
         lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
-        lines.append(f'  "receivers": {_one_a_line(map(self._receiver, self.receivers))},')
-        lines.append(f'  "dropped": {_one_a_line(map(self._unit, np.flatnonzero(self.dropped)))}')
+        if self.dropped.any():
+            lines.append(f'  "dropped": {_one_a_line(map(self._unit, np.flatnonzero(self.dropped)))},')
+        lines.append(f'  "receivers": {_one_a_line(map(self._receiver, self.receivers))}')
         return "\n".join(["{", *lines, "}", ""])
 
     def _receiver(self, flat: int) -> dict[str, Any]:
