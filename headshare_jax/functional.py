@@ -4,7 +4,8 @@ A unit J = G * H features wide is replaced by what a donor's q, k and v give on 
 projection is refitted. What then is left of the error is the score, and a sum of products tells it for all pairs.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -29,82 +30,244 @@ from headshare_jax.errors import HeadshareError
 from headshare_jax.parameters import WeightSource, fingerprint
 from headshare_jax.similarity import MatchResult
 
+# Relative to a matrix's trace.
+ROUNDING = 1e-13
 Weights = dict[str, jax.Array]
 # Float64 sums over tokens: the layer's own features [I, I], those with each donor's [C, I, J], each donor's [C, J, J].
 Sums = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
+@dataclass(frozen=True)
+class UnitErrors:
+    """What is lost of a layer's attention output when one of its units is shared or dropped, after a refit.
+
+    Errors are root mean squares over tokens of the change of the residual stream, relative to its norm.
+
+    Attributes:
+      share: by tie, float32 [L * U, L * U], of every (receiver, donor) pair; infinite where it was not tried.
+      drop: float32 [L, U].
+      heads_per_unit: G.
+      source: fingerprint of the attention weights.
+    """
+
+    share: Mapping[str, np.ndarray]
+    drop: np.ndarray
+    heads_per_unit: int
+    source: str
+
+    def match_result(self, tie: str = "qkv") -> MatchResult:
+        """Every unit's best donor; the score is minus the error."""
+        layers, units = self.drop.shape
+        scores = -self.share[tie]
+        best = np.argmax(scores, axis=1)
+        value = np.take_along_axis(scores, best[:, None], axis=1)[:, 0].astype(np.float64)
+        found = np.isfinite(value)
+        return MatchResult(
+            donor_layer=np.where(found, best // units, -1).astype(np.int32).reshape(layers, units),
+            donor_unit=np.where(found, best % units, -1).astype(np.int32).reshape(layers, units),
+            value=value.reshape(layers, units),
+            match="functional",
+            heads_per_unit=self.heads_per_unit,
+            scores=scores,
+            source=self.source,
+        )
+
+
+@dataclass(frozen=True)
+class Search:
+    """Where functional matching looks for donors.
+
+    Attributes:
+      span: number of earlier layers whose units are tried.
+      same_layer: try the other units of the receiver's own layer too.
+      ridge: lambda of the refit, above 0.
+      prefilter: windows on which all donors are tried; the others see only the best.
+      keep: how many of the best donors of each unit stay for the other windows, and for ties other than `qkv`.
+      batch_tokens: tokens run at a time.
+
+    Raises:
+      HeadshareError: an impossible setting.
+    """
+
+    span: int = 5
+    same_layer: bool = False
+    ridge: float = 1e-2
+    prefilter: int = 4
+    keep: int = 3
+    batch_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        if min(self.span, self.prefilter, self.keep, self.batch_tokens) < 1 or not 0 < self.ridge < np.inf:
+            raise HeadshareError("span, prefilter, keep and batch_tokens must be at least 1, and the ridge above 0.")
+
+
 def match_functional(
     source: WeightSource,
     windows_wt: np.ndarray,
+    search: Search | None = None,
     *,
-    span: int = 5,
-    same_layer: bool = False,
-    ridge: float = 1e-2,
-    prefilter: int = 4,
-    keep: int = 3,
-    batch_tokens: int = 2048,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> MatchResult:
     """Scores the units of the nearest earlier layers as donors of every unit, by what they compute on a text.
 
-    The score of a pair is minus the root mean square over tokens of the change of the residual stream, relative to its
-    norm, that sharing q, k and v makes after the refit of the layer's output projection: 0 where donor and receiver do
-    the same. Scores hold for one receiver in a layer, and for donors that keep their weights: choose with
+    The score of a pair is minus its error, as `unit_errors` has it: 0 where donor and receiver do the same. Scores hold
+    for one receiver in a layer, and for donors that keep their weights: choose with
     `sharing_map(..., chains="forbid")`.
 
     Args:
       source: a dense model, or an opened checkpoint.
       windows_wt: int32 [W, T], the calibration text.
-      span: number of earlier layers whose units are tried.
-      same_layer: try the other units of the receiver's own layer too.
-      ridge: lambda of the refit, above 0.
-      prefilter: windows on which all donors are tried; the others see only the best.
-      keep: how many of the best donors of each unit stay for the other windows.
-      batch_tokens: tokens run at a time.
+      search: by default `Search()`.
       progress: called with the layers done and in all.
 
     Returns:
       All scores that are known; -inf for the other pairs.
 
     Raises:
-      HeadshareError: fewer than two layers, or an impossible setting.
+      HeadshareError: fewer than two layers.
     """
+    return unit_errors(source, windows_wt, search, progress=progress).match_result()
+
+
+def unit_errors(
+    source: WeightSource,
+    windows_wt: np.ndarray,
+    search: Search | None = None,
+    *,
+    ties: Sequence[str] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> UnitErrors:
+    """Errors of dropping every unit, and of sharing it with the units of the nearest earlier layers.
+
+    A receiver computes with its donor's weights on its own layer's input in the dense model, and the layer's output
+    projection is refitted.
+
+    Args:
+      source: a dense model, or an opened checkpoint.
+      windows_wt: int32 [W, T], the calibration text.
+      search: by default `Search()`.
+      ties: subsets of `qkv` to try besides it, with the best donors of `qkv`.
+      progress: called with the layers done and in all.
+
+    Raises:
+      HeadshareError: fewer than two layers.
+    """
+    search = search or Search()
     config = source.config
     if config.num_layers < 2:
         raise HeadshareError("Matching needs at least two layers: donors come from earlier layers.")
-    if min(span, prefilter, keep, batch_tokens) < 1 or not 0 < ridge < np.inf:
-        raise HeadshareError("span, prefilter, keep and batch_tokens must be at least 1, and the ridge above 0.")
-    units, (windows, seq_len) = config.num_kv_heads, windows_wt.shape
-    first = slice(0, min(prefilter, windows))
-    rest = slice(first.stop, windows)
-    scores = np.full((config.num_units, config.num_units), -np.inf, np.float32)
+    drop = np.zeros((config.num_layers, config.num_kv_heads), np.float32)
+    share = {
+        tie: np.full((config.num_units, config.num_units), np.inf, np.float32) for tie in dict.fromkeys(("qkv", *ties))
+    }
     near: dict[int, Weights] = {}
     with on_disk(embedded(source, windows_wt)) as x_wtd:
         for layer in range(config.num_layers):
             weights = layer_weights(source, layer)
-            near = {below: near[below] for below in range(max(0, layer - span), layer)} | {layer: weights}
-            tried = np.arange(min(near) * units, (layer + same_layer) * units)
-            if len(tried):
-                parts = [list(batches(some, batch_tokens, seq_len)) for some in (first, rest)]
-                o_id = np.asarray(output_weight(weights, "attention"), np.float64)
-                sums = _sums(config, weights, _units(near, tried, units), x_wtd, parts[0])
-                if parts[1]:
-                    kept = _promising(pair_residuals(*sums, o_id, ridge), keep * units)
-                    tried, sums = tried[kept], (sums[0], sums[1][kept], sums[2][kept])
-                    more = _sums(config, weights, _units(near, tried, units), x_wtd, parts[1])
-                    sums = sums[0] + more[0], sums[1] + more[1], sums[2] + more[2]
-                own = np.arange(layer * units, (layer + 1) * units)
-                scores[np.ix_(own, tried)] = -np.sqrt(pair_residuals(*sums, o_id, ridge) / windows_wt.size)
-                scores[own, own] = -np.inf
-            for part in batches(slice(0, windows), batch_tokens, seq_len):
+            near = {below: near[below] for below in range(max(0, layer - search.span), layer)} | {layer: weights}
+            scorer = _LayerScorer(config, near, x_wtd, search)
+            kept, sums = scorer.kept_donors()
+            drop[layer] = scorer.error(
+                drop_residuals(sums[0], scorer.o_id, search.ridge, len(scorer.o_id) // config.num_kv_heads)
+            )
+            own = scorer.own_units()
+            share["qkv"][np.ix_(own, kept)] = scorer.donor_errors(kept, sums)
+            for tie, errors in share.items():
+                if tie != "qkv":
+                    receivers, donors = scorer.best_pairs(share["qkv"][own])
+                    errors[receivers, donors] = scorer.pair_errors(receivers, donors, tie)
+            for part in scorer.all_windows():
                 for block in BLOCKS:
                     x_wtd[part] = advance(config, weights, x_wtd[part], block)
             progress(layer + 1, config.num_layers)
-    return _result(scores, config, fingerprint(source))
+    return UnitErrors(share, drop, config.heads_per_unit, fingerprint(source))
 
 
-def pair_residuals(gram: np.ndarray, cross: np.ndarray, own: np.ndarray, o_id: np.ndarray, ridge: float) -> np.ndarray:
+class _LayerScorer:
+    """Errors of one layer's units, from sums over the windows of its input."""
+
+    def __init__(self, config: LlamaConfig, near: dict[int, Weights], x_wtd: np.ndarray, search: Search):
+        self.config, self.near, self.x_wtd, self.search = config, near, x_wtd, search
+        self.layer, self.first_layer = max(near), min(near)
+        self.o_id = np.asarray(output_weight(near[self.layer], "attention"), np.float64)
+
+    def own_units(self) -> np.ndarray:
+        """Flat indices of the layer's units."""
+        units = self.config.num_kv_heads
+        return np.arange(self.layer * units, (self.layer + 1) * units)
+
+    def all_windows(self) -> list[slice]:
+        """Batches of all windows."""
+        return self._batches(slice(0, len(self.x_wtd)))
+
+    def error(self, squares: np.ndarray) -> np.ndarray:
+        """Root mean square over tokens of a sum over all windows."""
+        return np.sqrt(squares / self.x_wtd[..., 0].size)
+
+    def kept_donors(self) -> tuple[np.ndarray, Sums]:
+        """Donors worth trying on all windows, flat and ascending, and the sums over all windows; never none."""
+        units, first = self.config.num_kv_heads, min(self.search.prefilter, len(self.x_wtd))
+        donors = np.arange(self.first_layer * units, (self.layer + 1) * units)
+        if not self.search.same_layer and self.first_layer < self.layer:
+            donors = donors[:-units]
+        sums = self._sums(donors, donors, "qkv", self._batches(slice(0, first)))
+        if first == len(self.x_wtd):
+            return donors, sums
+        kept = _promising(pair_residuals(*sums, self.o_id, self.search.ridge), self.search.keep * units)
+        more = self._sums(donors[kept], donors[kept], "qkv", self._batches(slice(first, len(self.x_wtd))))
+        return donors[kept], (sums[0] + more[0], sums[1][kept] + more[1], sums[2][kept] + more[2])
+
+    def donor_errors(self, donors: np.ndarray, sums: Sums) -> np.ndarray:
+        """Errors [U, donors] of sharing q, k and v; infinite where a unit is no donor of the layer."""
+        below_c = donors // self.config.num_kv_heads < self.layer
+        another_uc = self.own_units()[:, None] != donors[None, :]
+        wanted_uc = another_uc & (below_c | self.search.same_layer)[None, :]
+        return self.error(pair_residuals(*sums, self.o_id, self.search.ridge, wanted_uc))
+
+    def drop_errors(self, gram: np.ndarray) -> np.ndarray:
+        """Errors [U] of dropping."""
+        size = len(self.o_id) // self.config.num_kv_heads
+        return self.error(drop_residuals(gram, self.o_id, self.search.ridge, size))
+
+    def best_pairs(self, error_us: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Flat receivers and donors of the pairs that are best by errors [U, L * U], up to `keep` for each unit."""
+        best_uk = np.argsort(error_us, axis=1, kind="stable")[:, : self.search.keep]
+        found = np.isfinite(np.take_along_axis(error_us, best_uk, axis=1))
+        return np.repeat(self.own_units(), found.sum(axis=1)), best_uk[found]
+
+    def pair_errors(self, receivers: np.ndarray, donors: np.ndarray, tie: str) -> np.ndarray:
+        """Errors [pairs] of sharing some of q, k and v."""
+        if not len(receivers):
+            return np.empty(0)
+        sums = self._sums(receivers, donors, tie, self.all_windows())
+        unit_c = receivers - self.own_units()[0]
+        wanted_uc = unit_c[None, :] == np.arange(self.config.num_kv_heads)[:, None]
+        return self.error(pair_residuals(*sums, self.o_id, self.search.ridge, wanted_uc)[unit_c, range(len(unit_c))])
+
+    def _batches(self, windows: slice) -> list[slice]:
+        return list(batches(windows, self.search.batch_tokens, self.x_wtd.shape[1]))
+
+    def _sums(self, receivers: np.ndarray, donors: np.ndarray, tie: str, parts: Sequence[slice]) -> Sums:
+        """Sums over some windows, of units with their donors' weights of `tie` and their receivers' of the rest."""
+        letters = {letter: donors if letter in tie else receivers for letter in "qkv"}
+        candidates = _units(self.near, letters, self.config.num_kv_heads)
+        weights = self.near[self.layer]
+        size, width = len(self.o_id) // self.config.num_kv_heads, len(self.o_id)
+        total = (np.zeros((width, width)), np.zeros((len(donors), width, size)), np.zeros((len(donors), size, size)))
+        for part in parts:
+            for sums, more in zip(total, _products(self.config, weights, candidates, self.x_wtd[part]), strict=True):
+                sums += np.asarray(more, np.float64)
+        return total
+
+
+def pair_residuals(
+    gram: np.ndarray,
+    cross: np.ndarray,
+    own: np.ndarray,
+    o_id: np.ndarray,
+    ridge: float,
+    wanted_uc: np.ndarray | None = None,
+) -> np.ndarray:
     """Squared error, ridge term included, left by every pair of a unit of a layer and a donor; float64 [U, C].
 
     With rho = ridge * mean(diag(gram)), the least value over W of ||H' W - H W_0||^2 + rho ||W - W_0||^2, H' being H
@@ -121,36 +284,52 @@ def pair_residuals(gram: np.ndarray, cross: np.ndarray, own: np.ndarray, o_id: n
       own: float64 [C, J, J], G^T G.
       o_id: float64 [I, D], W_0.
       ridge: above 0.
+      wanted_uc: bool [U, C], the pairs to solve; the others' error is infinite. By default all.
     """
     width, size = len(gram), own.shape[-1]
-    rho = ridge * max(np.trace(gram) / width, np.finfo(np.float32).tiny)
-    inverse = linalg.inv(gram + rho * np.eye(width))
+    inverse, rho = _regular_inverse(gram, ridge)
     z_cij = inverse @ cross
     t_cjj = own - np.swapaxes(cross, 1, 2) @ z_cij + rho * np.eye(size)
-    residual_uc = np.empty((width // size, len(cross)))
+    residual_uc = np.full((width // size, len(cross)), np.inf)
     for unit in range(width // size):
         rows = slice(unit * size, (unit + 1) * size)
         n_jj = linalg.inv(inverse[rows, rows])
         outer_jj = o_id[rows] @ o_id[rows].T
-        for donor in range(len(cross)):
+        for donor in range(len(cross)) if wanted_uc is None else np.flatnonzero(wanted_uc[unit]):
             z_jj = z_cij[donor, rows]
             y_jj = z_jj.T @ n_jj + rho * np.eye(size)
             s_jj = t_cjj[donor] + z_jj.T @ n_jj @ z_jj
+            # A donor that does what the layer's own units do leaves T near zero, and rounding may make it negative.
+            s_jj += ROUNDING * np.trace(s_jj) * np.eye(size)
             left_jj = n_jj - y_jj.T @ linalg.cho_solve(linalg.cho_factor(s_jj), y_jj)
             residual_uc[unit, donor] = max(np.sum(left_jj * outer_jj), 0.0)
     return residual_uc
 
 
-def _sums(config: LlamaConfig, weights: Weights, donors: Weights, x_wtd: np.ndarray, parts: Iterable[slice]) -> Sums:
-    """Sums over some windows of a layer's input."""
-    units, own = len(donors["k_pool_pdh"]), weights["o_pool_phd"]
-    size = len(own) // len(weights["k_pool_pdh"]) * own.shape[1]
-    width = len(own) * own.shape[1]
-    total = (np.zeros((width, width)), np.zeros((units, width, size)), np.zeros((units, size, size)))
-    for part in parts:
-        for sums, more in zip(total, _products(config, weights, donors, x_wtd[part]), strict=True):
-            sums += np.asarray(more, np.float64)
-    return total
+def drop_residuals(gram: np.ndarray, o_id: np.ndarray, ridge: float, size: int) -> np.ndarray:
+    """Squared error, ridge term included, left by dropping each unit of a layer; float64 [U].
+
+    The other rows are refitted: with N as in `pair_residuals`, trace(W_a^T (N - rho) W_a) is left.
+
+    Args:
+      gram: float64 [I, I], H^T H.
+      o_id: float64 [I, D], W_0.
+      ridge: above 0.
+      size: J, features of a unit.
+    """
+    inverse, rho = _regular_inverse(gram, ridge)
+    residual_u = np.empty(len(gram) // size)
+    for unit in range(len(residual_u)):
+        rows = slice(unit * size, (unit + 1) * size)
+        left_jj = linalg.inv(inverse[rows, rows]) - rho * np.eye(size)
+        residual_u[unit] = max(np.sum(left_jj * (o_id[rows] @ o_id[rows].T)), 0.0)
+    return residual_u
+
+
+def _regular_inverse(gram: np.ndarray, ridge: float) -> tuple[np.ndarray, float]:
+    """(gram + rho)^-1 and rho."""
+    rho = ridge * max(np.trace(gram) / len(gram), np.finfo(np.float32).tiny)
+    return linalg.inv(gram + rho * np.eye(len(gram))), rho
 
 
 @partial(jax.jit, static_argnames="config")
@@ -169,35 +348,19 @@ def _products(
         return h_mi.T @ h_mi, cross_cij, jnp.einsum("mci,mcj->cij", g_mcj, g_mcj)
 
 
-def _units(layers: dict[int, Weights], units: np.ndarray, per_layer: int) -> Weights:
-    """q, k and v of units, by flat index, side by side as if they were one layer's."""
-    places = [divmod(int(unit), per_layer) for unit in units]
+def _units(layers: dict[int, Weights], units: Mapping[str, np.ndarray], per_layer: int) -> Weights:
+    """Units side by side as if they were one layer's: `units` says by flat index whose q, whose k and whose v."""
+
+    def of_unit(name: str, unit: int) -> jax.Array:
+        layer, place = divmod(unit, per_layer)
+        pool = layers[layer][name]
+        return pool.reshape(per_layer, -1, *pool.shape[1:])[place]
+
     names = [name for name in next(iter(layers.values())) if name[:2] in ("q_", "k_", "v_")]
-    return {
-        name: jnp.concatenate(
-            [layers[layer][name].reshape(per_layer, -1, *layers[layer][name].shape[1:])[unit] for layer, unit in places]
-        )
-        for name in names
-    }
+    return {name: jnp.concatenate([of_unit(name, int(unit)) for unit in units[name[0]]]) for name in names}
 
 
 def _promising(residual_uc: np.ndarray, count: int) -> np.ndarray:
     """The donors that rank highest for any unit, ascending: a fixed number, so that all layers compile once."""
     rank_uc = np.argsort(np.argsort(residual_uc, axis=1, kind="stable"), axis=1, kind="stable")
     return np.sort(np.argsort(rank_uc.min(axis=0), kind="stable")[:count])
-
-
-def _result(scores: np.ndarray, config: LlamaConfig, source: str) -> MatchResult:
-    units, shape = config.num_kv_heads, (config.num_layers, config.num_kv_heads)
-    best = np.argmax(scores, axis=1)
-    value = np.take_along_axis(scores, best[:, None], axis=1)[:, 0].astype(np.float64)
-    found = np.isfinite(value)
-    return MatchResult(
-        donor_layer=np.where(found, best // units, -1).astype(np.int32).reshape(shape),
-        donor_unit=np.where(found, best % units, -1).astype(np.int32).reshape(shape),
-        value=value.reshape(shape),
-        match="functional",
-        heads_per_unit=config.heads_per_unit,
-        scores=scores,
-        source=source,
-    )

@@ -31,6 +31,7 @@ class SharingMap:
       match: match function.
       chains: `resolve` or `forbid`.
       ratio: the sharing ratio that was asked for.
+      budget: the part of the attention parameters that was to be kept.
       seed: of the random baseline.
       source: fingerprint of the attention weights the map was made for, or None if unknown.
 
@@ -47,6 +48,7 @@ class SharingMap:
     match: str | None = None
     chains: str = "resolve"
     ratio: float | None = None
+    budget: float | None = None
     seed: int | None = None
     source: str | None = None
 
@@ -133,6 +135,7 @@ class SharingMap:
             "match": self.match,
             "chains": self.chains,
             "ratio": self.ratio,
+            **({} if self.budget is None else {"budget": self.budget}),
             "seed": self.seed,
             "source": self.source,
         }
@@ -179,9 +182,9 @@ class SharingMap:
 
     def _key(self) -> tuple[Any, ...]:
         assert self.unit_tie is not None
-        settings = (self.heads_per_unit, self.tie, self.method, self.match, self.chains, self.ratio, self.seed)
         arrays = (self.donor.tobytes(), self.score.tobytes(), tuple(self.unit_tie.flat))
-        return (self.donor.shape, *arrays, self.source, *settings)
+        settings = (self.heads_per_unit, self.tie, self.method, self.match, self.chains, self.source)
+        return (self.donor.shape, *arrays, *settings, self.ratio, self.budget, self.seed)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SharingMap) and self._key() == other._key()
@@ -257,7 +260,7 @@ def _map_fields(document: Mapping[str, Any]) -> dict[str, Any]:
         unit_tie[place] = check_tie(_text(entry.get("tie", tie), "tie"))
     for entry in document.get("dropped", ()):
         donor[name(entry)] = DROPPED
-    match, ratio, seed, source = (document.get(name) for name in ("match", "ratio", "seed", "source"))
+    match, ratio, budget, seed, source = (document.get(name) for name in ("match", "ratio", "budget", "seed", "source"))
     return {
         "donor": donor,
         "score": score,
@@ -268,6 +271,7 @@ def _map_fields(document: Mapping[str, Any]) -> dict[str, Any]:
         "chains": _text(document["chains"], "chains"),
         "match": None if match is None else _text(match, "match"),
         "ratio": None if ratio is None else _fraction(ratio, "ratio"),
+        "budget": None if budget is None else _fraction(budget, "budget", inclusive=True),
         "seed": None if seed is None else _whole(seed, "seed", 0),
         "source": None if source is None else _text(source, "source"),
     }
@@ -288,9 +292,11 @@ def _whole(value: Any, name: str, least: int) -> int:
     return value
 
 
-def _fraction(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise HeadshareError(f"{name} in the map must be a number of at least 0 and below 1, not {value!r}.")
+def _fraction(value: Any, name: str, *, inclusive: bool = False) -> float:
+    number = not isinstance(value, bool) and isinstance(value, (int, float))
+    if not number or not (0 <= value < 1 or (inclusive and value == 1)):
+        end = "at most 1" if inclusive else "below 1"
+        raise HeadshareError(f"{name} in the map must be a number of at least 0 and {end}, not {value!r}.")
     return float(value)
 
 

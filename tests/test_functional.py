@@ -12,7 +12,7 @@ from support import VARIANTS, random_tokens, sharing_by_hand, tiny_model
 
 from headshare_jax import HeadshareError, Llama, match_functional, share, sharing_map
 from headshare_jax.calibration import BLOCKS, advance, embedded, features, layer_weights
-from headshare_jax.functional import pair_residuals
+from headshare_jax.functional import Search, drop_residuals, pair_residuals, unit_errors
 
 WINDOWS = random_tokens((8, 32))
 
@@ -40,7 +40,7 @@ def test_a_pairs_residual_is_that_of_solving_for_it_alone(units: int, size: int,
 def test_scores_are_what_the_refit_of_a_shared_layer_leaves(overrides: dict[str, Any]) -> None:
     dense = tiny_model(**overrides)
     units = dense.config.num_kv_heads
-    result = match_functional(dense, WINDOWS, span=2, ridge=0.1, keep=99)
+    result = match_functional(dense, WINDOWS, Search(span=2, ridge=0.1, keep=99))
     assert result.scores is not None
     x, weights = inputs(dense, 1), layer_weights(dense, 1)
     h = np.asarray(features(dense.config, weights, jnp.asarray(x), "attention"), np.float64).reshape(WINDOWS.size, -1)
@@ -82,7 +82,7 @@ def test_a_copy_is_found_whatever_its_layer() -> None:
 
 
 def test_every_ratio_gives_a_map_without_chains() -> None:
-    result = match_functional(tiny_model(num_hidden_layers=5), WINDOWS, span=2)
+    result = match_functional(tiny_model(num_hidden_layers=5), WINDOWS, Search(span=2))
     for ratio, count in ((0.0, 0), (0.1, 1), (0.3, 3), (0.5, 5)):
         chosen = sharing_map(result, ratio, chains="forbid")
         assert len(chosen.receivers) == count
@@ -96,7 +96,7 @@ def test_span_and_same_layer_say_who_is_tried() -> None:
     layer = np.arange(8) // 2
     distance = layer[:, None] - layer[None, :]
     for span, same in ((1, False), (2, False), (2, True)):
-        scores = match_functional(dense, WINDOWS, span=span, same_layer=same).scores
+        scores = match_functional(dense, WINDOWS, Search(span=span, same_layer=same)).scores
         assert scores is not None
         wanted = (distance <= span) & (distance >= (0 if same else 1)) & ~np.eye(8, dtype=bool)
         np.testing.assert_array_equal(np.isfinite(scores), wanted)
@@ -104,14 +104,14 @@ def test_span_and_same_layer_say_who_is_tried() -> None:
 
 def test_the_prefilter_keeps_the_best_donors() -> None:
     dense = tiny_model(num_hidden_layers=4)
-    everything = match_functional(dense, WINDOWS, prefilter=8).scores
-    filtered = match_functional(dense, WINDOWS, prefilter=4, keep=1).scores
+    everything = match_functional(dense, WINDOWS, Search(prefilter=8)).scores
+    filtered = match_functional(dense, WINDOWS, Search(prefilter=4, keep=1)).scores
     assert everything is not None
     assert filtered is not None
     tried = np.isfinite(filtered)
     np.testing.assert_allclose(filtered[tried], everything[tried], rtol=1e-3)
     assert tried.sum(axis=1).tolist() == [0, 0, 2, 2, 2, 2, 2, 2]
-    first_half = match_functional(dense, WINDOWS[:4], prefilter=4).scores
+    first_half = match_functional(dense, WINDOWS[:4], Search(prefilter=4)).scores
     assert first_half is not None
     for unit in range(2, 8):
         assert tried[unit, first_half[unit].argmax()]
@@ -124,14 +124,13 @@ def test_what_cannot_be_seen_in_a_models_outputs_changes_no_score(seed: int, blo
     # A ridge pulls to the weights themselves, whose scale V and O may exchange.
     ridge = 1e-8 if block == "vo" else 0.1
     models = (dense, equivalent(dense, block, np.random.default_rng(seed)))
-    scores = [match_functional(model, random_tokens((16, 32)), ridge=ridge).value[1:] for model in models]
+    scores = [match_functional(model, random_tokens((16, 32)), Search(ridge=ridge)).value[1:] for model in models]
     np.testing.assert_allclose(scores[1], scores[0], rtol=2e-3)
 
 
 def test_wrong_settings_are_refused() -> None:
-    dense = tiny_model()
     for wrong in ({"span": 0}, {"ridge": 0.0}, {"prefilter": 0}, {"keep": 0}):
         with pytest.raises(HeadshareError, match="at least 1"):
-            match_functional(dense, WINDOWS, **wrong)  # type: ignore[arg-type]
+            Search(**wrong)  # type: ignore[arg-type]
     with pytest.raises(HeadshareError, match="two layers"):
         match_functional(tiny_model(num_hidden_layers=1), WINDOWS)

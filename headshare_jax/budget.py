@@ -1,0 +1,131 @@
+"""Which units to keep, share or drop within a budget of parameters, by measured error per parameter saved."""
+
+from collections.abc import Sequence
+from math import prod
+
+import numpy as np
+
+from headshare_jax import parameters
+from headshare_jax.config import LlamaConfig
+from headshare_jax.errors import HeadshareError
+from headshare_jax.functional import UnitErrors
+from headshare_jax.sharing import DROPPED, PROJECTIONS, SharingMap
+
+DROP = "drop"
+
+
+def budget_map(
+    errors: UnitErrors,
+    config: LlamaConfig,
+    budget: float,
+    *,
+    actions: Sequence[str] = (DROP, "qkv", "qk"),
+    sensitivity: np.ndarray | None = None,
+) -> SharingMap:
+    """Saves parameters where they cost least until the rest fits the budget.
+
+    The cost of an action is the square of its error times its layer's sensitivity; costs of different units are taken
+    to add up. The step with the least added cost for a saved parameter is taken over and over: a unit becomes a
+    receiver or is dropped, or what it shares grows. Donors keep their weights. At the end steps that the budget does
+    not need are taken back, the costliest first.
+
+    Args:
+      errors: of the actions.
+      config: the architecture.
+      budget: part of the attention parameters (q, k, v and o weights) to keep, in (0, 1].
+      actions: what may be done to a unit: `drop`, or a tie that `errors` knows.
+      sensitivity: float [L], what a squared error in a layer costs; all the same by default.
+
+    Raises:
+      HeadshareError: a budget outside (0, 1], or one that these actions cannot meet.
+    """
+    if not 0 < budget <= 1:
+        raise HeadshareError(f"The budget must be above 0 and at most 1, not {budget}.")
+    layers, units = errors.drop.shape
+    weight_l = np.ones(layers) if sensitivity is None else np.asarray(sensitivity, np.float64)
+    plan = _Plan(errors, config, actions, np.repeat(weight_l, units))
+    target = (1 - budget) * plan.size * sum(plan.unit_parameters.values())
+    while plan.saved.sum() < target:
+        if not plan.step():
+            raise HeadshareError(
+                f"A budget of {budget} cannot be met by {', '.join(actions)}: at least "
+                f"{1 - plan.saved.sum() / plan.size / sum(plan.unit_parameters.values()):.3f} of the attention "
+                "parameters stay; allow more, or other actions."
+            )
+    plan.take_back(target)
+    return plan.map(budget)
+
+
+class _Plan:
+    """What is done to every unit so far."""
+
+    def __init__(self, errors: UnitErrors, config: LlamaConfig, actions: Sequence[str], weight_u: np.ndarray):
+        self.errors, self.actions, self.weight_u = errors, actions, weight_u
+        self.size = errors.drop.size
+        shapes = {p: parameters.slice_shape(config, f"{p}_pool_{'phd' if p == 'o' else 'pdh'}") for p in PROJECTIONS}
+        self.unit_parameters = {p: prod(shape) // config.num_kv_heads for p, shape in shapes.items()}
+        self.donor = np.arange(self.size)
+        self.tie = np.full(self.size, "", "<U4")
+        self.cost, self.saved, self.error = np.zeros(self.size), np.zeros(self.size), np.zeros(self.size)
+
+    def step(self) -> bool:
+        """Takes the cheapest step; False if there is none."""
+        keeps = self.donor == np.arange(self.size)
+        free = ~np.isin(np.arange(self.size), self.donor[~keeps])
+        best = (np.inf, 0, "", 0, 0.0)
+        for action in self.actions:
+            gain_u = self._parameters(action) - self.saved
+            error_u, donor_u = self._outcomes(action, keeps)
+            with np.errstate(invalid="ignore"):
+                added_u = self.weight_u * error_u**2 - self.cost
+            ratio_u = np.where(free & (gain_u > 0), added_u / np.maximum(gain_u, 1), np.inf)
+            unit = int(np.argmin(ratio_u))
+            if ratio_u[unit] < best[0]:
+                best = (float(ratio_u[unit]), unit, action, int(donor_u[unit]), float(error_u[unit]))
+        ratio, unit, action, donor, error = best
+        if not np.isfinite(ratio):
+            return False
+        self._set(unit, action, donor, error)
+        return True
+
+    def take_back(self, target: float) -> None:
+        """Keeps units after all, the costliest first, as long as `target` parameters are saved."""
+        for unit in np.argsort(-self.cost, kind="stable"):
+            if self.saved[unit] and self.saved.sum() - self.saved[unit] >= target:
+                self._set(int(unit), "", int(unit), 0.0)
+
+    def map(self, budget: float) -> SharingMap:
+        """The plan as a sharing map; the scores are minus the errors."""
+        changed = self.donor != np.arange(self.size)
+        shape = self.errors.drop.shape
+        ties = sorted(set(self.tie) - {""}, key=len)
+        return SharingMap(
+            donor=self.donor.reshape(shape),
+            score=np.where(changed, -self.error, np.nan).reshape(shape),
+            heads_per_unit=self.errors.heads_per_unit,
+            tie=ties[-1] if ties else "qkv",
+            unit_tie=self.tie.reshape(shape),
+            method="budget",
+            match="functional",
+            chains="forbid",
+            budget=budget,
+            source=self.errors.source,
+        )
+
+    def _parameters(self, action: str) -> int:
+        """What an action saves."""
+        return sum(size for p, size in self.unit_parameters.items() if action == DROP or p in action)
+
+    def _outcomes(self, action: str, keeps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Error of an action for every unit, and the donor it would have."""
+        if action == DROP:
+            return self.errors.drop.ravel(), np.full(self.size, DROPPED)
+        possible = np.where(keeps[None, :], self.errors.share[action], np.inf)
+        donor_u = np.argmin(possible, axis=1)
+        return possible[np.arange(self.size), donor_u], donor_u
+
+    def _set(self, unit: int, action: str, donor: int, error: float) -> None:
+        self.donor[unit], self.error[unit] = donor, error
+        self.tie[unit] = "" if action == DROP else action
+        self.cost[unit] = self.weight_u[unit] * error**2
+        self.saved[unit] = self._parameters(action) if action else 0
