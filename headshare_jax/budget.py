@@ -1,4 +1,4 @@
-"""Which units to keep, share or drop within a budget of parameters, by measured error per parameter saved."""
+"""Which units to keep, share or drop within a budget of parameters, by measured cost per parameter saved."""
 
 from collections.abc import Sequence
 from math import prod
@@ -8,42 +8,37 @@ import numpy as np
 from headshare_jax import parameters
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
-from headshare_jax.functional import UnitErrors
+from headshare_jax.functional import UnitCosts
 from headshare_jax.sharing import DROPPED, PROJECTIONS, SharingMap
 
 DROP = "drop"
 
 
 def budget_map(
-    errors: UnitErrors,
+    costs: UnitCosts,
     config: LlamaConfig,
     budget: float,
     *,
     actions: Sequence[str] = (DROP, "qkv", "qk"),
-    sensitivity: np.ndarray | None = None,
 ) -> SharingMap:
     """Saves parameters where they cost least until the rest fits the budget.
 
-    The cost of an action is the square of its error times its layer's sensitivity; costs of different units are taken
-    to add up. The step with the least added cost for a saved parameter is taken over and over: a unit becomes a
-    receiver or is dropped, or what it shares grows. Donors keep their weights. At the end steps that the budget does
-    not need are taken back, the costliest first.
+    Costs of different units are taken to add up. The step with the least added cost for a saved parameter is taken over
+    and over: a unit becomes a receiver or is dropped, or what it shares grows. Donors keep their weights. At the end
+    steps that the budget does not need are taken back, the costliest first.
 
     Args:
-      errors: of the actions.
+      costs: of the actions.
       config: the architecture.
       budget: part of the attention parameters (q, k, v and o weights) to keep, in (0, 1].
-      actions: what may be done to a unit: `drop`, or a tie that `errors` knows.
-      sensitivity: float [L], what a squared error in a layer costs; all the same by default.
+      actions: what may be done to a unit: `drop`, or a tie that `costs` knows.
 
     Raises:
       HeadshareError: a budget outside (0, 1], or one that these actions cannot meet.
     """
     if not 0 < budget <= 1:
         raise HeadshareError(f"The budget must be above 0 and at most 1, not {budget}.")
-    layers, units = errors.drop.shape
-    weight_l = np.ones(layers) if sensitivity is None else np.asarray(sensitivity, np.float64)
-    plan = _Plan(errors, config, actions, np.repeat(weight_l, units))
+    plan = _Plan(costs, config, actions)
     target = (1 - budget) * plan.size * sum(plan.unit_parameters.values())
     while plan.saved.sum() < target:
         if not plan.step():
@@ -59,14 +54,14 @@ def budget_map(
 class _Plan:
     """What is done to every unit so far."""
 
-    def __init__(self, errors: UnitErrors, config: LlamaConfig, actions: Sequence[str], weight_u: np.ndarray):
-        self.errors, self.actions, self.weight_u = errors, actions, weight_u
-        self.size = errors.drop.size
+    def __init__(self, costs: UnitCosts, config: LlamaConfig, actions: Sequence[str]):
+        self.costs, self.actions = costs, actions
+        self.size = costs.drop.size
         shapes = {p: parameters.slice_shape(config, f"{p}_pool_{'phd' if p == 'o' else 'pdh'}") for p in PROJECTIONS}
         self.unit_parameters = {p: prod(shape) // config.num_kv_heads for p, shape in shapes.items()}
         self.donor = np.arange(self.size)
         self.tie = np.full(self.size, "", "<U4")
-        self.cost, self.saved, self.error = np.zeros(self.size), np.zeros(self.size), np.zeros(self.size)
+        self.cost, self.saved = np.zeros(self.size), np.zeros(self.size)
 
     def step(self) -> bool:
         """Takes the cheapest step; False if there is none."""
@@ -75,17 +70,15 @@ class _Plan:
         best = (np.inf, 0, "", 0, 0.0)
         for action in self.actions:
             gain_u = self._parameters(action) - self.saved
-            error_u, donor_u = self._outcomes(action, keeps)
-            with np.errstate(invalid="ignore"):
-                added_u = self.weight_u * error_u**2 - self.cost
-            ratio_u = np.where(free & (gain_u > 0), added_u / np.maximum(gain_u, 1), np.inf)
+            cost_u, donor_u = self._outcomes(action, keeps)
+            ratio_u = np.where(free & (gain_u > 0), (cost_u - self.cost) / np.maximum(gain_u, 1), np.inf)
             unit = int(np.argmin(ratio_u))
             if ratio_u[unit] < best[0]:
-                best = (float(ratio_u[unit]), unit, action, int(donor_u[unit]), float(error_u[unit]))
-        ratio, unit, action, donor, error = best
+                best = (float(ratio_u[unit]), unit, action, int(donor_u[unit]), float(cost_u[unit]))
+        ratio, unit, action, donor, cost = best
         if not np.isfinite(ratio):
             return False
-        self._set(unit, action, donor, error)
+        self._set(unit, action, donor, cost)
         return True
 
     def take_back(self, target: float) -> None:
@@ -95,21 +88,21 @@ class _Plan:
                 self._set(int(unit), "", int(unit), 0.0)
 
     def map(self, budget: float) -> SharingMap:
-        """The plan as a sharing map; the scores are minus the errors."""
+        """The plan as a sharing map; the scores are minus the costs."""
         changed = self.donor != np.arange(self.size)
-        shape = self.errors.drop.shape
+        shape = self.costs.drop.shape
         ties = sorted(set(self.tie) - {""}, key=len)
         return SharingMap(
             donor=self.donor.reshape(shape),
-            score=np.where(changed, -self.error, np.nan).reshape(shape),
-            heads_per_unit=self.errors.heads_per_unit,
+            score=np.where(changed, -self.cost, np.nan).reshape(shape),
+            heads_per_unit=self.costs.heads_per_unit,
             tie=ties[-1] if ties else "qkv",
             unit_tie=self.tie.reshape(shape),
             method="budget",
             match="functional",
             chains="forbid",
             budget=budget,
-            source=self.errors.source,
+            source=self.costs.source,
         )
 
     def _parameters(self, action: str) -> int:
@@ -117,15 +110,14 @@ class _Plan:
         return sum(size for p, size in self.unit_parameters.items() if action == DROP or p in action)
 
     def _outcomes(self, action: str, keeps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Error of an action for every unit, and the donor it would have."""
+        """Cost of an action for every unit, and the donor it would have."""
         if action == DROP:
-            return self.errors.drop.ravel(), np.full(self.size, DROPPED)
-        possible = np.where(keeps[None, :], self.errors.share[action], np.inf)
+            return self.costs.drop.ravel(), np.full(self.size, DROPPED)
+        possible = np.where(keeps[None, :], self.costs.share[action], np.inf)
         donor_u = np.argmin(possible, axis=1)
         return possible[np.arange(self.size), donor_u], donor_u
 
-    def _set(self, unit: int, action: str, donor: int, error: float) -> None:
-        self.donor[unit], self.error[unit] = donor, error
+    def _set(self, unit: int, action: str, donor: int, cost: float) -> None:
+        self.donor[unit], self.cost[unit] = donor, cost
         self.tie[unit] = "" if action == DROP else action
-        self.cost[unit] = self.weight_u[unit] * error**2
         self.saved[unit] = self._parameters(action) if action else 0

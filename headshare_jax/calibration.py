@@ -1,7 +1,9 @@
-"""Calibration text run through a model layer by layer: what a layer's blocks compute, and where their input is kept."""
+"""Calibration text run through a model layer by layer: what its blocks compute, and what its predictions depend on."""
 
+import math
+import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 from headshare_jax import parameters
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
-from headshare_jax.modeling import _ACTIVATIONS
+from headshare_jax.modeling import _ACTIVATIONS, attend, head_logits, normalized_rows
 from headshare_jax.parameters import WeightSource
 from headshare_jax.rope import rotary_angles, rotate
 
@@ -21,6 +23,8 @@ from headshare_jax.rope import rotary_angles, rotate
 BLOCKS = ("attention", "mlp")
 OUTPUT = {"attention": "o_pool_phd", "mlp": "down_lfd"}
 _OUTPUT_BIAS = {"attention": "o_bias_ld", "mlp": "down_bias_ld"}
+# Tokens whose logits are in memory at a time.
+_HEAD_TOKENS = 256
 _LAYERLESS = ("embed_vd", "final_norm_d", "head_vd")
 
 
@@ -112,7 +116,8 @@ def head_outputs(config: LlamaConfig, weights: dict[str, jax.Array], normed_btd:
     positions_bt = jnp.broadcast_to(jnp.arange(normed_btd.shape[1], dtype=jnp.int32), normed_btd.shape[:2])
     cos_bth, sin_bth = rotary_angles(config, positions_bt)
     q_btnh, k_btkh = (rotate(project(letter), cos_bth, sin_bth) for letter in "qk")
-    return jax.nn.dot_product_attention(q_btnh, k_btkh, project("v"), is_causal=True)
+    mask_ts = jnp.tril(jnp.ones((normed_btd.shape[1],) * 2, bool))
+    return attend(q_btnh, k_btkh, project("v"), mask_ts[None], causal=True)
 
 
 def mlp_units(config: LlamaConfig, weights: dict[str, jax.Array], normed_btd: jax.Array) -> jax.Array:
@@ -131,6 +136,98 @@ def _rms_norm(config: LlamaConfig, x_btd: jax.Array, scale_d: jax.Array) -> jax.
     return x_btd * jax.lax.rsqrt(mean_bt1 + config.rms_norm_eps) * scale_d[None, None]
 
 
+@partial(jax.jit, static_argnames="config")
+def _backward(
+    config: LlamaConfig, weights: dict[str, jax.Array], x_btd: jax.Array, gradient_btd: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients behind a layer's attention and before the layer, from its input and the gradient behind it."""
+    middle_btd, through_attention = jax.vjp(lambda x: advance(config, weights, x, "attention"), x_btd)
+    _, through_mlp = jax.vjp(lambda x: advance(config, weights, x, "mlp"), middle_btd)
+    (middle_gradient_btd,) = through_mlp(gradient_btd)
+    return middle_gradient_btd, through_attention(middle_gradient_btd)[0]
+
+
+@partial(jax.jit, static_argnames="config")
+def _head_gradient(
+    config: LlamaConfig, final_norm_d: jax.Array, head_vd: jax.Array, x_td: jax.Array, key: jax.Array
+) -> jax.Array:
+    """Gradient of the log-probability of tokens drawn by the model itself, by the stream before the final norm."""
+
+    def of_token(row: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x_d, key = row
+
+        def logits(x_d: jax.Array) -> jax.Array:
+            return head_logits(_rms_norm(config, x_d[None, None], final_norm_d)[0, 0], head_vd)
+
+        logits_v, through_logits = jax.vjp(logits, x_d)
+        drawn_v = jax.nn.one_hot(jax.random.categorical(key, logits_v), logits_v.size, dtype=jnp.float32)
+        return through_logits(drawn_v - jax.nn.softmax(logits_v))[0]
+
+    return jax.lax.map(of_token, (x_td, jax.random.split(key, len(x_td))), batch_size=_HEAD_TOKENS)
+
+
+@contextmanager
+def attention_gradients(
+    source: WeightSource,
+    windows_wt: np.ndarray,
+    *,
+    batch_tokens: int = 2048,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[np.ndarray]:
+    """What predictions depend on: gradients by every layer's attention output, one drawn token a position.
+
+    The next token of every position is drawn from the model's own distribution. For a small change d of an output,
+    half the mean of (g d)^2 then is the change's KL divergence, as far as tokens do not act together: the Fisher
+    information, one draw a token.
+
+    Args:
+      source: the model; one layer's parameters are in memory at a time.
+      windows_wt: int32 [W, T].
+      batch_tokens: tokens run at a time.
+      seed: of the draws.
+      progress: called with the layers done, forward and backward, and in all.
+
+    Yields:
+      float32 [L, W, T, D], mapped from a temporary file that goes with the block: gradients of the log-probability of
+      all of a window's drawn tokens together.
+
+    Raises:
+      HeadshareError: the disk is full.
+    """
+    config, total = source.config, 2 * source.config.num_layers
+    windows, seq_len = windows_wt.shape
+    parts = list(batches(slice(0, windows), batch_tokens, seq_len))
+    shape = (config.num_layers, windows, seq_len, config.hidden_size)
+    with _mapped(shape) as states_lwtd, on_disk(embedded(source, windows_wt)) as x_wtd:
+        for layer in range(config.num_layers):
+            weights = layer_weights(source, layer)
+            for part in parts:
+                states_lwtd[layer, part] = x_wtd[part]
+                for block in BLOCKS:
+                    x_wtd[part] = advance(config, weights, x_wtd[part], block)
+            progress(layer + 1, total)
+        head_vd = output_head(source)
+        final_norm_d = jnp.asarray(source.read("final_norm_d"), jnp.float32)
+        for window in range(windows):
+            key = jax.random.fold_in(jax.random.key(seed), window)
+            x_wtd[window] = _head_gradient(config, final_norm_d, head_vd, jnp.asarray(x_wtd[window]), key)
+        for layer in reversed(range(config.num_layers)):
+            weights = layer_weights(source, layer)
+            for part in parts:
+                states_lwtd[layer, part], x_wtd[part] = _backward(
+                    config, weights, states_lwtd[layer, part], x_wtd[part]
+                )
+            progress(total - layer, total)
+        yield states_lwtd
+
+
+def output_head(source: WeightSource) -> jax.Array:
+    """Weights of the output head, float32 [V, D]."""
+    head_vd = jnp.asarray(source.read("embed_vd" if source.config.tie_word_embeddings else "head_vd"), jnp.float32)
+    return normalized_rows(head_vd) if source.config.normalize_head else head_vd
+
+
 @contextmanager
 def on_disk(parts: Iterable[np.ndarray], folder: Path | None = None) -> Iterator[np.ndarray]:
     """Hidden states in a temporary file, so that memory does not grow with the text; the file goes with the block.
@@ -147,17 +244,32 @@ def on_disk(parts: Iterable[np.ndarray], folder: Path | None = None) -> Iterator
     """
     with tempfile.TemporaryFile(dir=folder) as file:
         windows = 0
-        try:
+        with _told_when_full():
             for part in parts:
                 file.write(np.ascontiguousarray(part, np.float32).data)
                 windows += len(part)
             file.flush()
-        except OSError as error:
-            raise HeadshareError(
-                f"The hidden states of the calibration text find no room in temporary files ({error.strerror}); "
-                "set TMPDIR to a folder with more room, or calibrate on fewer tokens."
-            ) from error
         yield np.memmap(file, np.float32, "r+", shape=(windows, *part.shape[1:]))
+
+
+@contextmanager
+def _mapped(shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """Room for a float32 array in a temporary file, taken at once, so that a full disk is an error here."""
+    with tempfile.TemporaryFile() as file:
+        with _told_when_full():
+            os.posix_fallocate(file.fileno(), 0, 4 * math.prod(shape))
+        yield np.memmap(file, np.float32, "r+", shape=shape)
+
+
+@contextmanager
+def _told_when_full() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise HeadshareError(
+            f"The hidden states of the calibration text find no room in temporary files ({error.strerror}); "
+            "set TMPDIR to a folder with more room, or calibrate on fewer tokens."
+        ) from error
 
 
 def embedded(source: WeightSource, windows_wt: np.ndarray) -> Iterator[np.ndarray]:

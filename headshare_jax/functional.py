@@ -1,10 +1,14 @@
-"""Functional matching: how much of a layer's attention is lost when a unit runs on another unit's weights.
+"""Functional matching: what it costs when a unit runs on another unit's weights, or is dropped.
 
 A unit J = G * H features wide is replaced by what a donor's q, k and v give on the receiver's own input, and the output
-projection is refitted. What then is left of the error is the score, and a sum of products tells it for all pairs.
+projection is refitted. Sums of products tell for all pairs what then is left of the error, and the gradients of the
+model's predictions what that does to them.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,10 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import linalg
+from threadpoolctl import threadpool_limits
 
 from headshare_jax.calibration import (
     BLOCKS,
     advance,
+    attention_gradients,
     attention_input,
     batches,
     embedded,
@@ -23,7 +29,6 @@ from headshare_jax.calibration import (
     layer_weights,
     on_disk,
     output_weight,
-    residual_weights,
 )
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
@@ -32,16 +37,17 @@ from headshare_jax.similarity import MatchResult
 
 # Relative to a matrix's trace.
 ROUNDING = 1e-13
+TINY = float(np.finfo(np.float32).tiny)
 Weights = dict[str, jax.Array]
 # Float64 sums over tokens: the layer's own features [I, I], those with each donor's [C, I, J], each donor's [C, J, J].
 Sums = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
-class UnitErrors:
-    """What is lost of a layer's attention output when one of its units is shared or dropped, after a refit.
+class UnitCosts:
+    """What it costs to share or to drop one unit, the output projection of its layer refitted.
 
-    Errors are root mean squares over tokens of the change of the residual stream, relative to its norm.
+    Costs are estimates of the KL divergence of the model's predictions, in nats per token.
 
     Attributes:
       share: by tie, float32 [L * U, L * U], of every (receiver, donor) pair; infinite where it was not tried.
@@ -56,7 +62,7 @@ class UnitErrors:
     source: str
 
     def match_result(self, tie: str = "qkv") -> MatchResult:
-        """Every unit's best donor; the score is minus the error."""
+        """Every unit's best donor; the score is minus the cost."""
         layers, units = self.drop.shape
         scores = -self.share[tie]
         best = np.argmax(scores, axis=1)
@@ -110,7 +116,7 @@ def match_functional(
 ) -> MatchResult:
     """Scores the units of the nearest earlier layers as donors of every unit, by what they compute on a text.
 
-    The score of a pair is minus its error, as `unit_errors` has it: 0 where donor and receiver do the same. Scores hold
+    The score of a pair is minus its cost, as `unit_costs` has it: 0 where donor and receiver do the same. Scores hold
     for one receiver in a layer, and for donors that keep their weights: choose with
     `sharing_map(..., chains="forbid")`.
 
@@ -118,7 +124,7 @@ def match_functional(
       source: a dense model, or an opened checkpoint.
       windows_wt: int32 [W, T], the calibration text.
       search: by default `Search()`.
-      progress: called with the layers done and in all.
+      progress: called with the steps done and in all.
 
     Returns:
       All scores that are known; -inf for the other pairs.
@@ -126,70 +132,92 @@ def match_functional(
     Raises:
       HeadshareError: fewer than two layers.
     """
-    return unit_errors(source, windows_wt, search, progress=progress).match_result()
+    return unit_costs(source, windows_wt, search, progress=progress).match_result()
 
 
-def unit_errors(
+def unit_costs(
     source: WeightSource,
     windows_wt: np.ndarray,
     search: Search | None = None,
     *,
     ties: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> UnitErrors:
-    """Errors of dropping every unit, and of sharing it with the units of the nearest earlier layers.
+) -> UnitCosts:
+    """Costs of dropping every unit, and of sharing it with the units of the nearest earlier layers.
 
     A receiver computes with its donor's weights on its own layer's input in the dense model, and the layer's output
-    projection is refitted.
+    projection is refitted. With g_t the gradient of the model's predictions by the layer's attention output at token t
+    (`calibration.attention_gradients`) and e_t what is left of the error, the cost is half the mean of |g_t|^2 e_t^T G
+    e_t, where G = sum g g^T / sum |g|^2: the Fisher information of the output, its size taken token by token and its
+    directions on the whole.
 
     Args:
       source: a dense model, or an opened checkpoint.
       windows_wt: int32 [W, T], the calibration text.
       search: by default `Search()`.
       ties: subsets of `qkv` to try besides it, with the best donors of `qkv`.
-      progress: called with the layers done and in all.
+      progress: called with the steps done and in all; a layer is three.
 
     Raises:
-      HeadshareError: fewer than two layers.
+      HeadshareError: fewer than two layers, or no room for the streams.
     """
     search = search or Search()
     config = source.config
     if config.num_layers < 2:
         raise HeadshareError("Matching needs at least two layers: donors come from earlier layers.")
-    drop = np.zeros((config.num_layers, config.num_kv_heads), np.float32)
+    layers = config.num_layers
+    drop = np.zeros((layers, config.num_kv_heads), np.float32)
     share = {
         tie: np.full((config.num_units, config.num_units), np.inf, np.float32) for tie in dict.fromkeys(("qkv", *ties))
     }
     near: dict[int, Weights] = {}
-    with on_disk(embedded(source, windows_wt)) as x_wtd:
-        for layer in range(config.num_layers):
+    with ExitStack() as files:
+        gradients_lwtd = files.enter_context(
+            attention_gradients(
+                source,
+                windows_wt,
+                batch_tokens=search.batch_tokens,
+                progress=lambda done, total: progress(done, total + layers),
+            )
+        )
+        x_wtd = files.enter_context(on_disk(embedded(source, windows_wt)))
+        for layer in range(layers):
             weights = layer_weights(source, layer)
             near = {below: near[below] for below in range(max(0, layer - search.span), layer)} | {layer: weights}
-            scorer = _LayerScorer(config, near, x_wtd, search)
+            scorer = _LayerScorer(config, near, x_wtd, gradients_lwtd[layer], search)
             kept, sums = scorer.kept_donors()
-            drop[layer] = scorer.error(
-                drop_residuals(sums[0], scorer.o_id, search.ridge, len(scorer.o_id) // config.num_kv_heads)
-            )
+            drop[layer] = scorer.drop_costs(sums[0])
             own = scorer.own_units()
-            share["qkv"][np.ix_(own, kept)] = scorer.donor_errors(kept, sums)
-            for tie, errors in share.items():
+            share["qkv"][np.ix_(own, kept)] = scorer.donor_costs(kept, sums)
+            for tie, costs in share.items():
                 if tie != "qkv":
                     receivers, donors = scorer.best_pairs(share["qkv"][own])
-                    errors[receivers, donors] = scorer.pair_errors(receivers, donors, tie)
+                    costs[receivers, donors] = scorer.pair_costs(receivers, donors, tie)
             for part in scorer.all_windows():
                 for block in BLOCKS:
                     x_wtd[part] = advance(config, weights, x_wtd[part], block)
-            progress(layer + 1, config.num_layers)
-    return UnitErrors(share, drop, config.heads_per_unit, fingerprint(source))
+            progress(2 * layers + layer + 1, 3 * layers)
+    return UnitCosts(share, drop, config.heads_per_unit, fingerprint(source))
 
 
 class _LayerScorer:
-    """Errors of one layer's units, from sums over the windows of its input."""
+    """Costs of one layer's units, from sums over the windows of its input."""
 
-    def __init__(self, config: LlamaConfig, near: dict[int, Weights], x_wtd: np.ndarray, search: Search):
+    def __init__(
+        self,
+        config: LlamaConfig,
+        near: dict[int, Weights],
+        x_wtd: np.ndarray,
+        gradients_wtd: np.ndarray,
+        search: Search,
+    ):
         self.config, self.near, self.x_wtd, self.search = config, near, x_wtd, search
         self.layer, self.first_layer = max(near), min(near)
-        self.o_id = np.asarray(output_weight(near[self.layer], "attention"), np.float64)
+        self.weight_wt1 = np.linalg.norm(gradients_wtd, axis=-1, keepdims=True)
+        g_md = gradients_wtd.reshape(-1, config.hidden_size)
+        metric_dd = np.asarray(g_md.T @ g_md, np.float64) / max(np.sum(np.square(self.weight_wt1)), TINY)
+        o_id = np.asarray(output_weight(near[self.layer], "attention"), np.float64)
+        self.outer_ii = o_id @ metric_dd @ o_id.T
 
     def own_units(self) -> np.ndarray:
         """Flat indices of the layer's units."""
@@ -200,9 +228,9 @@ class _LayerScorer:
         """Batches of all windows."""
         return self._batches(slice(0, len(self.x_wtd)))
 
-    def error(self, squares: np.ndarray) -> np.ndarray:
-        """Root mean square over tokens of a sum over all windows."""
-        return np.sqrt(squares / self.x_wtd[..., 0].size)
+    def cost(self, squares: np.ndarray) -> np.ndarray:
+        """Cost of a sum of squares over all windows."""
+        return squares / (2 * self.weight_wt1.size)
 
     def kept_donors(self) -> tuple[np.ndarray, Sums]:
         """Donors worth trying on all windows, flat and ascending, and the sums over all windows; never none."""
@@ -213,36 +241,36 @@ class _LayerScorer:
         sums = self._sums(donors, donors, "qkv", self._batches(slice(0, first)))
         if first == len(self.x_wtd):
             return donors, sums
-        kept = _promising(pair_residuals(*sums, self.o_id, self.search.ridge), self.search.keep * units)
+        kept = _promising(pair_residuals(*sums, self.outer_ii, self.search.ridge), self.search.keep * units)
         more = self._sums(donors[kept], donors[kept], "qkv", self._batches(slice(first, len(self.x_wtd))))
         return donors[kept], (sums[0] + more[0], sums[1][kept] + more[1], sums[2][kept] + more[2])
 
-    def donor_errors(self, donors: np.ndarray, sums: Sums) -> np.ndarray:
-        """Errors [U, donors] of sharing q, k and v; infinite where a unit is no donor of the layer."""
+    def donor_costs(self, donors: np.ndarray, sums: Sums) -> np.ndarray:
+        """Costs [U, donors] of sharing q, k and v; infinite where a unit is no donor of the layer."""
         below_c = donors // self.config.num_kv_heads < self.layer
         another_uc = self.own_units()[:, None] != donors[None, :]
         wanted_uc = another_uc & (below_c | self.search.same_layer)[None, :]
-        return self.error(pair_residuals(*sums, self.o_id, self.search.ridge, wanted_uc))
+        return self.cost(pair_residuals(*sums, self.outer_ii, self.search.ridge, wanted_uc))
 
-    def drop_errors(self, gram: np.ndarray) -> np.ndarray:
-        """Errors [U] of dropping."""
-        size = len(self.o_id) // self.config.num_kv_heads
-        return self.error(drop_residuals(gram, self.o_id, self.search.ridge, size))
+    def drop_costs(self, gram: np.ndarray) -> np.ndarray:
+        """Costs [U] of dropping."""
+        size = len(self.outer_ii) // self.config.num_kv_heads
+        return self.cost(drop_residuals(gram, self.outer_ii, self.search.ridge, size))
 
-    def best_pairs(self, error_us: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Flat receivers and donors of the pairs that are best by errors [U, L * U], up to `keep` for each unit."""
-        best_uk = np.argsort(error_us, axis=1, kind="stable")[:, : self.search.keep]
-        found = np.isfinite(np.take_along_axis(error_us, best_uk, axis=1))
+    def best_pairs(self, cost_us: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Flat receivers and donors of the pairs that are best by costs [U, L * U], up to `keep` for each unit."""
+        best_uk = np.argsort(cost_us, axis=1, kind="stable")[:, : self.search.keep]
+        found = np.isfinite(np.take_along_axis(cost_us, best_uk, axis=1))
         return np.repeat(self.own_units(), found.sum(axis=1)), best_uk[found]
 
-    def pair_errors(self, receivers: np.ndarray, donors: np.ndarray, tie: str) -> np.ndarray:
-        """Errors [pairs] of sharing some of q, k and v."""
+    def pair_costs(self, receivers: np.ndarray, donors: np.ndarray, tie: str) -> np.ndarray:
+        """Costs [pairs] of sharing some of q, k and v."""
         if not len(receivers):
             return np.empty(0)
         sums = self._sums(receivers, donors, tie, self.all_windows())
         unit_c = receivers - self.own_units()[0]
         wanted_uc = unit_c[None, :] == np.arange(self.config.num_kv_heads)[:, None]
-        return self.error(pair_residuals(*sums, self.o_id, self.search.ridge, wanted_uc)[unit_c, range(len(unit_c))])
+        return self.cost(pair_residuals(*sums, self.outer_ii, self.search.ridge, wanted_uc)[unit_c, range(len(unit_c))])
 
     def _batches(self, windows: slice) -> list[slice]:
         return list(batches(windows, self.search.batch_tokens, self.x_wtd.shape[1]))
@@ -252,10 +280,12 @@ class _LayerScorer:
         letters = {letter: donors if letter in tie else receivers for letter in "qkv"}
         candidates = _units(self.near, letters, self.config.num_kv_heads)
         weights = self.near[self.layer]
-        size, width = len(self.o_id) // self.config.num_kv_heads, len(self.o_id)
+        size, width = len(self.outer_ii) // self.config.num_kv_heads, len(self.outer_ii)
         total = (np.zeros((width, width)), np.zeros((len(donors), width, size)), np.zeros((len(donors), size, size)))
         for part in parts:
-            for sums, more in zip(total, _products(self.config, weights, candidates, self.x_wtd[part]), strict=True):
+            for sums, more in zip(
+                total, _products(self.config, weights, candidates, self.x_wtd[part], self.weight_wt1[part]), strict=True
+            ):
                 sums += np.asarray(more, np.float64)
         return total
 
@@ -264,7 +294,7 @@ def pair_residuals(
     gram: np.ndarray,
     cross: np.ndarray,
     own: np.ndarray,
-    o_id: np.ndarray,
+    outer: np.ndarray,
     ridge: float,
     wanted_uc: np.ndarray | None = None,
 ) -> np.ndarray:
@@ -276,13 +306,14 @@ def pair_residuals(
 
         trace(W_a^T (N - Y^T S^-1 Y) W_a),  Y = Z_a^T N + rho,  S = T + rho + Z_a^T N Z_a,
 
-    so that a pair costs one system of its own J features.
+    so that a pair costs one system of its own J features. Directions of the output count by a metric G: W_a stands for
+    W_a G^(1/2), and G does not change which W is best.
 
     Args:
       gram: float64 [I, I], H^T H.
       cross: float64 [C, I, J], H^T G of every donor's features G.
       own: float64 [C, J, J], G^T G.
-      o_id: float64 [I, D], W_0.
+      outer: float64 [I, I], W_0 G W_0^T.
       ridge: above 0.
       wanted_uc: bool [U, C], the pairs to solve; the others' error is infinite. By default all.
     """
@@ -290,11 +321,12 @@ def pair_residuals(
     inverse, rho = _regular_inverse(gram, ridge)
     z_cij = inverse @ cross
     t_cjj = own - np.swapaxes(cross, 1, 2) @ z_cij + rho * np.eye(size)
-    residual_uc = np.full((width // size, len(cross)), np.inf)
-    for unit in range(width // size):
+    units = width // size
+
+    def of_unit(unit: int) -> np.ndarray:
         rows = slice(unit * size, (unit + 1) * size)
         n_jj = linalg.inv(inverse[rows, rows])
-        outer_jj = o_id[rows] @ o_id[rows].T
+        residual_c = np.full(len(cross), np.inf)
         for donor in range(len(cross)) if wanted_uc is None else np.flatnonzero(wanted_uc[unit]):
             z_jj = z_cij[donor, rows]
             y_jj = z_jj.T @ n_jj + rho * np.eye(size)
@@ -302,18 +334,23 @@ def pair_residuals(
             # A donor that does what the layer's own units do leaves T near zero, and rounding may make it negative.
             s_jj += ROUNDING * np.trace(s_jj) * np.eye(size)
             left_jj = n_jj - y_jj.T @ linalg.cho_solve(linalg.cho_factor(s_jj), y_jj)
-            residual_uc[unit, donor] = max(np.sum(left_jj * outer_jj), 0.0)
-    return residual_uc
+            residual_c[donor] = max(np.sum(left_jj * outer[rows, rows]), 0.0)
+        return residual_c
+
+    # One system is too small to be shared out among cores.
+    cores = os.cpu_count() or 1
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(cores) as threads:
+        return np.stack(list(threads.map(of_unit, range(units))))
 
 
-def drop_residuals(gram: np.ndarray, o_id: np.ndarray, ridge: float, size: int) -> np.ndarray:
+def drop_residuals(gram: np.ndarray, outer: np.ndarray, ridge: float, size: int) -> np.ndarray:
     """Squared error, ridge term included, left by dropping each unit of a layer; float64 [U].
 
     The other rows are refitted: with N as in `pair_residuals`, trace(W_a^T (N - rho) W_a) is left.
 
     Args:
       gram: float64 [I, I], H^T H.
-      o_id: float64 [I, D], W_0.
+      outer: float64 [I, I], W_0 G W_0^T.
       ridge: above 0.
       size: J, features of a unit.
     """
@@ -322,24 +359,24 @@ def drop_residuals(gram: np.ndarray, o_id: np.ndarray, ridge: float, size: int) 
     for unit in range(len(residual_u)):
         rows = slice(unit * size, (unit + 1) * size)
         left_jj = linalg.inv(inverse[rows, rows]) - rho * np.eye(size)
-        residual_u[unit] = max(np.sum(left_jj * (o_id[rows] @ o_id[rows].T)), 0.0)
+        residual_u[unit] = max(np.sum(left_jj * outer[rows, rows]), 0.0)
     return residual_u
 
 
 def _regular_inverse(gram: np.ndarray, ridge: float) -> tuple[np.ndarray, float]:
     """(gram + rho)^-1 and rho."""
-    rho = ridge * max(np.trace(gram) / len(gram), np.finfo(np.float32).tiny)
+    rho = ridge * max(np.trace(gram) / len(gram), TINY)
     return linalg.inv(gram + rho * np.eye(len(gram))), rho
 
 
 @partial(jax.jit, static_argnames="config")
 def _products(
-    config: LlamaConfig, weights: Weights, donors: Weights, x_btd: jax.Array
+    config: LlamaConfig, weights: Weights, donors: Weights, x_btd: jax.Array, weight_bt1: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`Sums` of a batch, float32, weighted as a refit weights tokens."""
+    """`Sums` of a batch, float32, every token weighted."""
     with jax.default_matmul_precision("highest"):
         normed_btd = attention_input(config, weights, x_btd)
-        w_m1 = residual_weights(advance(config, weights, x_btd, "attention")).reshape(-1, 1)
+        w_m1 = weight_bt1.reshape(-1, 1)
         h_mi = w_m1 * head_outputs(config, weights, normed_btd).reshape(len(w_m1), -1)
         g_mcj = w_m1[..., None] * head_outputs(config, donors, normed_btd).reshape(
             len(w_m1), donors["k_pool_pdh"].shape[0], -1

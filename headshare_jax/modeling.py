@@ -180,7 +180,7 @@ class Llama(nnx.Module):
 
         def layer(x_btd: jax.Array, weights: dict[str, jax.Array]) -> tuple[jax.Array, None]:
             q_btnh, k_btkh, v_btkh = self._qkv(x_btd, weights, cos_bth, sin_bth)
-            heads_btnh = _attend(q_btnh, k_btkh, v_btkh, mask_bts, causal=True)
+            heads_btnh = attend(q_btnh, k_btkh, v_btkh, mask_bts, causal=True)
             return self._placed(self._layer_output(x_btd, heads_btnh, weights)), None
 
         if self.remat != "none":
@@ -217,7 +217,7 @@ class Llama(nnx.Module):
             at = (place, 0, cache.length, 0, 0)
             k_lbskh = jax.lax.dynamic_update_slice(k_lbskh, k_btkh[None], at)
             v_lbskh = jax.lax.dynamic_update_slice(v_lbskh, v_btkh[None], at)
-            heads_btnh = _attend(q_btnh, k_lbskh[place], v_lbskh[place], mask_bts, causal=False)
+            heads_btnh = attend(q_btnh, k_lbskh[place], v_lbskh[place], mask_bts, causal=False)
             return (self._layer_output(x_btd, heads_btnh, weights), k_lbskh, v_lbskh), None
 
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
@@ -369,7 +369,7 @@ def _positions(tokens_bt: jax.Array, segments_bt: jax.Array | None) -> jax.Array
     return place_bt - jax.lax.cummax(jnp.where(begins_bt, place_bt, 0), axis=1)
 
 
-def _attend(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, mask_bts: jax.Array, *, causal: bool) -> jax.Array:
+def attend(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, mask_bts: jax.Array, *, causal: bool) -> jax.Array:
     """Head outputs [B, T, N, H].
 
     Args:
