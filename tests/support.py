@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from headshare_jax import Llama, LlamaConfig, SharingMap, parameters
+from headshare_jax.sharing import DROPPED
 
 TINY: dict[str, Any] = {
     "vocab_size": 160,
@@ -118,7 +119,9 @@ def _forward(model: Llama, tokens_bt: jax.Array, **inputs: jax.Array) -> jax.Arr
 
 
 def sharing_by_hand(model: Llama, tie: str, pairs: dict[int, int]) -> SharingMap:
-    """A map for a model, from flat receivers to flat donors."""
+    """A map for a model, from flat receivers to flat donors; whatever these are, `mixed_sharing` for the tie `mixed`."""
+    if tie == "mixed":
+        return mixed_sharing(model)
     config = model.config
     flat = np.arange(config.num_units)
     flat[list(pairs)] = list(pairs.values())
@@ -126,6 +129,19 @@ def sharing_by_hand(model: Llama, tie: str, pairs: dict[int, int]) -> SharingMap
     score = np.full(donor.shape, np.nan)
     score.flat[list(pairs)] = 0.0
     return SharingMap(donor, score, config.heads_per_unit, tie=tie)
+
+
+def mixed_sharing(model: Llama) -> SharingMap:
+    """Of three layers: receivers in the first and last, of different ties; the second and the last unit are dropped."""
+    config = model.config
+    units = config.num_kv_heads
+    donor = np.arange(3 * units).reshape(3, units)
+    donor[0, 1] = donor[2, 0] = 0
+    donor[1], donor[2, -1] = DROPPED, DROPPED
+    score = np.where(donor == np.arange(3 * units).reshape(3, units), np.nan, 0.5)
+    unit_tie = np.full(donor.shape, "", "<U4")
+    unit_tie[0, 1], unit_tie[2, 0] = "qkv", "qo"
+    return SharingMap(donor, score, config.heads_per_unit, unit_tie=unit_tie)
 
 
 def compilations(function: Any) -> int:
