@@ -50,7 +50,7 @@ def draw_scores(result: MatchResult, path: Path) -> None:
 
 
 def draw_map(sharing: SharingMap, path: Path) -> None:
-    """Draws every unit, layers from left to right: a dot, or a cross if dropped; an arc from each donor to its receivers.
+    """Draws every unit, layers from left to right: a dot, or a cross if dropped; and arcs from donors to receivers.
 
     Raises:
       HeadshareError: the file's ending is none of `FORMATS`.
