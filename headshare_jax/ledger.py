@@ -14,7 +14,7 @@ from headshare_jax.modeling import Llama
 from headshare_jax.parameters import WeightSource
 from headshare_jax.sharing import PROJECTIONS, SharingMap
 
-NOT_SAVED = "The key/value cache and the FLOPs per token are those of the dense model: sharing saves weights only."
+NOT_SAVED = "The key/value cache and the FLOPs per token are those of the dense model: a map saves weights only."
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Ledger:
 
     Attributes:
       rows: every part of the model.
-      nominal_saving: parameters that the map says are saved: receivers times the size of what a unit shares.
+      nominal_saving: parameters that the map says are saved: what receivers share, and all of dropped units.
       live_bytes: bytes of the parameter arrays on the devices; None for a checkpoint on disk.
       disk_bytes: bytes of the checkpoint's files; None for a model in memory.
     """

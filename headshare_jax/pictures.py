@@ -13,7 +13,7 @@ from headshare_jax.sharing import SharingMap
 from headshare_jax.similarity import MatchResult
 
 FORMATS = (".png", ".svg", ".pdf")
-_DONOR, _RECEIVER, _OWN = "#1b6ca8", "#d1495b", "#d9d9d9"
+_DONOR, _RECEIVER, _OWN, _DROPPED = "#1b6ca8", "#d1495b", "#d9d9d9", "#444444"
 
 
 def check_name(path: Path) -> None:
@@ -50,7 +50,7 @@ def draw_scores(result: MatchResult, path: Path) -> None:
 
 
 def draw_map(sharing: SharingMap, path: Path) -> None:
-    """Draws every unit as a dot, layers from left to right, and an arc from each donor to each of its receivers.
+    """Draws every unit, layers from left to right: a dot, or a cross if dropped; and arcs from donors to receivers.
 
     Raises:
       HeadshareError: the file's ending is none of `FORMATS`.
@@ -59,25 +59,28 @@ def draw_map(sharing: SharingMap, path: Path) -> None:
     figure = Figure(figsize=(max(6, layers * 0.36), max(2.6, units * 0.3 + 1.6)), layout="constrained")
     axes = figure.add_subplot()
     layer, unit = np.divmod(np.arange(layers * units), units)
-    receives = sharing.receives.ravel()
+    receives, dropped = sharing.receives.ravel(), sharing.dropped.ravel()
     gives = np.isin(np.arange(layers * units), sharing.donor.ravel()[receives])
     for flat in np.flatnonzero(receives):
         donor = sharing.donor.flat[flat]
         _arc(axes, (layer[donor], unit[donor]), (layer[flat], unit[flat]))
-    for chosen, colour, label in (
-        (~receives & ~gives, _OWN, "own weights"),
-        (gives, _DONOR, "donor"),
-        (receives, _RECEIVER, "receiver"),
-    ):
-        axes.scatter(layer[chosen], unit[chosen], s=48, color=colour, label=label, zorder=3)
-    axes.set_title(f"{receives.sum()} of {receives.size} units use another unit's {sharing.tie} weights")
+    kinds = [
+        (~receives & ~gives & ~dropped, "o", _OWN, "own weights"),
+        (gives, "o", _DONOR, "donor"),
+        (receives, "o", _RECEIVER, "receiver"),
+    ]
+    if dropped.any():
+        kinds.append((dropped, "x", _DROPPED, "dropped"))
+    for chosen, marker, colour, label in kinds:
+        axes.scatter(layer[chosen], unit[chosen], s=48, marker=marker, color=colour, label=label, zorder=3)
+    axes.set_title(sharing.summary())
     axes.set_xlabel("layer")
     axes.set_ylabel("unit")
     axes.set_yticks(np.arange(0, units, max(1, units // 8)))
     axes.set_xticks(np.arange(0, layers, max(1, layers // 16)))
     axes.set_ylim(units - 0.4, -0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(kinds), frameon=False)
     _save(figure, path)
 
 

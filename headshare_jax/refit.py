@@ -45,8 +45,8 @@ class RefitSettings:
     """How output weights are fitted.
 
     Attributes:
-      scope: which output weights: `receivers`, those of attention in layers with receivers; `attention`, those of
-        attention in the first layer with receivers and all above it; `all`, those of its MLPs too.
+      scope: which output weights: `receivers`, those of attention in layers with receivers or dropped units;
+        `attention`, those of attention in the first such layer and all above it; `all`, those of its MLPs too.
       ridges: lambda, of which each block takes what is best on held-out text; times the mean square of a feature.
       drifts: beta, likewise: the part of the distance between the streams that a block is to make good.
       held_out: part of the windows, the last ones, that choose lambda and beta; the weights are then fitted to all.
@@ -82,7 +82,8 @@ class BlockFit:
 
     Attributes:
       layer, block: which block, `attention` or `mlp`.
-      rows, fitted_rows: I, and how many rows of the output weight no other head uses, so that they could be fitted.
+      rows, fitted_rows: I, and how many rows of the output weight are stored and used by no other head, so that they
+        could be fitted.
       error_before, error_after: on all calibration text.
       held_out_before, held_out_after: on its held-out part, fitted to the rest.
       ridge, drift: lambda and beta that were chosen; None where the weights stay as they were.
@@ -185,8 +186,8 @@ def refit(
     Per block, in order: min over W of sum over tokens of w^2 ||H W - t||^2 + rho ||W - W_0||^2 with t = y + beta
     (x - x'), y the dense block's output without its bias, x and x' the two streams before it, and w the reciprocal of
     the dense stream's norm behind it, which is what the next norm divides by. Weights that do not lower the error on
-    held-out text stay as they were. Rows of the output projection that several heads use are never fitted. Below the
-    first receiver both models are the same, and nothing is fitted.
+    held-out text stay as they were. Rows of the output projection that several heads use are never fitted, and dropped
+    heads have none. Below the first layer that the map changes both models are the same, and nothing is fitted.
 
     Memory: one layer's parameters, its sums of products, and a batch of tokens. Streams are in temporary files.
 
@@ -213,10 +214,10 @@ def refit(
     with ExitStack() as files:
         walk = _Walk(dense, windows_wt, settings, files)
         for layer in range(dense.config.num_layers):
-            receives = bool(shared.sharing.receives[layer].any())
-            walk.enter(layer, layer_weights(shared, layer) if receives or walk.parted else None)
+            changed = bool((shared.sharing.receives | shared.sharing.dropped)[layer].any())
+            walk.enter(layer, layer_weights(shared, layer) if changed or walk.parted else None)
             for block in BLOCKS:
-                if not walk.parted or not _in_scope(settings.scope, block, receives):
+                if not walk.parted or not _in_scope(settings.scope, block, changed):
                     walk.advance(block)
                     continue
                 rows = fitted.free_rows(layer, block)
@@ -230,7 +231,7 @@ def refit(
 
 
 class _Walk:
-    """Both streams, at one block of one layer; they are one until the first layer that has receivers."""
+    """Both streams, at one block of one layer; they are one until the first layer that the map changes."""
 
     def __init__(self, dense: WeightSource, windows_wt: np.ndarray, settings: RefitSettings, files: ExitStack):
         self.source, self.config, self.files = dense, dense.config, files
@@ -310,8 +311,8 @@ def _moments(
         return (h_mi.T @ h_mi, cross_rid, energy_rs), after_btd
 
 
-def _in_scope(scope: str, block: str, receives: bool) -> bool:
-    return scope == "all" or (block == "attention" and (receives or scope == "attention"))
+def _in_scope(scope: str, block: str, changed: bool) -> bool:
+    return scope == "all" or (block == "attention" and (changed or scope == "attention"))
 
 
 def _solutions(moments: Moments, ridge: float) -> tuple[np.ndarray, float]:
@@ -369,12 +370,13 @@ class _Fitted:
         self.values: dict[str, np.ndarray] = {}
 
     def free_rows(self, layer: int, block: str) -> np.ndarray:
-        """Rows of the block's output weight that nothing else uses, ascending."""
+        """Rows of the block's output weight that are stored and that nothing else uses, ascending."""
         config = self.shared.config
         if block == "mlp":
             return np.arange(config.intermediate_size)
-        index_ln = parameters.pool_index(config, "o", self.shared.sharing)
-        heads = np.flatnonzero(np.bincount(index_ln.ravel())[index_ln[layer]] == 1)
+        index_n, stored_n = self._heads(layer)
+        users = np.bincount(parameters.pool_index(config, "o", self.shared.sharing).ravel())
+        heads = np.flatnonzero((users[index_n] == 1) & stored_n)
         return (heads[:, None] * config.head_dim + np.arange(config.head_dim)).ravel()
 
     def change(self, layer: int, block: str, change: np.ndarray) -> jax.Array:
@@ -382,14 +384,20 @@ class _Fitted:
         name = OUTPUT[block]
         if name not in self.values:
             self.values[name] = np.array(getattr(self.shared, name)[...])
-        value = self.values[name]
-        at = (
-            parameters.pool_index(self.shared.config, "o", self.shared.sharing)[layer]
-            if block == "attention"
-            else layer
-        )
-        value[at] = (value[at].astype(np.float64) + change.reshape(value[at].shape)).astype(value.dtype)
-        return jnp.asarray(value[at], jnp.float32)
+        before = self.shared.read(name, layer)
+        after = (before.astype(np.float64) + change.reshape(before.shape)).astype(before.dtype)
+        if block == "mlp":
+            self.values[name][layer] = after
+        else:
+            index_n, stored_n = self._heads(layer)
+            self.values[name][index_n[stored_n]] = after[stored_n]
+        return jnp.asarray(after, jnp.float32)
+
+    def _heads(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Row of the output pool of every head of a layer, and whether it is stored: dropped heads' are not."""
+        config, sharing = self.shared.config, self.shared.sharing
+        index_n = parameters.pool_index(config, "o", sharing)[layer]
+        return index_n, index_n < parameters.pool_rows(config, "o", sharing)
 
     def model(self) -> Llama:
         """The shared model with what was changed."""

@@ -36,7 +36,8 @@ class SharingMap:
       source: fingerprint of the attention weights the map was made for, or None if unknown.
 
     Raises:
-      HeadshareError: the donors are out of range, dropped, or form a chain or a cycle; a tie is not a subset of `qkvo`.
+      HeadshareError: the donors are out of range, dropped, or form a chain or a cycle; no unit keeps its weights; a tie
+        is not a subset of `qkvo`.
     """
 
     donor: np.ndarray
@@ -123,8 +124,16 @@ class SharingMap:
                 "the model {} layers of {} units with {}.".format(*mine, *theirs)
             )
 
+    def summary(self) -> str:
+        """What the map does, e.g. `2 of 6 units use another unit's qkv or qo weights, 3 are dropped`."""
+        assert self.unit_tie is not None
+        ties = " or ".join(np.unique(self.unit_tie[self.receives])) or self.tie
+        text = f"{len(self.receivers)} of {self.donor.size} units use another unit's {ties} weights"
+        dropped = np.count_nonzero(self.dropped)
+        return f"{text}, {dropped} {'is' if dropped == 1 else 'are'} dropped" if dropped else text
+
     def to_json(self) -> str:
-        """The map as a JSON document with one receiver a line, so that edits and diffs are easy to read."""
+        """The map as a JSON document with one receiver or dropped unit a line, so that edits and diffs are readable."""
         num_layers, units = self.donor.shape
         head = {
             "format": FORMAT,
@@ -163,7 +172,7 @@ class SharingMap:
 
         Raises:
           HeadshareError: not JSON, not such a document, or a map that cannot be: units out of range or named twice,
-            a receiver that is its own donor, a dropped donor, a chain or a cycle.
+            a receiver that is its own donor, a dropped donor, a chain or a cycle, every unit dropped.
         """
         try:
             document = json.loads(text)
@@ -210,6 +219,8 @@ def _check_donors(donor: np.ndarray) -> None:
     if outside.size:
         raise HeadshareError(f"Unit {label(outside[0])} of the map has a donor outside the model.")
     kept = np.flatnonzero(flat != DROPPED)
+    if not kept.size:
+        raise HeadshareError("The map drops every unit; keep at least one.")
     orphans = kept[flat[flat[kept]] == DROPPED]
     if orphans.size:
         donor, receiver = label(flat[orphans[0]]), label(orphans[0])

@@ -1,5 +1,6 @@
 """Small random models for tests, made by transformers, the reference that this project is compared with."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import transformers
 
 from headshare_jax import Llama, LlamaConfig, SharingMap, parameters
+from headshare_jax.sharing import DROPPED
 
 TINY: dict[str, Any] = {
     "vocab_size": 160,
@@ -117,15 +119,54 @@ def _forward(model: Llama, tokens_bt: jax.Array, **inputs: jax.Array) -> jax.Arr
     return model(tokens_bt, **inputs)
 
 
-def sharing_by_hand(model: Llama, tie: str, pairs: dict[int, int]) -> SharingMap:
-    """A map for a model, from flat receivers to flat donors."""
+def sharing_by_hand(model: Llama, tie: str, pairs: dict[int, int], dropped: Sequence[int] = ()) -> SharingMap:
+    """A map for a model, from flat receivers to flat donors; `mixed_sharing`, whatever these are, if tie is `mixed`."""
+    if tie == "mixed":
+        return mixed_sharing(model)
     config = model.config
     flat = np.arange(config.num_units)
     flat[list(pairs)] = list(pairs.values())
+    flat[list(dropped)] = DROPPED
     donor = flat.reshape(config.num_layers, config.num_kv_heads)
     score = np.full(donor.shape, np.nan)
-    score.flat[list(pairs)] = 0.0
+    score.flat[[*pairs, *dropped]] = 0.0
     return SharingMap(donor, score, config.heads_per_unit, tie=tie)
+
+
+def mixed_sharing(model: Llama) -> SharingMap:
+    """Of three layers: receivers in the first and last, of different ties; the second and the last unit are dropped."""
+    config = model.config
+    units = config.num_kv_heads
+    donor = np.arange(3 * units).reshape(3, units)
+    donor[0, 1] = donor[2, 0] = 0
+    donor[1], donor[2, -1] = DROPPED, DROPPED
+    score = np.where(donor == np.arange(3 * units).reshape(3, units), np.nan, 0.5)
+    unit_tie = np.full(donor.shape, "", "<U4")
+    unit_tie[0, 1], unit_tie[2, 0] = "qkv", "qo"
+    return SharingMap(donor, score, config.heads_per_unit, unit_tie=unit_tie)
+
+
+def tied_by_hand(model: Any, sharing: SharingMap) -> Any:
+    """A transformers model with receivers' weights overwritten by their donors', and dropped units' by zeros."""
+    config = model.config
+    heads = {"q": config.num_attention_heads, "o": config.num_attention_heads}
+    assert sharing.unit_tie is not None
+    with torch.no_grad():
+        for flat, donor in enumerate(sharing.donor.ravel().tolist()):
+            (layer, unit), (donor_layer, donor_unit) = (
+                divmod(place, config.num_key_value_heads) for place in (flat, max(donor, 0))
+            )
+            for p in "qkvo" if donor == DROPPED else sharing.unit_tie.flat[flat]:
+                mine, theirs = (getattr(model.model.layers[i].self_attn, f"{p}_proj") for i in (layer, donor_layer))
+                size = heads.get(p, config.num_key_value_heads) // config.num_key_value_heads * config.head_dim
+                to, source = slice(unit * size, (unit + 1) * size), slice(donor_unit * size, (donor_unit + 1) * size)
+                if p == "o":
+                    mine.weight[:, to] = 0 if donor == DROPPED else theirs.weight[:, source]
+                    continue
+                mine.weight[to] = 0 if donor == DROPPED else theirs.weight[source]
+                if mine.bias is not None:
+                    mine.bias[to] = 0 if donor == DROPPED else theirs.bias[source]
+    return model
 
 
 def compilations(function: Any) -> int:

@@ -36,11 +36,16 @@ def hf_weights(config: LlamaConfig, sharing: SharingMap | None, params: Mapping[
         for name, theirs in _LAYER_WEIGHTS.items():
             weights[f"{place}.{theirs}"] = params[name][layer].T if "norm" not in name else params[name][layer]
         for projection in "qkv":
-            heads = [params[f"{projection}_pool_pdh"][row].T for row in rows[projection][layer]]
+            heads = [_row(params[f"{projection}_pool_pdh"], row).T for row in rows[projection][layer]]
             weights[f"{place}.self_attn.{projection}_proj.weight"] = torch.cat(heads)
-        heads = [params["o_pool_phd"][row] for row in rows["o"][layer]]
+        heads = [_row(params["o_pool_phd"], row) for row in rows["o"][layer]]
         weights[f"{place}.self_attn.o_proj.weight"] = torch.cat(heads).T
     return weights
+
+
+def _row(pool: torch.Tensor, row: int) -> torch.Tensor:
+    """A row of a pool; zeros for a dropped head, whose row is outside it."""
+    return pool[row] if row < len(pool) else torch.zeros(pool.shape[1:])
 
 
 def predictions(
@@ -76,14 +81,16 @@ def forward_kl(teacher: torch.Tensor, student: torch.Tensor, temperature: float)
 
 
 def penalty(weights: Weights, config: LlamaConfig, sharing: SharingMap, kind: str) -> torch.Tensor:
-    """Mean over the pairs of a dense model's weights, summed over the tied projections."""
+    """Mean over the pairs of a dense model's weights that share a projection, summed over the projections."""
+    assert sharing.unit_tie is not None
     total = torch.zeros(())
-    for receiver in sharing.receivers.tolist():
-        donor = int(sharing.donor.flat[receiver])
-        for projection in sharing.tie:
-            a, b = (_unit(weights, config, projection, unit).flatten() for unit in (receiver, donor))
-            total = total + _PENALTIES[kind](a, b)
-    return total / len(sharing.receivers)
+    for projection in "qkvo":
+        receivers = [unit for unit, tie in enumerate(sharing.unit_tie.flat) if projection in tie]
+        for receiver in receivers:
+            units = (receiver, int(sharing.donor.flat[receiver]))
+            a, b = (_unit(weights, config, projection, unit).flatten() for unit in units)
+            total = total + _PENALTIES[kind](a, b) / len(receivers)
+    return total
 
 
 def _unit(weights: Weights, config: LlamaConfig, projection: str, unit: int) -> torch.Tensor:

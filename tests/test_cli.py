@@ -138,6 +138,25 @@ def test_share_by_ratio_and_by_its_own_map(headshare: Any, model: Path, tmp_path
     assert np.array_equal(support.jax_logits(one, tokens), support.jax_logits(two, tokens))
 
 
+def test_share_by_a_map_edited_to_drop_a_unit(headshare: Any, model: Path, tmp_path: Path) -> None:
+    headshare("share", model, tmp_path / "plain", "--ratio", 0.5, "--save-map", tmp_path / "map.json")
+    document = json.loads((tmp_path / "map.json").read_text())
+    dropped = document["receivers"].pop()
+    document["receivers"][0]["tie"] = "qk"
+    (tmp_path / "map.json").write_text(json.dumps(document | {"dropped": [dropped]}))
+    args = ("--map", tmp_path / "map.json", "--plot", tmp_path / "map.svg", "--overwrite")
+    result = headshare("share", model, tmp_path / "out", *args, "--json")
+    assert (result["receivers"], result["dropped"]) == (2, 1)
+    assert result["ledger"]["actual_saving"] == result["ledger"]["nominal_saving"] > 0
+    assert hs.load(tmp_path / "out").sharing == hs.SharingMap.from_json((tmp_path / "map.json").read_text())
+    summary = "2 of 6 units use another unit's qk or qkv weights, 1 is dropped"
+    assert summary in headshare("share", model, tmp_path / "out", *args)
+    picture = (tmp_path / "map.svg").read_text()
+    assert f"<!-- {summary} -->" in picture
+    assert "<!-- dropped -->" in picture
+    assert "2 receivers, 1 dropped" in headshare("inspect", tmp_path / "out")
+
+
 def test_share_and_refit_keeps_the_record_beside_the_model(
     headshare: Any, model: Path, text: Path, tmp_path: Path
 ) -> None:

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from support import VARIANTS, compilations, random_tokens, saved_hf_model, sharing_by_hand, tiny_model
+from support import (
+    VARIANTS,
+    compilations,
+    random_tokens,
+    saved_hf_model,
+    sharing_by_hand,
+    tied_by_hand,
+    tiny_hf_model,
+    tiny_model,
+)
 from transformers import LlamaForCausalLM
 
 import headshare_jax
@@ -37,12 +46,15 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, name: str) -> N
     )
 
 
-def test_a_shared_model_continues_as_its_expansion_does_in_transformers(tmp_path: Path) -> None:
-    model = tiny_model(eos_token_id=None)
-    shared = share(model, sharing_by_hand(model, "qkvo", {2: 0, 5: 1}))
-    headshare_jax.save(shared, tmp_path / "expanded", to="hf")
-    continuations = generate(shared, PROMPTS, max_new_tokens=20)
-    assert continuations == hf_generate(tmp_path / "expanded", PROMPTS, max_new_tokens=20)
+@pytest.mark.parametrize("tie", ["qkvo", "mixed"])
+def test_a_shared_model_continues_as_one_edited_by_hand_does_in_transformers(tmp_path: Path, tie: str) -> None:
+    hf = tiny_hf_model(eos_token_id=None)
+    hf.save_pretrained(tmp_path / "dense")
+    model = headshare_jax.load(tmp_path / "dense")
+    sharing = sharing_by_hand(model, tie, {2: 0, 5: 1})
+    tied_by_hand(hf, sharing).save_pretrained(tmp_path / "edited")
+    continuations = generate(share(model, sharing), PROMPTS, max_new_tokens=20)
+    assert continuations == hf_generate(tmp_path / "edited", PROMPTS, max_new_tokens=20)
     assert continuations != generate(model, PROMPTS, max_new_tokens=20)
 
 

@@ -26,7 +26,7 @@ def test_parameters_have_the_shapes_that_their_names_spell(name: str) -> None:
 
 def test_a_model_assembled_from_its_slices_is_the_same() -> None:
     dense = tiny_model(attention_bias=True)
-    for model in (dense, share(dense, sharing_by_hand(dense, "qkvo", {2: 0, 5: 1}))):
+    for model in (dense, *(share(dense, sharing_by_hand(dense, tie, {2: 0, 5: 1})) for tie in ("qkvo", "mixed"))):
         for name in parameters.parameter_names(model.config):
             np.testing.assert_array_equal(parameters.assemble(model, name), getattr(model, name)[...])
 

@@ -10,7 +10,7 @@ import torch
 from equivalent_models import equivalent, with_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import VARIANTS, jax_logits, random_tokens, sharing_by_hand, tiny_hf_model, tiny_model
+from support import VARIANTS, jax_logits, random_tokens, sharing_by_hand, tied_by_hand, tiny_hf_model, tiny_model
 
 import headshare_jax
 from headshare_jax import HeadshareError, Llama, parameters, share
@@ -55,24 +55,24 @@ def captured(hf: Any, tokens: np.ndarray, layer: int) -> tuple[np.ndarray, np.nd
     return tuple(found[name].flatten(0, 1).numpy() for name in "xhy")  # type: ignore[return-value]
 
 
+@pytest.mark.parametrize("drops", [False, True], ids=["shared", "shared and dropped"])
 @pytest.mark.parametrize("overrides", [{}, VARIANTS["mha"], {"attention_bias": True}], ids=["gqa", "mha", "bias"])
-def test_refit_is_the_least_squares_solution(overrides: dict[str, Any]) -> None:
-    hf, tied = tiny_hf_model(**overrides), tiny_hf_model(**overrides)
+def test_refit_is_the_least_squares_solution(overrides: dict[str, Any], drops: bool) -> None:
+    hf = tiny_hf_model(**overrides)
     dense = model_of(hf)
     units = dense.config.num_kv_heads
-    shared = share(dense, sharing_by_hand(dense, "qkv", {units: 0, 2 * units: 1}))
-    fitted, _ = refit(dense, shared, WINDOWS, RefitSettings(scope="receivers", ridges=(1.0,), drifts=(0.5,)))
-    hf, tied, tokens = hf.double(), tied.double(), WINDOWS
+    # With drops, the last layer has dropped units only.
+    pairs, dropped = ({units: 0}, [2 * units - 1, 2 * units]) if drops else ({units: 0, 2 * units: 1}, [])
+    sharing = sharing_by_hand(dense, "qkv", pairs, dropped)
+    fitted, report = refit(
+        dense, share(dense, sharing), WINDOWS, RefitSettings(scope="receivers", ridges=(1.0,), drifts=(0.5,))
+    )
+    hf, tied, tokens = hf.double(), tied_by_hand(tiny_hf_model(**overrides), sharing).double(), WINDOWS
+    assert [block.layer for block in report.blocks] == [1, 2]
     for layer in (1, 2):
-        for name in "qkv":
-            donor = {1: 0, 2: 1}[layer]
-            width = getattr(tied.model.layers[0].self_attn, f"{name}_proj").out_features // units
-            mine = getattr(tied.model.layers[layer].self_attn, f"{name}_proj")
-            theirs = getattr(tied.model.layers[0].self_attn, f"{name}_proj")
-            with torch.no_grad():
-                mine.weight[:width] = theirs.weight[donor * width : (donor + 1) * width]
-                if mine.bias is not None:
-                    mine.bias[:width] = theirs.bias[donor * width : (donor + 1) * width]
+        width = dense.config.heads_per_unit * dense.config.head_dim
+        kept = np.repeat(~sharing.dropped[layer], width)
+        assert report.blocks[layer - 1].fitted_rows == kept.sum()
         x, _, y = captured(hf, tokens, layer)
         x_tied, h, _ = captured(tied, tokens, layer)
         projection = tied.model.layers[layer].self_attn.o_proj
@@ -80,13 +80,15 @@ def test_refit_is_the_least_squares_solution(overrides: dict[str, Any]) -> None:
         w = 1 / np.linalg.norm(x + y, axis=1, keepdims=True)
         target = y - bias + 0.5 * (x - x_tied)
         before = projection.weight.detach().numpy().T
-        rho = np.mean(np.sum((w * h) ** 2, axis=0))
-        rows = np.concatenate([w * h, np.sqrt(rho) * np.eye(len(before))])
-        values = np.concatenate([w * target, np.sqrt(rho) * before])
-        expected = np.linalg.lstsq(rows, values)[0]
+        rho = np.mean(np.sum((w * h[:, kept]) ** 2, axis=0))
+        rows = np.concatenate([w * h[:, kept], np.sqrt(rho) * np.eye(kept.sum())])
+        values = np.concatenate([w * target, np.sqrt(rho) * before[kept]])
+        expected = np.zeros_like(before)
+        expected[kept] = np.linalg.lstsq(rows, values)[0]
         found = fitted.read("o_pool_phd", layer).reshape(expected.shape)
         assert np.abs(expected - before).max() > 1e-2
         np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
+        assert not found[~kept].any()
         with torch.no_grad():
             projection.weight.copy_(torch.tensor(found.T))
 
@@ -109,23 +111,28 @@ def test_layers_below_the_first_receiver_are_untouched() -> None:
             np.testing.assert_array_equal(fitted.read(name, layer), dense.read(name, layer))
 
 
+@pytest.mark.parametrize(("pairs", "dropped"), [({2: 0}, []), ({}, [2, 3])], ids=["shared", "dropped"])
 @pytest.mark.parametrize(("scope", "count"), [("receivers", 1), ("attention", 2), ("all", 4)])
-def test_scope_says_what_is_fitted(scope: str, count: int) -> None:
+def test_scope_says_what_is_fitted(scope: str, count: int, pairs: dict[int, int], dropped: list[int]) -> None:
     dense = tiny_model()
-    _, report = refit(dense, share(dense, sharing_by_hand(dense, "qkv", {2: 0})), WINDOWS, RefitSettings(scope=scope))
+    shared = share(dense, sharing_by_hand(dense, "qkv", pairs, dropped))
+    _, report = refit(dense, shared, WINDOWS, RefitSettings(scope=scope))
     assert len(report.blocks) == count
+    assert report.blocks[0].fitted_rows == (0 if dropped else 64)
 
 
 @settings(max_examples=15)
 @given(
-    donors=st.lists(st.integers(0, 3), min_size=2, max_size=2),
+    donors=st.lists(st.none() | st.integers(0, 3), min_size=2, max_size=2),
     tie=st.sampled_from(["q", "qk", "qkv", "vo", "qkvo"]),
     scope=st.sampled_from(["receivers", "attention", "all"]),
     seed=st.integers(0, 99),
 )
-def test_no_error_ever_rises(donors: list[int], tie: str, scope: str, seed: int) -> None:
+def test_no_error_ever_rises(donors: list[int | None], tie: str, scope: str, seed: int) -> None:
     dense = tiny_model(seed=3)
-    shared = share(dense, sharing_by_hand(dense, tie, {4: donors[0], 5: donors[1]}))
+    pairs = {unit: donor for unit, donor in zip((4, 5), donors, strict=True) if donor is not None}
+    dropped = [unit for unit in (4, 5) if unit not in pairs]
+    shared = share(dense, sharing_by_hand(dense, tie, pairs, dropped))
     fitted, report = refit(dense, shared, random_tokens((6, 16), seed=seed), RefitSettings(scope=scope))
     for block in report.blocks:
         assert block.error_after <= block.error_before

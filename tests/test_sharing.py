@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headshare_jax import HeadshareError, LlamaConfig, SharingMap, parameters
+from headshare_jax.sharing import DROPPED
 
 TIES = tuple("".join(letters) for size in range(1, 5) for letters in combinations("qkvo", size))
 VALID: dict[str, Any] = {
@@ -25,26 +26,31 @@ VALID: dict[str, Any] = {
     "source": "sha256:0",
     "receivers": [
         {"layer": 1, "unit": 1, "donor": [0, 0], "score": 0.25},
-        {"layer": 2, "unit": 0, "donor": [0, 1], "score": None},
+        {"layer": 2, "unit": 0, "donor": [0, 1], "tie": "qk", "score": None},
     ],
+    "dropped": [{"layer": 2, "unit": 1, "score": 0.5}],
 }
 
 
 @st.composite
 def maps(draw: st.DrawFn) -> SharingMap:
-    """Any valid map of a small model; donors need not be in earlier layers."""
+    """Any valid map of a small model, with ties and drops; donors need not be in earlier layers."""
     layers, units = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     size = layers * units
     roots = sorted(draw(st.sets(st.integers(0, size - 1), min_size=1)))
-    donor, score = np.arange(size), np.full(size, np.nan)
+    tie, uniform = draw(st.sampled_from(TIES)), draw(st.booleans())
+    donor, score, unit_tie = np.arange(size), np.full(size, np.nan), np.full(size, "", "<U4")
     for unit in set(range(size)) - set(roots):
-        donor[unit] = draw(st.sampled_from(roots))
+        donor[unit] = draw(st.sampled_from([*roots, DROPPED]))
         score[unit] = draw(st.floats(-1, 1) | st.just(np.nan))
+        if donor[unit] != DROPPED:
+            unit_tie[unit] = tie if uniform else draw(st.sampled_from(TIES))
     return SharingMap(
         donor.reshape(layers, units),
         score.reshape(layers, units),
         heads_per_unit=draw(st.integers(1, 3)),
-        tie=draw(st.sampled_from(TIES)),
+        tie=tie,
+        unit_tie=None if uniform else unit_tie.reshape(layers, units),
         match=draw(st.none() | st.text(max_size=5)),
         ratio=draw(st.none() | st.floats(0, 1, exclude_max=True)),
         seed=draw(st.none() | st.integers(0, 2**40)),
@@ -71,20 +77,24 @@ def test_every_pool_row_is_one_stored_head_in_use(sharing: SharingMap) -> None:
     for projection in "qkvo":
         index, stored = sharing.pool_index(projection), sharing.stored_slots(projection)
         assert index.dtype == np.int32
-        assert sorted(set(index.ravel())) == list(range(len(stored)))
+        slots = sharing.slot_donor(projection)
+        assert set(index[slots != DROPPED]) == set(range(len(stored)))
+        assert set(index[slots == DROPPED]) <= {len(stored)}
         assert len(set(stored)) == len(stored)
-        np.testing.assert_array_equal(stored[index], sharing.slot_donor(projection))
+        np.testing.assert_array_equal(np.append(stored, DROPPED)[index], slots)
         np.testing.assert_array_equal(stored[index.ravel()[stored]], stored)
 
 
 @given(maps())
 def test_a_unit_follows_its_donor_as_a_whole(sharing: SharingMap) -> None:
+    assert sharing.unit_tie is not None
     group = sharing.heads_per_unit
     for projection in "qkvo":
         heads = group if projection in "qo" else 1
         slots = sharing.slot_donor(projection).reshape(-1, heads)
-        donors = sharing.donor.ravel() if projection in sharing.tie else np.arange(sharing.donor.size)
-        np.testing.assert_array_equal(slots, donors[:, None] * heads + np.arange(heads))
+        for unit, (donor, tie) in enumerate(zip(sharing.donor.flat, sharing.unit_tie.flat, strict=True)):
+            expected = (donor if projection in tie else unit) * heads + np.arange(heads)
+            np.testing.assert_array_equal(slots[unit], DROPPED if donor == DROPPED else expected)
 
 
 @given(maps())
@@ -92,14 +102,16 @@ def test_the_parameter_count_falls_by_what_the_map_says(sharing: SharingMap) -> 
     config = config_of(sharing)
     heads = {"q": sharing.heads_per_unit, "k": 1, "v": 1, "o": sharing.heads_per_unit}
     width, head_dim = config.hidden_size, config.head_dim
-    unit = sum(heads[p] * (width * head_dim + (head_dim if p != "o" else 0)) for p in sharing.tie)
+    unit = {p: heads[p] * (width * head_dim + (head_dim if p != "o" else 0)) for p in "qkvo"}
+    assert sharing.unit_tie is not None
+    gone = [p for tie in sharing.unit_tie.flat for p in tie] + ["q", "k", "v", "o"] * int(sharing.dropped.sum())
 
     def count(sharing: SharingMap | None) -> int:
         return sum(
             int(np.prod(parameters.stored_shape(config, name, sharing))) for name in parameters.parameter_names(config)
         )
 
-    assert count(None) - count(sharing) == len(sharing.receivers) * unit
+    assert count(None) - count(sharing) == sum(unit[p] for p in gone)
 
 
 @given(maps())
@@ -111,20 +123,53 @@ def test_json_round_trip(sharing: SharingMap) -> None:
     assert again.to_json() == text
 
 
-def test_the_document_has_one_receiver_a_line() -> None:
+def test_the_document_has_one_unit_a_line() -> None:
     sharing = SharingMap.from_json(json.dumps(VALID))
     text = sharing.to_json()
     assert json.loads(text) == VALID
     assert [line.strip() for line in text.splitlines() if '"layer"' in line] == [
+        '{"layer": 2, "unit": 1, "score": 0.5}',
         '{"layer": 1, "unit": 1, "donor": [0, 0], "score": 0.25},',
-        '{"layer": 2, "unit": 0, "donor": [0, 1], "score": null}',
+        '{"layer": 2, "unit": 0, "donor": [0, 1], "tie": "qk", "score": null}',
     ]
+
+
+def test_a_document_need_not_speak_of_drops_and_ties() -> None:
+    document = {name: value for name, value in VALID.items() if name != "dropped"}
+    document["receivers"] = VALID["receivers"][:1]
+    sharing = SharingMap.from_json(json.dumps(document))
+    assert not sharing.dropped.any()
+    assert sharing.tied("v").tolist() == [[False, False], [False, True], [False, False]]
+    assert json.loads(sharing.to_json()) == document
+
+
+@pytest.mark.parametrize(
+    ("changes", "summary"),
+    [
+        ({}, "2 of 6 units use another unit's qk or qkv weights, 1 is dropped"),
+        (
+            {"receivers": [], "dropped": [{"layer": 1, "unit": 0}, {"layer": 1, "unit": 1}]},
+            "0 of 6 units use another unit's qkv weights, 2 are dropped",
+        ),
+        ({"receivers": VALID["receivers"][1:], "dropped": []}, "1 of 6 units use another unit's qk weights"),
+    ],
+)
+def test_summaries_tell_ties_and_drops(changes: dict[str, Any], summary: str) -> None:
+    assert SharingMap.from_json(json.dumps(VALID | changes)).summary() == summary
 
 
 def test_maps_differ_by_any_of_their_fields() -> None:
     one = SharingMap.from_json(json.dumps(VALID))
-    other_values = {"tie": "qk", "method": "fitted", "match": "v", "chains": "forbid", "ratio": 0.3, "seed": 1}
-    for name, value in (other_values | {"source": None, "receivers": VALID["receivers"][:1]}).items():
+    other_values: dict[str, Any] = {
+        "tie": "qk",
+        "method": "fitted",
+        "match": "v",
+        "chains": "forbid",
+        "ratio": 0.3,
+        "seed": 1,
+    }
+    other_values |= {"source": None, "receivers": VALID["receivers"][:1], "dropped": []}
+    for name, value in other_values.items():
         assert SharingMap.from_json(json.dumps(VALID | {name: value})) != one
     assert one != "a map"
 
@@ -136,6 +181,9 @@ def test_arrays_of_a_map_cannot_be_changed() -> None:
     assert sharing.donor[1, 0] == 0
     with pytest.raises(ValueError, match="read-only"):
         sharing.donor[0, 0] = 1
+
+
+EVERY_UNIT = [{"layer": layer, "unit": unit} for layer in range(3) for unit in range(2)]
 
 
 def receivers(*pairs: tuple[int, int, int, int]) -> dict[str, Any]:
@@ -158,6 +206,16 @@ def receivers(*pairs: tuple[int, int, int, int]) -> dict[str, Any]:
         ({"receivers": [{"layer": 1, "unit": 0, "donor": [0, 0], "score": "high"}]}, "malformed"),
         ({"receivers": [{"layer": 1.0, "unit": 0, "donor": [0, 0]}]}, "layer"),
         ({"receivers": None}, "malformed"),
+        ({"dropped": [{"layer": 2, "unit": 1}] * 2}, r"names unit 2\.1 \(layer\.unit\) twice"),
+        ({"dropped": [{"layer": 1, "unit": 1}]}, r"names unit 1\.1 \(layer\.unit\) twice"),
+        ({"dropped": [{"layer": 0, "unit": 1}]}, r"drops unit 0\.1 \(layer\.unit\), the donor of 2\.0; keep it, or"),
+        ({"dropped": [{"layer": 3, "unit": 0}]}, r"3\.0.*3 layers of 2 units"),
+        ({"dropped": [{"layer": 2}]}, "lacks the field 'unit'"),
+        ({"dropped": None}, "malformed"),
+        ({"receivers": [], "dropped": EVERY_UNIT}, "drops every unit; keep at least one"),
+        ({"receivers": [VALID["receivers"][0] | {"tie": "qx"}]}, "tie must name some of q, k, v, o.*not 'qx'"),
+        ({"receivers": [VALID["receivers"][0] | {"tie": ""}]}, "tie must name some of q, k, v, o.*not ''"),
+        ({"receivers": [VALID["receivers"][0] | {"tie": None}]}, "tie in the map must be text"),
         ({"receivers": [{"unit": 0, "donor": [0, 0]}]}, "lacks the field 'layer'"),
         ({"version": 2}, "version 2"),
         ({"version": None}, "version"),
@@ -237,11 +295,31 @@ def test_garbage_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("donor", "reason"),
-    [([[0, 1], [4, 3]], "outside"), ([[-1, 1], [2, 3]], "outside"), ([[2, 1], [3, 3]], "chain"), ([0, 1], "shape")],
+    [
+        ([[0, 1], [4, 3]], "outside"),
+        ([[-2, 1], [2, 3]], "outside"),
+        ([[2, 1], [3, 3]], "chain"),
+        ([[-1, 1], [0, 3]], r"drops unit 0\.0"),
+        ([0, 1], "shape"),
+    ],
 )
 def test_a_map_made_by_hand_is_checked(donor: list[Any], reason: str) -> None:
     with pytest.raises(HeadshareError, match=reason):
         SharingMap(np.array(donor), np.zeros(np.shape(donor)), heads_per_unit=1)
+
+
+@pytest.mark.parametrize(
+    ("ties", "reason"),
+    [
+        ([["", ""], ["", ""]], "a tie for every receiver"),
+        ([["", "q"], ["q", ""]], "for no other unit"),
+        ([["", "", "q", ""]], "a tie for every"),
+        ([["", ""], ["vq", ""]], "in that order"),
+    ],
+)
+def test_ties_made_by_hand_are_checked(ties: list[list[str]], reason: str) -> None:
+    with pytest.raises(HeadshareError, match=reason):
+        SharingMap(np.array([[0, -1], [0, 3]]), np.zeros((2, 2)), heads_per_unit=1, unit_tie=np.array(ties))
 
 
 @pytest.mark.parametrize("change", [{"num_layers": 4}, {"num_kv_heads": 1}, {"num_kv_heads": 4}])

@@ -1,6 +1,7 @@
-"""Sharing and unsharing against published logits and against transformers models tied by hand."""
+"""Sharing, dropping and undoing it against published logits and against transformers models edited by hand."""
 
 import gc
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax  # type: ignore[import-untyped]
 import pytest
-import torch
 from flax import nnx
 from support import (
     VARIANTS,
@@ -19,12 +19,13 @@ from support import (
     random_tokens,
     saved_hf_model,
     sharing_by_hand,
+    tied_by_hand,
     tiny_hf_model,
     tiny_model,
 )
 
 import headshare_jax
-from headshare_jax import HeadshareError, Llama, SharingMap, ledger, match, parameters, share, sharing_map, unshare
+from headshare_jax import HeadshareError, Llama, ledger, match, modeling, parameters, share, sharing_map, unshare
 
 TIES = tuple("".join(letters) for size in range(1, 5) for letters in combinations("qkvo", size))
 MODELS: dict[str, dict[str, Any]] = {"mha": VARIANTS["mha"], "gqa": {"attention_bias": True}}
@@ -33,28 +34,6 @@ MODELS: dict[str, dict[str, Any]] = {"mha": VARIANTS["mha"], "gqa": {"attention_
 def pairs(units: int) -> dict[int, int]:
     """Receivers in two layers, two of them with one donor."""
     return {units: 0, 2 * units: 0, 2 * units + 1: units + 1}
-
-
-def tied_by_hand(model: Any, sharing: SharingMap) -> Any:
-    """A transformers model with every receiver's weights overwritten by its donor's."""
-    config = model.config
-    heads = {"q": config.num_attention_heads, "o": config.num_attention_heads}
-    with torch.no_grad():
-        for receiver in sharing.receivers:
-            (layer, unit), (donor_layer, donor_unit) = (
-                divmod(int(flat), config.num_key_value_heads) for flat in (receiver, sharing.donor.flat[receiver])
-            )
-            for p in sharing.tie:
-                mine, theirs = (getattr(model.model.layers[i].self_attn, f"{p}_proj") for i in (layer, donor_layer))
-                size = heads.get(p, config.num_key_value_heads) // config.num_key_value_heads * config.head_dim
-                to, source = slice(unit * size, (unit + 1) * size), slice(donor_unit * size, (donor_unit + 1) * size)
-                if p == "o":
-                    mine.weight[:, to] = theirs.weight[:, source]
-                    continue
-                mine.weight[to] = theirs.weight[source]
-                if mine.bias is not None:
-                    mine.bias[to] = theirs.bias[source]
-    return model
 
 
 def attention_weights(model: Llama) -> list[np.ndarray]:
@@ -76,9 +55,9 @@ def test_published_logits_are_reproduced(tiny_mha: Path, tie: str) -> None:
 
 
 @pytest.mark.parametrize("overrides", MODELS.values(), ids=MODELS)
-def test_with_any_tie_a_receiver_holds_its_donors_weights(tmp_path: Path, overrides: dict[str, Any]) -> None:
+def test_receivers_hold_their_donors_weights_and_dropped_units_zeros(tmp_path: Path, overrides: dict[str, Any]) -> None:
     model = headshare_jax.load(saved_hf_model(tmp_path / "dense", **overrides))
-    for tie in TIES:
+    for tie in (*TIES, "mixed"):
         sharing = sharing_by_hand(model, tie, pairs(model.config.num_kv_heads))
         tied_by_hand(tiny_hf_model(**overrides), sharing).save_pretrained(tmp_path / tie)
         expected = attention_weights(headshare_jax.load(tmp_path / tie))
@@ -86,33 +65,36 @@ def test_with_any_tie_a_receiver_holds_its_donors_weights(tmp_path: Path, overri
             np.testing.assert_array_equal(mine, theirs)
 
 
-@pytest.mark.parametrize("tie", ["k", "qk", "vo", "qkv", "qkvo"])
+@pytest.mark.parametrize("tie", ["k", "qk", "vo", "qkv", "qkvo", "mixed"])
 @pytest.mark.parametrize("overrides", MODELS.values(), ids=MODELS)
-def test_a_shared_model_computes_what_a_model_tied_by_hand_does(
+def test_a_shared_model_computes_what_a_model_edited_by_hand_does(
     tmp_path: Path, overrides: dict[str, Any], tie: str
 ) -> None:
-    tokens = random_tokens((2, 20))
     model = headshare_jax.load(saved_hf_model(tmp_path, **overrides))
     sharing = sharing_by_hand(model, tie, pairs(model.config.num_kv_heads))
-    expected = hf_logits(tied_by_hand(tiny_hf_model(**overrides), sharing), tokens)
-    dense = hf_logits(tiny_hf_model(**overrides), tokens)
-    logits = jax_logits(share(model, sharing), tokens)
-    assert np.abs(logits - expected).max() < 2e-5 * np.abs(expected).max()
-    assert np.abs(logits - dense).max() > 1e-3 * np.abs(expected).max()
+    edited, dense = tied_by_hand(tiny_hf_model(**overrides), sharing), tiny_hf_model(**overrides)
+    shared = share(model, sharing)
+    for length in (modeling.PER_HEAD_TOKENS // 4, modeling.PER_HEAD_TOKENS):
+        tokens = random_tokens((2, length))
+        logits, expected = jax_logits(shared, tokens), hf_logits(edited, tokens)
+        assert np.abs(logits - expected).max() < 2e-5 * np.abs(expected).max()
+        assert np.abs(logits - hf_logits(dense, tokens)).max() > 1e-3 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("tie", ["qkvo", "mixed"])
 @pytest.mark.parametrize("length", [5, 20])
-def test_unsharing_changes_no_bit_of_the_logits(length: int) -> None:
+def test_unsharing_changes_no_bit_of_the_logits(length: int, tie: str) -> None:
     model, tokens = tiny_model(attention_bias=True), random_tokens((2, length))
-    shared = share(model, sharing_by_hand(model, "qkvo", pairs(2)))
+    shared = share(model, sharing_by_hand(model, tie, pairs(2)))
     again = unshare(shared)
     assert again.sharing is None
     np.testing.assert_array_equal(jax_logits(again, tokens), jax_logits(shared, tokens))
 
 
-def test_sharing_an_unshared_model_again_restores_it() -> None:
-    model = tiny_model()
-    sharing = sharing_by_hand(model, "qkv", pairs(2))
+@pytest.mark.parametrize("tie", ["qkv", "mixed"])
+def test_sharing_an_unshared_model_again_restores_it(tie: str) -> None:
+    model = tiny_model(attention_bias=True)
+    sharing = replace(sharing_by_hand(model, tie, pairs(2)), source=parameters.fingerprint(model))
     once = share(model, sharing)
     twice = share(unshare(once), sharing)
     assert twice.sharing == sharing
@@ -130,13 +112,14 @@ def test_what_a_map_does_not_touch_is_not_copied() -> None:
     assert model.q_pool_pdh.shape[0] == 12
 
 
+@pytest.mark.parametrize(("tie", "heads"), [("qkvo", 3 * 6), ("mixed", 4 + 4 + 3 * 6)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_optimizer_state_falls_by_twice_the_saving(dtype: str) -> None:
+def test_the_optimizer_state_falls_by_twice_the_saving(dtype: str, tie: str, heads: int) -> None:
     model = tiny_model(dtype=dtype)
-    shared = share(model, sharing_by_hand(model, "qkvo", pairs(2)))
+    shared = share(model, sharing_by_hand(model, tie, pairs(2)))
     sizes = ledger(shared)
     saved = sizes.dense_bytes - sizes.stored_bytes
-    assert saved == 3 * (2 + 1 + 1 + 2) * 64 * 16 * (4 if dtype == "float32" else 2)
+    assert saved == heads * 64 * 16 * (4 if dtype == "float32" else 2)
 
     def state_bytes(model: Llama) -> int:
         state = optax.adamw(1e-3).init(nnx.state(model, nnx.Param))

@@ -138,7 +138,7 @@ def choose_pairs(recipe: recipes.Recipe, source: convert.Checkpoint, function: s
     """The map that the recipe names, or one made with a match function.
 
     Raises:
-      HeadshareError: a map that cannot be read, is for another model, or lets no unit receive.
+      HeadshareError: a map that cannot be read, is for another model, or changes nothing.
     """
     settings = recipe.sharing
     if settings.map is not None:
@@ -148,8 +148,10 @@ def choose_pairs(recipe: recipes.Recipe, source: convert.Checkpoint, function: s
             raise HeadshareError(f"The map {settings.map} was made for other weights than those of {recipe.model}.")
     else:
         sharing = sharing_map(match(source, function), settings.ratio, chains=settings.chains, tie=settings.tie)
-    if not len(sharing.receivers):
-        raise HeadshareError("The map has no receivers, so there is nothing to share; raise the ratio.")
+    if not sharing.pooled:
+        raise HeadshareError(
+            "The map has no receivers and drops no unit, so there is nothing to share; raise the ratio."
+        )
     return sharing
 
 

@@ -53,12 +53,17 @@ class Inspect(Command):
         if sharing is None:
             yield "Dense: every unit keeps its own weights."
             return
-        yield f"Map: {len(sharing['receivers'])} receivers, tie {sharing['tie']}, matched by {sharing['match']}"
-        pairs = Table("receiver (layer.unit)", "donor", "score")
-        for entry in sharing["receivers"]:
+        receivers, dropped = sharing["receivers"], sharing.get("dropped", [])
+        drops = f"{len(dropped)} dropped, " if dropped else ""
+        yield f"Map: {len(receivers)} receivers, {drops}tie {sharing['tie']}, matched by {sharing['match']}"
+        units = Table("unit (layer.unit)", "donor", "tie", "score")
+        for entry in (*receivers, *dropped):
+            donor, tie = "dropped", ""
+            if "donor" in entry:
+                donor, tie = "{}.{}".format(*entry["donor"]), entry.get("tie", sharing["tie"])
             score = "" if entry["score"] is None else f"{entry['score']:.4f}"
-            pairs.add_row(f"{entry['layer']}.{entry['unit']}", "{}.{}".format(*entry["donor"]), score)
-        yield pairs
+            units.add_row(f"{entry['layer']}.{entry['unit']}", donor, tie, score)
+        yield units
         yield NOT_SAVED
 
 

@@ -98,7 +98,9 @@ class Share(Command):
         return {
             "output": self.dst,
             "format": self.to,
+            "summary": sharing.summary(),
             "receivers": len(sharing.receivers),
+            "dropped": int(sharing.dropped.sum()),
             "units": sharing.donor.size,
             "ratio": sharing.ratio,
             "tie": sharing.tie,
@@ -109,10 +111,7 @@ class Share(Command):
         }
 
     def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
-        yield (
-            f"{result['output']}: {result['receivers']} of {result['units']} units use another unit's "
-            f"{result['tie']} weights"
-        )
+        yield f"{result['output']}: {result['summary']}"
         if result["fit"] is not None:
             yield fit_table(result["fit"])
         yield ledger_table(result["ledger"])

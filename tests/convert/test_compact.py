@@ -30,6 +30,8 @@ SHARED: dict[str, tuple[str, dict[str, Any]]] = {
     "q with wide heads": ("q", {"head_dim": 32}),
     "o with tied embeddings": ("o", {"tie_word_embeddings": True}),
     "mha": ("qkv", {"num_attention_heads": 2}),
+    "mixed with biases": ("mixed", {"attention_bias": True}),
+    "mixed mha": ("mixed", {"num_attention_heads": 2}),
     "linear": ("qkv", {"rope_parameters": LONG_ROPE | {"rope_type": "linear"}}),
     "dynamic": ("qkv", {"rope_parameters": LONG_ROPE | {"rope_type": "dynamic"}}),
     "llama3": ("qkv", {"rope_parameters": LLAMA3 | {"rope_type": "llama3"}}),
@@ -100,7 +102,7 @@ def test_logits_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: 
     assert sum(parameter.numel() for parameter in small.parameters()) == headshare_jax.ledger(model).stored
 
 
-@pytest.mark.parametrize("tie", ["qkv", "qkvo"])
+@pytest.mark.parametrize("tie", ["qkv", "qkvo", "mixed"])
 def test_generates_what_jax_generates(tmp_path: Path, tie: str) -> None:
     model = shared_model(tie)
     small = in_pytorch(exported(model, tmp_path / "compact"))
@@ -148,13 +150,14 @@ def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("tie", ["qkv", "qkvo", "k"])
+@pytest.mark.parametrize("tie", ["qkv", "qkvo", "k", "mixed"])
 def test_files_are_smaller_by_the_saving(tmp_path: Path, tie: str, dtype: str) -> None:
     model = shared_model(tie, dtype=dtype, attention_bias=True)
     headshare_jax.save(model, tmp_path / "hf", to="hf")
     full, small = (payload(folder) for folder in (tmp_path / "hf", exported(model, tmp_path / "compact")))
     sizes = headshare_jax.ledger(model)
-    index_bytes = sum(parameters.pool_index(model.config, projection).nbytes for projection in tie)
+    pooled = "qkvo" if tie == "mixed" else tie
+    index_bytes = sum(parameters.pool_index(model.config, projection).nbytes for projection in pooled)
     assert full - small == sizes.dense_bytes - sizes.stored_bytes - index_bytes
     assert small == sizes.stored_bytes + index_bytes
 
@@ -165,7 +168,7 @@ def payload(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("tie", ["qkv", "qkvo", "kv"])
+@pytest.mark.parametrize("tie", ["qkv", "qkvo", "kv", "mixed"])
 def test_round_trips_are_exact(tmp_path: Path, tie: str, dtype: str) -> None:
     model = shared_model(tie, dtype=dtype, attention_bias=True)
     folder = exported(model, tmp_path / "compact")
@@ -192,7 +195,7 @@ def test_shards(tmp_path: Path) -> None:
     assert_close(hf_logits(in_pytorch(folder), tokens), jax_logits(model, tokens))
 
 
-@pytest.mark.parametrize("tie", ["qkv", "qkvo"])
+@pytest.mark.parametrize("tie", ["qkv", "qkvo", "mixed"])
 def test_what_pytorch_trained_and_saved_comes_back(tmp_path: Path, tie: str) -> None:
     model = shared_model(tie, attention_bias=True)
     small = in_pytorch(exported(model, tmp_path / "compact"))
@@ -210,11 +213,12 @@ def test_what_pytorch_trained_and_saved_comes_back(tmp_path: Path, tie: str) -> 
     assert_close(hf_logits(in_pytorch(tmp_path / "trained"), tokens), logits)
 
 
+@pytest.mark.parametrize("tie", ["qkvo", "mixed"])
 @pytest.mark.parametrize("views", [True, False], ids=["views", "copies"])
 def test_a_row_gets_the_gradients_of_all_its_users(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, views: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, views: bool, tie: str
 ) -> None:
-    model = shared_model()
+    model = shared_model(tie)
     small = in_pytorch(exported(model, tmp_path / "compact"))
     if not views:
         monkeypatch.setattr(settings(small), "VIEWS_ON", ())
@@ -223,11 +227,16 @@ def test_a_row_gets_the_gradients_of_all_its_users(
     tokens = torch.as_tensor(random_tokens((2, 12)), dtype=torch.long)
     for network in (small, expanded):
         network(tokens, labels=tokens).loss.backward()
-    gradient = torch.zeros_like(small.model.q_pool.weight)
-    index = parameters.pool_index(model.config, "q", model.sharing)
-    for rows, layer in zip(index, expanded.model.layers, strict=True):
-        gradient.index_add_(0, torch.as_tensor(rows), layer.self_attn.q_proj.weight.grad.view(4, 16, 64))
-    assert_close(small.model.q_pool.weight.grad.numpy(), gradient.numpy())
+    for projection in "qo":
+        mine = getattr(small.model, f"{projection}_pool").weight.grad
+        # One row more, for what dropped heads get.
+        gradient = torch.zeros(len(mine) + 1, 16, 64)
+        index = parameters.pool_index(model.config, projection, model.sharing)
+        for rows, layer in zip(index, expanded.model.layers, strict=True):
+            theirs = getattr(layer.self_attn, f"{projection}_proj").weight.grad
+            heads = (theirs.T if projection == "o" else theirs).reshape(4, 16, 64)
+            gradient.index_add_(0, torch.as_tensor(rows), heads)
+        assert_close(mine.numpy(), gradient[:-1].numpy())
 
 
 def test_a_model_from_its_configuration_alone(tmp_path: Path) -> None:

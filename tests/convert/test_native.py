@@ -65,20 +65,21 @@ def test_dense_models_come_back_bit_by_bit(tmp_path: Path, variant: str) -> None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("tie", ["qkv", "qkvo", "k", "o"])
+@pytest.mark.parametrize("tie", ["qkv", "qkvo", "k", "o", "mixed"])
 def test_shared_models_come_back_bit_by_bit(tmp_path: Path, tie: str, dtype: str) -> None:
     model = shared_model(tie, dtype=dtype)
     headshare_jax.save(model, tmp_path / "out")
     check_same(model, tmp_path / "out")
 
 
-def test_a_loaded_shared_model_computes_the_same(tmp_path: Path) -> None:
-    model, tokens = shared_model(), random_tokens((2, 40))
+@pytest.mark.parametrize("tie", ["qkv", "mixed"])
+def test_a_loaded_shared_model_computes_the_same(tmp_path: Path, tie: str) -> None:
+    model, tokens = shared_model(tie), random_tokens((2, 40))
     headshare_jax.save(model, tmp_path / "out")
     assert np.array_equal(jax_logits(headshare_jax.load(tmp_path / "out"), tokens), jax_logits(model, tokens))
 
 
-@pytest.mark.parametrize("tie", ["qkv", "qkvo", "v"])
+@pytest.mark.parametrize("tie", ["qkv", "qkvo", "v", "mixed"])
 def test_sharing_saves_on_disk_exactly_what_the_map_says(tmp_path: Path, tie: str) -> None:
     dense = tiny_model(attention_bias=True)
     shared = headshare_jax.share(dense, sharing_by_hand(dense, tie, PAIRS))

@@ -131,7 +131,7 @@ def pairs(model: Llama, tie: str) -> SharingMap:
     return sharing_by_hand(model, tie, {units: 0, 2 * units - 1: 1, 2 * units: 0})
 
 
-@pytest.mark.parametrize("tie", ["qkv", "qkvo"])
+@pytest.mark.parametrize("tie", ["qkv", "qkvo", "mixed"])
 @pytest.mark.parametrize("variant", ["mha", "gqa"])
 @pytest.mark.parametrize("penalty", losses.PENALTIES)
 def test_penalties_and_their_gradients_are_those_of_torch(penalty: str, variant: str, tie: str) -> None:
@@ -147,17 +147,20 @@ def test_penalties_and_their_gradients_are_those_of_torch(penalty: str, variant:
     assert_gradients(grads, leaves)
 
 
-def test_norm_is_the_mean_length_of_the_difference() -> None:
+# For every projection, the receivers that share it; in `mixed_sharing` these are unit 1 with qkv, unit 4 with qo.
+@pytest.mark.parametrize(
+    ("tie", "receivers"),
+    [("qk", {"q": [2, 3, 4], "k": [2, 3, 4]}), ("mixed", {"q": [1, 4], "k": [1], "v": [1], "o": [4]})],
+)
+def test_norm_is_the_mean_length_of_the_difference(tie: str, receivers: dict[str, list[int]]) -> None:
     model = tiny_model()
-    sharing, group = pairs(model, "qk"), model.config.heads_per_unit
-    q, k = (np.asarray(getattr(model, f"{projection}_pool_pdh")[...], np.float64) for projection in "qk")
-    lengths = []
-    for receiver in sharing.receivers.tolist():
-        donor = int(sharing.donor.flat[receiver])
-        q_a, q_b = (q[unit * group : (unit + 1) * group] for unit in (receiver, donor))
-        lengths.append(np.linalg.norm(q_a - q_b) + np.linalg.norm(k[receiver] - k[donor]))
-    value = losses.similarity_penalty(params_of(model), sharing, "norm")
-    assert float(value) == pytest.approx(np.mean(lengths), rel=1e-5)
+    sharing, params, expected = pairs(model, tie), params_of(model), 0.0
+    for projection, its_receivers in receivers.items():
+        slices = np.asarray(params[losses.pool_name(projection)], np.float64).reshape(model.config.num_units, -1)
+        lengths = [np.linalg.norm(slices[unit] - slices[sharing.donor.flat[unit]]) for unit in its_receivers]
+        expected += float(np.mean(lengths))
+    value = losses.similarity_penalty(params, sharing, "norm")
+    assert float(value) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("penalty", losses.PENALTIES)

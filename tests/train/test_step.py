@@ -133,7 +133,9 @@ TRAININGS: list[Any] = [
     ("gqa", "qkvo", {"penalty": "mse", "sim_weight": 50.0}),
     ("tied", "qkvo", {"penalty": "kl", "sim_weight": 5.0, "z_weight": 1e-3}),
     ("gqa", "qkv", {"penalty": "js", "sim_weight": 5.0, "distill_weight": 0.5, "temperature": 2.0}),
+    ("gqa", "mixed", {"penalty": "norm"}),
     ("mha", "qkvo", {"kind": "tied"}),
+    ("mha", "mixed", {"kind": "tied"}),
     ("gqa", "qkv", {"kind": "tied", "z_weight": 1e-3, "distill_weight": 2.0}),
 ]
 
@@ -214,6 +216,18 @@ def test_bfloat16_computes_but_does_not_store() -> None:
 def moment_sizes(state: TrainState) -> int:
     """Elements of the optimizer's moments."""
     return sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
+
+
+def test_dropped_units_never_come_back() -> None:
+    dense = tiny_model()
+    at = context(dense, "mixed", kind="tied")
+    state, frozen, _ = run(at, dense)
+    trained = at.model({**frozen, **state.params})
+    before = share(dense, at.sharing)
+    for layer, dropped in enumerate(np.repeat(at.sharing.dropped, at.config.heads_per_unit, axis=1)):
+        heads_nhd = trained.read("o_pool_phd", layer)
+        np.testing.assert_array_equal(np.all(heads_nhd == 0, axis=(1, 2)), dropped)
+        np.testing.assert_array_equal(np.all(heads_nhd == before.read("o_pool_phd", layer), axis=(1, 2)), dropped)
 
 
 def test_optimizer_of_a_tied_run_is_smaller_by_what_sharing_saves() -> None:
