@@ -22,8 +22,7 @@ from headshare_jax.cli.sharing import (
     MatchFunction,
     SeqLen,
     Tie,
-    read_windows,
-    scored,
+    calibration_text,
 )
 from headshare_jax.convert import map_file
 from headshare_jax.convert.atomic import check_output, new_file
@@ -79,9 +78,10 @@ class Share(Command):
         method = self._checked_method(settings)
         path = convert.locate(self.src)
         source = convert.open_checkpoint(path)
-        windows_wt = None
+        calibration = None
         if self.calibrate is not None:
-            windows_wt = read_windows(path, source, self.calibrate, self.calibrate_tokens, self.seq_len)
+            calibration = calibration_text(path, source, self.calibrate, self.calibrate_tokens, self.seq_len)
+        windows_wt = None if calibration is None else calibration.windows_wt
         sharing = self._map(source, windows_wt, method, settings)
         with progress("refitting" if method.refits else "sharing") as step:
             model, report = methods.apply(method, source, sharing, windows_wt, progress=step)
@@ -144,7 +144,9 @@ class Share(Command):
             return map_file.read(self.map)
         assert self.ratio is not None
         methods.check_ratio(self.ratio, source.config)
-        return methods.choose(method, scored(method, source, windows_wt, settings), self.ratio, settings)
+        with progress("matching") as step:
+            scores = method.scores(source, windows_wt, settings, step)
+        return methods.choose(method, scores, self.ratio, settings)
 
     def _write_extras(self, sharing: SharingMap) -> None:
         if self.save_map is not None:
