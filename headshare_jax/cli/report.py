@@ -59,6 +59,7 @@ def page(record: dict[str, Any], scores: Sequence[MatchResult]) -> str:
 
     shown = {result.match: result for result in scores if result.scores is not None and result.match != "random"}
     maps = [point for point in record["points"] if point.get("map") is not None]
+    best = _best(record["points"])
     figures = {
         "curves": _curves(record["points"]),
         "maps": [_map(SharingMap.from_json(json.dumps(point["map"]))) for point in maps],
@@ -70,8 +71,10 @@ def page(record: dict[str, Any], scores: Sequence[MatchResult]) -> str:
     return template.render(
         record=record,
         dense=record["points"][0],
-        best=_best(record["points"]),
+        best=best,
         maps=maps,
+        # The best point at the middle ratio.
+        shown=best[(len(best) - 1) // 2] if best else None,
         scores=[_score_name(name) for name in shown],
         figures=_plain(figures),
         plotly=get_plotlyjs(),
@@ -149,10 +152,10 @@ def _curves(points: list[dict[str, Any]]) -> "Figure":
         )  # fmt: skip
     figure.update_layout(**_layout(_HEIGHT), showlegend=False)
     figure.update_xaxes(
-        title="stored attention weights, MB", range=[least - 0.22 * width, most + 0.05 * width], **_axis()
+        title_text="stored attention weights, MB", range=[least - 0.26 * width, most + 0.06 * width], **_axis()
     )
     figure.update_yaxes(
-        title="perplexity" + " (log scale)" * log, type="log" if log else "linear", range=[low, high], **_axis()
+        title_text="perplexity" + " (log scale)" * log, type="log" if log else "linear", range=[low, high], **_axis()
     )
     if log:
         figure.update_yaxes(tickvals=_round_values(10**low, 10**high))
@@ -192,7 +195,7 @@ def _map(sharing: SharingMap) -> "Figure":
     donor, receives = sharing.donor.ravel(), sharing.receives.ravel()
     uses = np.bincount(donor[receives], minlength=layers * units)
     kinds = (
-        ("own weights", ~receives & (uses == 0), _FAINT, "circle", 5),
+        ("own", ~receives & (uses == 0), _FAINT, "circle", 5),
         ("donor", uses > 0, *_DONOR, 9),
         ("receiver", receives, *_RECEIVER, 8),
     )
@@ -220,8 +223,8 @@ def _map(sharing: SharingMap) -> "Figure":
         **_layout(120 + 26 * (units + 1)), legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"}
     )
     figure.update_layout(margin_t=40)
-    figure.update_xaxes(title="layer", range=[-0.7, layers - 0.3], **_axis())
-    figure.update_yaxes(title="unit", range=[units - 0.5, -0.9], dtick=max(1, units // 8), **_axis())
+    figure.update_xaxes(title_text="layer", range=[-0.7, layers - 0.3], **_axis())
+    figure.update_yaxes(title_text="unit", range=[units - 0.5, -0.9], dtick=max(1, units // 8), **_axis())
     return figure
 
 
@@ -258,8 +261,9 @@ def _heatmap(result: MatchResult) -> "Figure":
         hoverongaps=False,
         hovertemplate="receiver %{y}<br>donor %{x}<br>score %{z:.4f}<extra></extra>",
         colorbar={
-            "orientation": "h", "thickness": 10, "len": 0.6, "x": 0, "xanchor": "left", "y": -0.12, "yanchor": "top",
-            "title": {"text": "score", "side": "bottom"}, "outlinewidth": 0, "nticks": 5,
+            # In the half that no pair fills.
+            "orientation": "h", "thickness": 10, "len": 0.45, "x": 1, "xanchor": "right", "y": 1, "yanchor": "top",
+            "title": {"text": "score", "side": "top"}, "outlinewidth": 0, "nticks": 4,
         },
         **colours,
     )  # fmt: skip
@@ -271,9 +275,8 @@ def _heatmap(result: MatchResult) -> "Figure":
         "showgrid": False,
     }
     figure.update_layout(**_layout(560))
-    figure.update_layout(margin_b=110)
-    figure.update_xaxes(title="donor's layer", **axis)
-    figure.update_yaxes(title="receiver's layer", autorange="reversed", **axis)
+    figure.update_xaxes(title_text="donor's layer", **axis)
+    figure.update_yaxes(title_text="receiver's layer", autorange="reversed", **axis)
     return figure
 
 
@@ -295,4 +298,4 @@ def _layout(height: int) -> dict[str, Any]:
 
 
 def _axis() -> dict[str, Any]:
-    return {"gridcolor": _GRID, "zeroline": False, "fixedrange": True, "automargin": False}
+    return {"gridcolor": _GRID, "zeroline": False, "fixedrange": True, "title_font_size": 13, "title_standoff": 8}

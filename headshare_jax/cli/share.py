@@ -18,6 +18,7 @@ from headshare_jax.cli.match import Seed
 from headshare_jax.cli.sharing import (
     Calibrate,
     CalibrateTokens,
+    CalibrationText,
     Chains,
     MatchFunction,
     SeqLen,
@@ -91,7 +92,7 @@ class Share(Command):
             to=self.to,
             tokenizer_from=path,
             overwrite=self.overwrite,
-            provenance={"source": self.src, "method": self.method},
+            provenance={"source": self.src, "method": self.method, "calibration": _told(calibration)},
             documents={} if report is None else {FIT_FILE: json.dumps(self._record(report), indent=1)},
         )
         self._write_extras(sharing)
@@ -155,6 +156,13 @@ class Share(Command):
         if self.plot is not None:
             with new_file(self.plot, overwrite=self.overwrite) as path:
                 pictures.draw_map(sharing, path)
+
+
+def _told(calibration: CalibrationText | None) -> dict[str, Any] | None:
+    if calibration is None:
+        return None
+    windows = list(calibration.windows_wt.shape)
+    return {"name": calibration.name, "digest": calibration.digest, "windows": windows}
 
 
 def fit_table(record: dict[str, Any]) -> Table:

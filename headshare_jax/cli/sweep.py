@@ -77,9 +77,9 @@ class Sweep(Command):
 
     def run(self) -> dict[str, Any]:
         report.check_installed()
-        check_output(self.output, overwrite=self.resume)
         if self.output.exists() and not self.resume:
             raise HeadshareError(f"{self.output} exists already; choose another name, or go on there with --resume.")
+        check_output(self.output, overwrite=self.resume)
         chosen, ratios = self._checked_methods(), self._checked_ratios()
         path = convert.locate(self.src)
         source = convert.open_checkpoint(path)
@@ -109,7 +109,7 @@ class Sweep(Command):
         dense = result["points"][0]
         for row in result["points"]:
             if row["perplexity"] is None:
-                table.add_row(row["method"], f"{row['ratio']:.0%}", row["reason"])
+                table.add_row(row["method"], f"{row['ratio']:.0%}", "none")
                 continue
             table.add_row(
                 row["method"],
@@ -120,6 +120,9 @@ class Sweep(Command):
                 megabytes(row["bytes"]),
             )
         yield table
+        for row in result["points"]:
+            if row["perplexity"] is None:
+                yield f"{row['method']} {row['ratio']:.0%}: {row['reason']}"
         yield f"text: {self.text}; {result['protocol']}"
         yield f"written: {result['page']}; {DATA} and {TABLE} beside it"
 
@@ -130,8 +133,6 @@ class Sweep(Command):
         needy = [method.name for method in chosen if method.needs_text]
         if needy and self.calibrate is None:
             raise HeadshareError(f"The methods {', '.join(needy)} need a text: --calibrate TEXT.")
-        if self.calibrate is not None and not needy:
-            raise HeadshareError(f"None of the methods {', '.join(names)} needs a text; leave out --calibrate.")
         return chosen
 
     def _checked_ratios(self) -> list[float]:
