@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from headshare_jax.convert import compact, gguf_file, huggingface, map_file, native, tokenizer
+from headshare_jax.convert import card, compact, gguf_file, huggingface, map_file, native, tokenizer
 from headshare_jax.convert.atomic import new_directory
 from headshare_jax.convert.cast import cast
 from headshare_jax.convert.tensor_files import TensorCheckpoint
@@ -104,10 +104,11 @@ def save(
       dst: folder to make.
       to: `native` (a shared model stays small), `hf` (plain `LlamaForCausalLM`, a shared model at its full size) or
         `hf-compact` (a shared model stays small, and runs so in PyTorch with `trust_remote_code=True`); the last two
-        have its map beside it.
+        have its map and a model card beside it.
       tokenizer_from: checkpoint whose tokenizer to carry along.
       overwrite: replace an existing output.
-      provenance: plain data to keep in a native checkpoint's `headshare.json`.
+      provenance: plain data, such as the source's name, to keep in a native checkpoint's `headshare.json` or to tell in
+        a model card.
       documents: texts to keep beside the weights, by file name.
 
     Raises:
@@ -117,13 +118,17 @@ def save(
         raise HeadshareError(f"The format {to!r} is not one of {', '.join(FORMATS)}.")
     files = (getattr(source, "path", None), tokenizer_from)
     with new_directory(Path(dst), overwrite=overwrite, keep=tuple(filter(None, files))) as folder:
+        told = dict(provenance or {})
         if tokenizer_from is not None:
             tokenizer.carry(tokenizer_from, folder)
+            license = card.license_of(tokenizer_from)
+            told = told if license is None else {"license": license} | told
         if to == "native":
-            native.write(source, folder, provenance=provenance)
+            native.write(source, folder, provenance=told)
         else:
             (huggingface if to == "hf" else compact).write(source, folder)
             if source.sharing is not None:
                 (folder / MAP_FILE).write_text(source.sharing.to_json())
+            (folder / card.NAME).write_text(card.card(source, to, Path(dst).name, told, list(documents or ())))
         for name, document in (documents or {}).items():
             (folder / name).write_text(document)

@@ -44,6 +44,9 @@ def is_native(path: Path) -> bool:
 class NativeCheckpoint:
     """A native checkpoint on disk, as a `WeightSource`; reads no more than the layer asked for.
 
+    Attributes:
+      provenance: plain data that was kept with it.
+
     Raises:
       HeadshareError: `headshare.json` is unreadable, or the stored arrays are not those that it describes.
     """
@@ -51,6 +54,7 @@ class NativeCheckpoint:
     def __init__(self, path: Path):
         self.path = path
         document = _read_document(path / DOCUMENT)
+        self.provenance = _provenance(document)
         try:
             self.config = LlamaConfig.from_json(document["config"])
             shared = document["sharing"]
@@ -238,6 +242,11 @@ def _write_array(path: Path, value: np.ndarray, layered: bool) -> None:
         errors = [error for error in [write.exception() for write in writes] if error is not None]
         if errors:
             raise errors[0]
+
+
+def _provenance(document: dict[str, Any]) -> dict[str, Any]:
+    stored = document.get("provenance")
+    return stored if isinstance(stored, dict) else {}
 
 
 def _read_document(path: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from headshare_jax.cli.inspect import Inspect
 from headshare_jax.cli.match import Match
 from headshare_jax.cli.postshare import Postshare
 from headshare_jax.cli.share import Share
+from headshare_jax.cli.sweep import Sweep
 from headshare_jax.errors import HeadshareError
 
 COMMANDS: dict[str, type[Command]] = {
@@ -32,6 +33,7 @@ COMMANDS: dict[str, type[Command]] = {
     "convert": Convert,
     "match": Match,
     "share": Share,
+    "sweep": Sweep,
     "postshare": Postshare,
     "eval": Evaluate,
     "generate": Generate,

@@ -41,7 +41,7 @@ class Command:
         """Runs the command and prints its result."""
         result = self.run()
         if self.json:
-            json.dump(_plain(result), sys.stdout, allow_nan=False)
+            json.dump(plain(result), sys.stdout, allow_nan=False)
             print()
         else:
             console = Console()
@@ -102,12 +102,12 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON has no infinities: they become null."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -31,14 +31,16 @@ class Convert(Command):
 
     def run(self) -> dict[str, Any]:
         path = convert.locate(self.src)
-        source = cast(convert.open_checkpoint(path), self.dtype)
+        opened = convert.open_checkpoint(path)
+        source = cast(opened, self.dtype)
         convert.save(
             source,
             self.dst,
             to=self.to,
             tokenizer_from=path,
             overwrite=self.overwrite,
-            provenance={"source": self.src},
+            # What a native checkpoint was first made from is told on.
+            provenance={"source": self.src} | getattr(opened, "provenance", {}),
         )
         sizes = ledger(source, path=Path(self.dst))
         return {"output": self.dst, "format": self.to, "parameters": sizes.stored, "disk_bytes": sizes.disk_bytes}

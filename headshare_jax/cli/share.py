@@ -18,12 +18,12 @@ from headshare_jax.cli.match import Seed
 from headshare_jax.cli.sharing import (
     Calibrate,
     CalibrateTokens,
+    CalibrationText,
     Chains,
     MatchFunction,
     SeqLen,
     Tie,
-    read_windows,
-    scored,
+    calibration_text,
 )
 from headshare_jax.convert import map_file
 from headshare_jax.convert.atomic import check_output, new_file
@@ -79,9 +79,10 @@ class Share(Command):
         method = self._checked_method(settings)
         path = convert.locate(self.src)
         source = convert.open_checkpoint(path)
-        windows_wt = None
+        calibration = None
         if self.calibrate is not None:
-            windows_wt = read_windows(path, source, self.calibrate, self.calibrate_tokens, self.seq_len)
+            calibration = calibration_text(path, source, self.calibrate, self.calibrate_tokens, self.seq_len)
+        windows_wt = None if calibration is None else calibration.windows_wt
         sharing = self._map(source, windows_wt, method, settings)
         with progress("refitting" if method.refits else "sharing") as step:
             model, report = methods.apply(method, source, sharing, windows_wt, progress=step)
@@ -91,7 +92,7 @@ class Share(Command):
             to=self.to,
             tokenizer_from=path,
             overwrite=self.overwrite,
-            provenance={"source": self.src, "method": self.method},
+            provenance={"source": self.src, "method": self.method, "calibration": _told(calibration)},
             documents={} if report is None else {FIT_FILE: json.dumps(self._record(report), indent=1)},
         )
         self._write_extras(sharing)
@@ -143,7 +144,9 @@ class Share(Command):
             return map_file.read(self.map)
         assert self.ratio is not None
         methods.check_ratio(self.ratio, source.config)
-        return methods.choose(method, scored(method, source, windows_wt, settings), self.ratio, settings)
+        with progress("matching") as step:
+            scores = method.scores(source, windows_wt, settings, step)
+        return methods.choose(method, scores, self.ratio, settings)
 
     def _write_extras(self, sharing: SharingMap) -> None:
         if self.save_map is not None:
@@ -152,6 +155,13 @@ class Share(Command):
         if self.plot is not None:
             with new_file(self.plot, overwrite=self.overwrite) as path:
                 pictures.draw_map(sharing, path)
+
+
+def _told(calibration: CalibrationText | None) -> dict[str, Any] | None:
+    if calibration is None:
+        return None
+    windows = list(calibration.windows_wt.shape)
+    return {"name": calibration.name, "digest": calibration.digest, "windows": windows}
 
 
 def fit_table(record: dict[str, Any]) -> Table:

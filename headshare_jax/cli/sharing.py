@@ -1,5 +1,6 @@
 """What the commands that share have in common: the options of a method, and the text it is calibrated on."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -8,11 +9,8 @@ import tyro
 
 from headshare_jax import convert
 from headshare_jax.calibration import calibration_windows
-from headshare_jax.cli.command import progress
 from headshare_jax.convert import text, tokenizer
 from headshare_jax.errors import HeadshareError
-from headshare_jax.methods import Method, MethodSettings
-from headshare_jax.similarity import MatchResult
 
 Calibrate = Annotated[
     str | None,
@@ -39,13 +37,28 @@ Chains = Annotated[
 ]
 
 
-def read_windows(path: Path, source: convert.Checkpoint, spec: str, count: int, seq_len: int) -> np.ndarray:
-    """The windows of a calibration text, int32 [W, T], read no further than they reach.
+@dataclass(frozen=True)
+class CalibrationText:
+    """A text that a method is calibrated on.
+
+    Attributes:
+      name: as it was given.
+      digest: of the whole text.
+      windows_wt: int32 [W, T], its first windows.
+    """
+
+    name: str
+    digest: str
+    windows_wt: np.ndarray
+
+
+def calibration_text(path: Path, source: convert.Checkpoint, name: str, count: int, seq_len: int) -> CalibrationText:
+    """Reads a calibration text, no further than its windows reach.
 
     Args:
       path: where the tokenizer is.
       source: the model.
-      spec: the text, as for `text.open_corpus`.
+      name: the text, as for `text.open_corpus`.
       count, seq_len: tokens in all, and in a window.
 
     Raises:
@@ -53,18 +66,11 @@ def read_windows(path: Path, source: convert.Checkpoint, spec: str, count: int, 
     """
     if seq_len < 2:
         raise HeadshareError(f"seq_len must be at least 2, not {seq_len}.")
-    words = tokenizer.load(path)
+    words, corpus = tokenizer.load(path), text.open_corpus(name)
     tokens: list[int] = []
-    for piece in text.open_corpus(spec).pieces():
+    for piece in corpus.pieces():
         tokens += words(piece.text, verbose=False).input_ids
         if len(tokens) >= count:
             break
-    return calibration_windows(tokens, count // seq_len, seq_len, source.config.vocab_size)
-
-
-def scored(
-    method: Method, source: convert.Checkpoint, windows_wt: np.ndarray | None, settings: MethodSettings
-) -> MatchResult:
-    """A method's scores, with a progress bar."""
-    with progress("matching") as step:
-        return method.scores(source, windows_wt, settings, step)
+    windows_wt = calibration_windows(tokens, count // seq_len, seq_len, source.config.vocab_size)
+    return CalibrationText(name, corpus.digest(), windows_wt)

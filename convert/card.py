@@ -1,0 +1,121 @@
+"""The model card beside an exported Hugging Face model: what is known of the model when it is saved, and no more."""
+
+from collections.abc import Collection, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from headshare_jax.convert import huggingface
+from headshare_jax.convert.gguf_header import read_header
+from headshare_jax.ledger import NOT_SAVED, Ledger, ledger
+from headshare_jax.parameters import WeightSource
+from headshare_jax.sharing import SharingMap
+
+NAME = "README.md"
+_LOADING = {
+    "hf": """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")""",
+    # The configuration is code too.
+    "hf-compact": """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)""",
+}
+_FORMATS = {
+    "hf": "The files are a plain LLaMA checkpoint, which holds every head, also those that share: its size is that of "
+    "the dense model.",
+    "hf-compact": "The files hold every shared head once. `modeling_headshare.py` runs the small model in PyTorch.",
+}
+
+
+def license_of(path: Path) -> str | None:
+    """The license that a checkpoint states, in its card or in a GGUF file's metadata; None if it states none."""
+    if path.is_file():
+        stated = read_header(path).metadata.get("general.license")
+    else:
+        stated = _metadata(path / NAME).get("license")
+    return stated if isinstance(stated, str) else None
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """What heads a card; nothing if there is no card, or none that can be read."""
+    from huggingface_hub import metadata_load
+
+    try:
+        return (metadata_load(path) or {}) if path.is_file() else {}
+    except Exception:  # YAML fails in many ways, and a card is for people: no checkpoint is refused for it
+        return {}
+
+
+def card(source: WeightSource, to: str, folder: str, provenance: Mapping[str, Any], documents: Collection[str]) -> str:
+    """The card as Markdown headed by YAML.
+
+    Args:
+      source: the model.
+      to: `hf` or `hf-compact`.
+      folder: name of the model's folder, to load it by.
+      provenance: plain data, of which `source` (what it was made from), `license`, `method`, `calibration` and
+        `postshare` are told.
+      documents: what else lies beside the weights, by file name.
+    """
+    from huggingface_hub import ModelCardData
+
+    base, stated = (_text(provenance.get(name)) for name in ("source", "license"))
+    data = ModelCardData(
+        base_model=base if base is not None and huggingface.is_hub_id(base) else None,
+        license=stated,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["llama", "headshare", *(["shared-attention-heads"] if source.sharing is not None else [])],
+    )
+    made_from = "" if base is None else f" from `{base}`"
+    if source.sharing is None:
+        about = ["The files hold a plain LLaMA model, every attention head with weights of its own."]
+    else:
+        about = ["## What is shared", _map_in_words(source.sharing), *_history(provenance)]
+        about += ["## Size", _table(ledger(source)), f"{_FORMATS[to]} {NOT_SAVED}"]
+    beside = "".join(f" `{name}`" for name in documents)
+    parts = [
+        f"# {folder}",
+        f"Made{made_from} with headshare-jax {version('headshare-jax')} (JAX {version('jax')}).",
+        *about,
+        *([f"More about it lies beside the weights:{beside}."] if documents else []),
+        f"## Loading\n\n```python\n{_LOADING[to].format(folder=folder)}\n```",
+    ]
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _history(provenance: Mapping[str, Any]) -> list[str]:
+    """What was done besides sharing, as far as it was told."""
+    told = ["Post-trained for sharing (PostShare)."] if "postshare" in provenance else []
+    match provenance.get("calibration"):
+        case {"name": str(name), "digest": str(digest), "windows": [int(windows), int(seq_len)]}:
+            told.append(f"Calibrated on {windows} windows of {seq_len} tokens from the start of `{name}` ({digest}).")
+    return told
+
+
+def _map_in_words(sharing: SharingMap) -> str:
+    how = [f"method `{sharing.method}`"]
+    how += [f"match `{sharing.match}`"] if sharing.match else []
+    how += [f"ratio {sharing.ratio:g}"] if sharing.ratio is not None else []
+    how += [f"seed {sharing.seed}"] if sharing.seed is not None else []
+    letters = ", ".join(sharing.tie)
+    return (
+        f"{len(sharing.receivers)} of {sharing.donor.size} units (a key/value head with its query heads) use the "
+        f"{letters} weights of another unit: {', '.join(how)}. Who uses whose: `headshare_map.json`."
+    )
+
+
+def _table(sizes: Ledger) -> str:
+    rows = [(row.part, row.dense, row.stored) for row in sizes.rows]
+    rows += [("all parameters", sizes.dense, sizes.stored), ("bytes", sizes.dense_bytes, sizes.stored_bytes)]
+    lines = ["| | dense | each head once |", "|---|---:|---:|"]
+    return "\n".join([*lines, *(f"| {part} | {dense:,} | {stored:,} |" for part, dense, stored in rows)])

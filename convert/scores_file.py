@@ -1,0 +1,30 @@
+"""Match results on disk, whole."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from headshare_jax.errors import HeadshareError
+from headshare_jax.similarity import MatchResult
+
+_ARRAYS = ("donor_layer", "donor_unit", "value", "scores")
+_SETTINGS = ("match", "heads_per_unit", "seed", "source")
+
+
+def write(result: MatchResult, path: Path) -> None:
+    """Writes every field of a match result as .npz."""
+    arrays = {name: getattr(result, name) for name in _ARRAYS if getattr(result, name) is not None}
+    settings = json.dumps({name: getattr(result, name) for name in _SETTINGS})
+    with path.open("wb") as file:
+        np.savez(file, settings=np.array(settings), **arrays)
+
+
+def read(path: Path) -> MatchResult:
+    """Reads what `write` wrote; HeadshareError if it is not that."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in _ARRAYS if name in stored}
+            return MatchResult(**arrays, **json.loads(str(stored["settings"])))
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise HeadshareError(f"The scores in {path} cannot be read ({error}); delete the file.") from error

@@ -1,0 +1,88 @@
+"""The folder of a sweep: what it has measured so far, and for which model, texts and settings."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from headshare_jax.convert import scores_file
+from headshare_jax.convert.atomic import new_directory, new_file
+from headshare_jax.errors import HeadshareError
+from headshare_jax.similarity import MatchResult
+
+# Inside the sweep's folder; needed only to go on.
+CACHE = "cache"
+_IDENTITY = "identity.json"
+
+
+class SweepFolder:
+    """Points and scores of one sweep, kept as soon as they are there, each under the key of what they depend on.
+
+    Args:
+      path: the sweep's folder; made if it does not exist.
+      identity: what every point depends on besides its method and ratio, by a name to tell the user; plain data.
+
+    Raises:
+      HeadshareError: the folder holds a sweep of another identity, none at all, or a damaged one.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]):
+        self.path = path
+        # In the names of files, so that none of another sweep can be taken for one of this.
+        self._key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        if not path.exists():
+            with new_directory(path) as folder:
+                (folder / CACHE).mkdir()
+                (folder / CACHE / _IDENTITY).write_text(json.dumps(identity, indent=1))
+            return
+        file = path / CACHE / _IDENTITY
+        if not file.is_file():
+            raise HeadshareError(f"{path} is not the folder of a sweep, so none can go on there; choose another name.")
+        there = _read(file)
+        other = [name for name in {**identity, **there} if identity.get(name) != there.get(name)]
+        if other:
+            raise HeadshareError(
+                f"{path} holds a sweep with another {' and another '.join(other)} (their hashes differ), so this one "
+                "cannot go on there; choose another folder."
+            )
+
+    def point(self, name: str) -> dict[str, Any] | None:
+        """What was measured for a point; None if it was not."""
+        path = self._file(name, "json")
+        return _read(path) if path.is_file() else None
+
+    def keep_point(self, name: str, point: Mapping[str, Any]) -> None:
+        """Keeps what was measured for a point."""
+        with new_file(self._file(name, "json"), overwrite=True) as path:
+            path.write_text(json.dumps(point))
+
+    def scores(self, name: str) -> MatchResult | None:
+        """Scores that were kept; None if none were."""
+        path = self._file(name, "npz")
+        return scores_file.read(path) if path.is_file() else None
+
+    def keep_scores(self, name: str, scores: MatchResult) -> None:
+        """Keeps scores, which serve every ratio."""
+        with new_file(self._file(name, "npz"), overwrite=True) as path:
+            scores_file.write(scores, path)
+
+    @contextmanager
+    def result(self, name: str) -> Iterator[Path]:
+        """A file of the finished sweep, to write to."""
+        with new_file(self.path / name, overwrite=True) as path:
+            yield path
+
+    def _file(self, name: str, ending: str) -> Path:
+        return self.path / CACHE / f"{name}-{self._key}.{ending}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise HeadshareError(f"{path} is not readable JSON ({error}); delete it.") from error
+    if not isinstance(value, dict):
+        raise HeadshareError(f"{path} does not hold a JSON object; delete it.")
+    return value
