@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,50 +12,94 @@ from hypothesis import strategies as st
 from support import VARIANTS, random_tokens, sharing_by_hand, tiny_model
 
 from headshare_jax import HeadshareError, Llama, match_functional, share, sharing_map
-from headshare_jax.calibration import BLOCKS, advance, embedded, features, layer_weights
-from headshare_jax.functional import Search, drop_residuals, pair_residuals, unit_errors
+from headshare_jax.calibration import BLOCKS, advance, attention_gradients, embedded, features, layer_weights
+from headshare_jax.functional import Search, drop_residuals, pair_residuals, unit_costs
 
 WINDOWS = random_tokens((8, 32))
 
 
 @settings(max_examples=20)
 @given(units=st.integers(1, 4), size=st.integers(1, 5), ridge=st.floats(1e-4, 10), seed=st.integers(0, 99))
-def test_a_pairs_residual_is_that_of_solving_for_it_alone(units: int, size: int, ridge: float, seed: int) -> None:
+def test_a_residual_is_that_of_solving_for_it_alone(units: int, size: int, ridge: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     h, o = rng.normal(size=(60, units * size)), rng.normal(size=(units * size, 3))
     donors = [rng.normal(size=(60, size)) + rng.normal() * h[:, :size] for _ in range(2)]
     cross, own = np.stack([h.T @ g for g in donors]), np.stack([g.T @ g for g in donors])
-    found = pair_residuals(h.T @ h, cross, own, o, ridge)
+    root = rng.normal(size=(3, 3))
+    outer = o @ root @ root.T @ o.T
+    shared = pair_residuals(h.T @ h, cross, own, outer, ridge)
+    dropped = drop_residuals(h.T @ h, outer, ridge, size)
     rho = ridge * np.mean(np.sum(h**2, axis=0))
+
+    def residual(features: np.ndarray, rows: np.ndarray) -> float:
+        """Of the best change of some rows of the output weight, by the metric root root^T."""
+        system = np.concatenate([features[:, rows], np.sqrt(rho) * np.eye(len(rows))])
+        values = np.concatenate([h @ o, np.sqrt(rho) * o[rows]])
+        return float(np.sum(((system @ np.linalg.lstsq(system, values)[0] - values) @ root) ** 2))
+
     for unit in range(units):
+        mine = np.arange(unit * size, (unit + 1) * size)
+        others = np.setdiff1d(np.arange(units * size), mine)
+        np.testing.assert_allclose(dropped[unit], residual(h, others), rtol=1e-8)
         for donor, g in enumerate(donors):
             changed = h.copy()
-            changed[:, unit * size : (unit + 1) * size] = g
-            rows = np.concatenate([changed, np.sqrt(rho) * np.eye(len(o))])
-            values = np.concatenate([h @ o, np.sqrt(rho) * o])
-            expected = np.sum((rows @ np.linalg.lstsq(rows, values)[0] - values) ** 2)
-            np.testing.assert_allclose(found[unit, donor], expected, rtol=1e-8)
+            changed[:, mine] = g
+            np.testing.assert_allclose(shared[unit, donor], residual(changed, np.arange(len(o))), rtol=1e-8)
+
+
+@pytest.mark.parametrize("overrides", [{}, VARIANTS["tied"], {"attention_bias": True, "mlp_bias": True}])
+def test_gradients_are_those_of_the_log_probability_of_tokens_the_model_draws(overrides: dict[str, Any]) -> None:
+    dense = tiny_model(**overrides)
+    config, tokens = dense.config, random_tokens((2, 12))
+    layers = [layer_weights(dense, layer) for layer in range(config.num_layers)]
+
+    def logits(changes_lbtd: jax.Array) -> jax.Array:
+        x_btd = dense.embed_vd[...][tokens]
+        for weights, change_btd in zip(layers, changes_lbtd, strict=True):
+            x_btd = advance(config, weights, advance(config, weights, x_btd, "attention") + change_btd, "mlp")
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x_btd), axis=-1, keepdims=True) + config.rms_norm_eps)
+        return dense.logits(x_btd * inverse * dense.final_norm_d[...][None, None])
+
+    nothing = jnp.zeros((config.num_layers, 2, 12, config.hidden_size))
+    np.testing.assert_allclose(logits(nothing), dense(jnp.asarray(tokens)), atol=1e-5)
+    with attention_gradients(dense, tokens, batch_tokens=12) as found:
+        gradients = np.array(found)
+    # The draws are not known here: they are the tokens whose log-probabilities have these gradients.
+    of_tokens = jax.vjp(logits, nothing)[1]
+    last = config.num_layers - 1
+    for window in range(2):
+        for place in (0, 11):
+            rows = []
+            for token in range(config.vocab_size):
+                probability_v = jax.nn.softmax(logits(nothing)[window, place])
+                cotangent = jnp.zeros((2, 12, config.vocab_size)).at[window, place].set(-probability_v)
+                rows.append(cotangent.at[window, place, token].add(1.0))
+            through = jax.vmap(of_tokens)(jnp.stack(rows))[0]
+            distance = np.abs(np.asarray(through)[:, last, window, place] - gradients[last, window, place]).max(axis=-1)
+            assert distance.min() < 1e-4 * np.abs(gradients).max()
 
 
 @pytest.mark.parametrize("overrides", [{}, VARIANTS["mha"], {"attention_bias": True}], ids=["gqa", "mha", "bias"])
-def test_scores_are_what_the_refit_of_a_shared_layer_leaves(overrides: dict[str, Any]) -> None:
+def test_costs_are_what_the_refit_of_a_layer_leaves_by_the_metric_of_its_gradients(overrides: dict[str, Any]) -> None:
     dense = tiny_model(**overrides)
     units = dense.config.num_kv_heads
-    result = match_functional(dense, WINDOWS, Search(span=2, ridge=0.1, keep=99))
-    assert result.scores is not None
+    costs = unit_costs(dense, WINDOWS, Search(span=2, ridge=0.1, keep=99), ties=("qk",))
+    with attention_gradients(dense, WINDOWS) as gradients:
+        g = np.asarray(gradients[1], np.float64).reshape(WINDOWS.size, -1)
     x, weights = inputs(dense, 1), layer_weights(dense, 1)
     h = np.asarray(features(dense.config, weights, jnp.asarray(x), "attention"), np.float64).reshape(WINDOWS.size, -1)
     o = np.asarray(weights["o_pool_phd"], np.float64).reshape(h.shape[1], -1)
-    y = h @ o + np.asarray(weights.get("o_bias_ld", 0.0))
-    w = 1 / np.linalg.norm(x.reshape(WINDOWS.size, -1) + y, axis=1, keepdims=True)
-    for donor in range(units):
-        shared = share(dense, sharing_by_hand(dense, "qkv", {units: donor}))
-        changed = features(dense.config, layer_weights(shared, 1), jnp.asarray(x), "attention")
-        rho = 0.1 * np.mean(np.sum((w * h) ** 2, axis=0))
-        rows = np.concatenate([w * np.asarray(changed).reshape(h.shape), np.sqrt(rho) * np.eye(len(o))])
-        values = np.concatenate([w * (h @ o), np.sqrt(rho) * o])
-        residual = np.sum((rows @ np.linalg.lstsq(rows, values)[0] - values) ** 2)
-        np.testing.assert_allclose(result.scores[units, donor], -np.sqrt(residual / WINDOWS.size), rtol=1e-4)
+    w = np.linalg.norm(g, axis=1, keepdims=True)
+    root = np.linalg.cholesky(g.T @ g / np.sum(w**2) + 1e-12 * np.eye(g.shape[1]))
+    rho = 0.1 * np.mean(np.sum((w * h) ** 2, axis=0))
+    for tie in ("qkv", "qk"):
+        for donor in range(units):
+            shared = share(dense, sharing_by_hand(dense, tie, {units: donor}))
+            changed = features(dense.config, layer_weights(shared, 1), jnp.asarray(x), "attention")
+            rows = np.concatenate([w * np.asarray(changed).reshape(h.shape), np.sqrt(rho) * np.eye(len(o))])
+            values = np.concatenate([w * (h @ o), np.sqrt(rho) * o])
+            residual = np.sum(((rows @ np.linalg.lstsq(rows, values)[0] - values) @ root) ** 2)
+            np.testing.assert_allclose(costs.share[tie][units, donor], residual / WINDOWS.size / 2, rtol=1e-4)
 
 
 def inputs(model: Llama, layer: int) -> np.ndarray:
