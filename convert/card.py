@@ -107,10 +107,12 @@ def _map_in_words(sharing: SharingMap) -> str:
     how += [f"match `{sharing.match}`"] if sharing.match else []
     how += [f"ratio {sharing.ratio:g}"] if sharing.ratio is not None else []
     how += [f"seed {sharing.seed}"] if sharing.seed is not None else []
-    letters = ", ".join(sharing.tie)
+    dropped = int(sharing.dropped.sum())
+    gone = f", and {dropped} are dropped" if dropped else ""
     return (
         f"{len(sharing.receivers)} of {sharing.donor.size} units (a key/value head with its query heads) use the "
-        f"{letters} weights of another unit: {', '.join(how)}. Who uses whose: `headshare_map.json`."
+        f"{', '.join(sharing.tie)} weights of another unit{gone}: {', '.join(how)}. Who uses whose: "
+        "`headshare_map.json`."
     )
 
 

@@ -128,13 +128,8 @@ def test_a_stopped_sweep_goes_on_where_it_was(
     # One for both ratios and both runs.
     assert matched == ["qk"]
     for one, other in zip(data(tmp_path / "report")["points"], data(workplace / "report")["points"], strict=True):
-        assert [one.get(name) for name in ("method", "ratio", "reason")] == [
-            other.get(name) for name in ("method", "ratio", "reason")
-        ]
-            other["method"],
-            other["ratio"],
-            other.get("reason"),
-        )
+        for name in ("method", "ratio", "reason"):
+            assert one.get(name) == other.get(name)
         assert one["perplexity"] == pytest.approx(other["perplexity"], rel=1e-5)
 
 

@@ -34,6 +34,8 @@ _DONOR, _RECEIVER = _STYLES[0], _STYLES[1]
 _HEIGHT, _TOP, _BOTTOM, _LABEL = 400, 16, 52, 17
 # Above this ratio of the highest perplexity to the lowest, curves are drawn on a logarithmic scale.
 _LOG_FROM = 4
+# Up to this ratio to the dense perplexity, points are drawn a second time if others are far above.
+_NEAR = 2
 # Points of the line that joins a donor and a receiver.
 _ARC = np.linspace(0, 1, 9)
 
@@ -59,20 +61,22 @@ def page(record: dict[str, Any], scores: Sequence[MatchResult]) -> str:
 
     shown = {result.match: result for result in scores if result.scores is not None and result.match != "random"}
     maps = [point for point in record["points"] if point.get("map") is not None]
-    best = _best(record["points"])
+    best, near = _best(record["points"]), _near(record["points"])
     figures = {
-        "curves": _curves(record["points"]),
+        "curves": _curves(record["points"], _styles(record["points"])),
+        "near": _curves(near, _styles(record["points"])) if near else None,
         "maps": [_map(SharingMap.from_json(json.dumps(point["map"]))) for point in maps],
         "scores": [_heatmap(result) for result in shown.values()],
     }
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["megabytes"] = megabytes
+    environment.filters |= {"megabytes": megabytes, "brief": _brief}
     template = environment.from_string(resources.files("headshare_jax.cli").joinpath(TEMPLATE).read_text())
     return template.render(
         record=record,
         dense=record["points"][0],
         best=best,
         maps=maps,
+        near=_NEAR if near else None,
         # The best point at the middle ratio.
         shown=best[(len(best) - 1) // 2] if best else None,
         scores=[_score_name(name) for name in shown],
@@ -85,7 +89,14 @@ def _plain(value: Any) -> Any:
     """Figures as plain data, small."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list) else json.loads(value.to_json())
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if value is None else json.loads(value.to_json())
+
+
+def _brief(value: float) -> str:
+    """Two decimals, or none of a large number."""
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 
 
 def _best(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -97,7 +108,14 @@ def _best(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _curves(points: list[dict[str, Any]]) -> "Figure":
+def _near(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The points that lie near the dense model, if there are some and others hide them; none otherwise."""
+    far = [point for point in points if point["perplexity"] is not None and point["relative"] > _LOG_FROM]
+    near = [point for point in points if point["perplexity"] is not None and point["relative"] <= _NEAR]
+    return near if far and len(near) > 1 else []
+
+
+def _curves(points: list[dict[str, Any]], styles: dict[str, tuple[str, str]]) -> "Figure":
     """Perplexity by bytes of attention weights, a curve for each method, from the dense model on."""
     import plotly.graph_objects as go
 
@@ -113,7 +131,7 @@ def _curves(points: list[dict[str, Any]]) -> "Figure":
     width = most - least or most
     figure = go.Figure()
     labels = []
-    for name, (colour, symbol) in _styles(points).items():
+    for name, (colour, symbol) in styles.items():
         curve = sorted(
             (point for point in measured if point["method"] in ("dense", name)), key=lambda p: -p["attention_bytes"]
         )
@@ -125,7 +143,7 @@ def _curves(points: list[dict[str, Any]]) -> "Figure":
             y=[point["perplexity"] for point in curve],
             mode="lines+markers",
             line={"color": colour, "width": 2, "dash": "dot" if name == "random" else "solid"},
-            marker={"symbol": symbol, "size": [0] + [9] * (len(curve) - 1)},
+            marker={"symbol": symbol, "size": [0] + [9] * (len(curve) - 1), "opacity": 1},
             customdata=[[point["ratio"], point["relative"], point["bytes"] / 1e6] for point in curve],
             hovertemplate="share %{customdata[0]:.0%}: perplexity %{y:.2f}, %{customdata[1]:.2f}x dense<br>"
             f"%{{x:.1f}} of {most:.1f} MB of attention, %{{customdata[2]:.1f}} MB in all",
@@ -152,13 +170,13 @@ def _curves(points: list[dict[str, Any]]) -> "Figure":
         )  # fmt: skip
     figure.update_layout(**_layout(_HEIGHT), showlegend=False)
     figure.update_xaxes(
-        title_text="stored attention weights, MB", range=[least - 0.26 * width, most + 0.06 * width], **_axis()
+        title_text="stored attention weights, MB", range=[least - 0.36 * width, most + 0.06 * width], **_axis()
     )
     figure.update_yaxes(
         title_text="perplexity" + " (log scale)" * log, type="log" if log else "linear", range=[low, high], **_axis()
     )
     if log:
-        figure.update_yaxes(tickvals=_round_values(10**low, 10**high))
+        figure.update_yaxes(tickvals=_round_values(10**low, 10**high), tickformat=",")
     return figure
 
 
@@ -192,20 +210,24 @@ def _map(sharing: SharingMap) -> "Figure":
 
     layers, units = sharing.donor.shape
     layer, unit = np.divmod(np.arange(layers * units), units)
-    donor, receives = sharing.donor.ravel(), sharing.receives.ravel()
+    donor, receives, dropped = (each.ravel() for each in (sharing.donor, sharing.receives, sharing.dropped))
+    assert sharing.unit_tie is not None
     uses = np.bincount(donor[receives], minlength=layers * units)
     kinds = (
-        ("own", ~receives & (uses == 0), _FAINT, "circle", 5),
+        ("own", ~receives & ~dropped & (uses == 0), _FAINT, "circle", 5),
+        ("dropped", dropped, *_BASELINE, 7),
         ("donor", uses > 0, *_DONOR, 9),
         ("receiver", receives, *_RECEIVER, 8),
     )
     told = [f"layer {layer[flat]}, unit {unit[flat]}: its own weights" for flat in range(layers * units)]
     for flat in np.flatnonzero(uses):
         told[flat] = f"layer {layer[flat]}, unit {unit[flat]}: donor of {uses[flat]}"
+    for flat in np.flatnonzero(dropped):
+        told[flat] = f"layer {layer[flat]}, unit {unit[flat]}: dropped"
     for flat in np.flatnonzero(receives):
         score = sharing.score.flat[flat]
         told[flat] = (
-            f"layer {layer[flat]}, unit {unit[flat]} uses {sharing.tie} of layer {layer[donor[flat]]}, "
+            f"layer {layer[flat]}, unit {unit[flat]} uses {sharing.unit_tie.flat[flat]} of layer {layer[donor[flat]]}, "
             f"unit {unit[donor[flat]]}" + ("" if np.isnan(score) else f"<br>score {score:.4f}")
         )
     figure = go.Figure()
@@ -214,6 +236,8 @@ def _map(sharing: SharingMap) -> "Figure":
         x=x, y=y, mode="lines", line={"color": _DONOR[0], "width": 1}, opacity=0.4, hoverinfo="skip", showlegend=False
     )
     for name, chosen, colour, symbol, size in kinds:
+        if not chosen.any():
+            continue
         figure.add_scatter(
             name=name, x=layer[chosen], y=unit[chosen], mode="markers",
             marker={"color": colour, "symbol": symbol, "size": size},
@@ -246,13 +270,12 @@ def _heatmap(result: MatchResult) -> "Figure":
     layers, units = result.value.shape
     labels = [f"{layer}.{unit}" for layer in range(layers) for unit in range(units)]
     scores = np.where(np.isfinite(result.scores), result.scores, np.nan)
-    limit = float(np.nanmax(np.abs(scores)))
-    functional = result.match == "functional"
-    colours = (
-        {"colorscale": "Cividis", "zmin": float(np.nanmin(scores)), "zmax": float(np.nanmax(scores))}
-        if functional
-        else {"colorscale": "RdBu", "reversescale": True, "zmin": -limit, "zmax": limit}
-    )
+    low, high = float(np.nanmin(scores)), float(np.nanmax(scores))
+    colours: dict[str, Any] = {"colorscale": "Cividis"}
+    if result.match != "functional":
+        # Cosines, which have a middle.
+        high = max(-low, high)
+        low, colours = -high, {"colorscale": "RdBu", "reversescale": True}
     figure = go.Figure()
     figure.add_heatmap(
         z=scores.astype(np.float32),
@@ -263,8 +286,11 @@ def _heatmap(result: MatchResult) -> "Figure":
         colorbar={
             # In the half that no pair fills.
             "orientation": "h", "thickness": 10, "len": 0.45, "x": 1, "xanchor": "right", "y": 1, "yanchor": "top",
-            "title": {"text": "score", "side": "top"}, "outlinewidth": 0, "nticks": 4,
+            "title": {"text": "score", "side": "top"}, "outlinewidth": 0,
+            "tickvals": [low, (low + high) / 2, high], "tickformat": ".2~g",
         },
+        zmin=low,
+        zmax=high,
         **colours,
     )  # fmt: skip
     ticks = range(0, layers, max(1, math.ceil(layers / 8)))

@@ -44,7 +44,10 @@ from headshare_jax.sharing import check_tie
 from headshare_jax.similarity import MatchResult
 
 PAGE, DATA, TABLE = "index.html", "sweep.json", "points.csv"
-_COLUMNS = ("method", "ratio", "receivers", "units", "perplexity", "relative", "parameters", "attention_bytes", "bytes")
+_COLUMNS = (
+    "method", "ratio", "receivers", "dropped", "units", "perplexity", "relative",
+    "parameters", "attention_bytes", "bytes",
+)  # fmt: skip
 _PACKAGES = ("headshare-jax", "jax", "flax", "numpy", "plotly")
 
 Tell = Callable[[str], None]
@@ -253,6 +256,7 @@ class _Run:
             "reason": None if math.isfinite(result.token_perplexity) else "not finite",
             "protocol": result.protocol,
             "receivers": 0 if model.sharing is None else len(model.sharing.receivers),
+            "dropped": 0 if model.sharing is None else int(model.sharing.dropped.sum()),
             "units": model.config.num_units,
             "parameters": sizes["stored"],
             "bytes": sizes["stored_bytes"],
