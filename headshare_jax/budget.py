@@ -1,5 +1,6 @@
 """Which units to keep, share or drop within a budget of parameters, by measured cost per parameter saved."""
 
+import math
 from collections.abc import Sequence
 from math import prod
 
@@ -8,14 +9,34 @@ import numpy as np
 from headshare_jax import parameters
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
-from headshare_jax.functional import UnitCosts
 from headshare_jax.sharing import DROPPED, PROJECTIONS, SharingMap
+from headshare_jax.similarity import MatchResult
 
 DROP = "drop"
 
 
+def unit_parameters(config: LlamaConfig) -> dict[str, int]:
+    """Weights of one sharing unit, by projection."""
+    shapes = {p: parameters.slice_shape(config, f"{p}_pool_{'phd' if p == 'o' else 'pdh'}") for p in PROJECTIONS}
+    return {p: prod(shape) // config.num_kv_heads for p, shape in shapes.items()}
+
+
+def units_to_save(config: LlamaConfig, budget: float, projections: str) -> int:
+    """How many units must do without their own weights of some projections for the rest to fit a budget."""
+    check_budget(budget)
+    sizes = unit_parameters(config)
+    target = (1 - budget) * config.num_units * sum(sizes.values())
+    return math.ceil(target / sum(sizes[p] for p in projections) - 1e-9)
+
+
+def check_budget(budget: float) -> None:
+    """Raises HeadshareError unless a budget lies in (0, 1]."""
+    if not 0 < budget <= 1:
+        raise HeadshareError(f"The budget must be above 0 and at most 1, not {budget}.")
+
+
 def budget_map(
-    costs: UnitCosts,
+    result: MatchResult,
     config: LlamaConfig,
     budget: float,
     *,
@@ -23,22 +44,24 @@ def budget_map(
 ) -> SharingMap:
     """Saves parameters where they cost least until the rest fits the budget.
 
-    Costs of different units are taken to add up. The step with the least added cost for a saved parameter is taken over
-    and over: a unit becomes a receiver or is dropped, or what it shares grows. Donors keep their weights. At the end
-    steps that the budget does not need are taken back, the costliest first.
+    The cost of a change is minus its score; costs of different units are taken to add up. The step with the least added
+    cost for a saved parameter is taken over and over: a unit becomes a receiver or is dropped, or what it shares grows.
+    Donors keep their weights. At the end steps that the budget does not need are taken back, the costliest first.
 
     Args:
-      costs: of the actions.
+      result: functional scores, of every action.
       config: the architecture.
       budget: part of the attention parameters (q, k, v and o weights) to keep, in (0, 1].
-      actions: what may be done to a unit: `drop`, or a tie that `costs` knows.
+      actions: what may be done to a unit: `drop`, or a tie that was scored.
 
     Raises:
       HeadshareError: a budget outside (0, 1], or one that these actions cannot meet.
     """
-    if not 0 < budget <= 1:
-        raise HeadshareError(f"The budget must be above 0 and at most 1, not {budget}.")
-    plan = _Plan(costs, config, actions)
+    check_budget(budget)
+    for action in actions:
+        if result.drop_score is None or action not in (DROP, "qkv", *result.tie_scores):
+            raise HeadshareError(f"A budget needs functional scores of {action}; match with it.")
+    plan = _Plan(result, config, actions)
     target = (1 - budget) * plan.size * sum(plan.unit_parameters.values())
     while plan.saved.sum() < target:
         if not plan.step():
@@ -54,11 +77,10 @@ def budget_map(
 class _Plan:
     """What is done to every unit so far."""
 
-    def __init__(self, costs: UnitCosts, config: LlamaConfig, actions: Sequence[str]):
-        self.costs, self.actions = costs, actions
-        self.size = costs.drop.size
-        shapes = {p: parameters.slice_shape(config, f"{p}_pool_{'phd' if p == 'o' else 'pdh'}") for p in PROJECTIONS}
-        self.unit_parameters = {p: prod(shape) // config.num_kv_heads for p, shape in shapes.items()}
+    def __init__(self, result: MatchResult, config: LlamaConfig, actions: Sequence[str]):
+        self.result, self.actions = result, actions
+        self.size = result.value.size
+        self.unit_parameters = unit_parameters(config)
         self.donor = np.arange(self.size)
         self.tie = np.full(self.size, "", "<U4")
         self.cost, self.saved = np.zeros(self.size), np.zeros(self.size)
@@ -90,19 +112,19 @@ class _Plan:
     def map(self, budget: float) -> SharingMap:
         """The plan as a sharing map; the scores are minus the costs."""
         changed = self.donor != np.arange(self.size)
-        shape = self.costs.drop.shape
+        shape = self.result.value.shape
         ties = sorted(set(self.tie) - {""}, key=len)
         return SharingMap(
             donor=self.donor.reshape(shape),
             score=np.where(changed, -self.cost, np.nan).reshape(shape),
-            heads_per_unit=self.costs.heads_per_unit,
+            heads_per_unit=self.result.heads_per_unit,
             tie=ties[-1] if ties else "qkv",
             unit_tie=self.tie.reshape(shape),
             method="budget",
             match="functional",
             chains="forbid",
             budget=budget,
-            source=self.costs.source,
+            source=self.result.source,
         )
 
     def _parameters(self, action: str) -> int:
@@ -112,8 +134,11 @@ class _Plan:
     def _outcomes(self, action: str, keeps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Cost of an action for every unit, and the donor it would have."""
         if action == DROP:
-            return self.costs.drop.ravel(), np.full(self.size, DROPPED)
-        possible = np.where(keeps[None, :], self.costs.share[action], np.inf)
+            assert self.result.drop_score is not None
+            return -self.result.drop_score.ravel(), np.full(self.size, DROPPED)
+        scores = self.result.scores if action == "qkv" else self.result.tie_scores[action]
+        assert scores is not None
+        possible = np.where(keeps[None, :], -scores, np.inf)
         donor_u = np.argmin(possible, axis=1)
         return possible[np.arange(self.size), donor_u], donor_u
 

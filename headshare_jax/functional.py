@@ -44,42 +44,6 @@ Sums = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
-class UnitCosts:
-    """What it costs to share or to drop one unit, the output projection of its layer refitted.
-
-    Costs are estimates of the KL divergence of the model's predictions, in nats per token.
-
-    Attributes:
-      share: by tie, float32 [L * U, L * U], of every (receiver, donor) pair; infinite where it was not tried.
-      drop: float32 [L, U].
-      heads_per_unit: G.
-      source: fingerprint of the attention weights.
-    """
-
-    share: Mapping[str, np.ndarray]
-    drop: np.ndarray
-    heads_per_unit: int
-    source: str
-
-    def match_result(self, tie: str = "qkv") -> MatchResult:
-        """Every unit's best donor; the score is minus the cost."""
-        layers, units = self.drop.shape
-        scores = -self.share[tie]
-        best = np.argmax(scores, axis=1)
-        value = np.take_along_axis(scores, best[:, None], axis=1)[:, 0].astype(np.float64)
-        found = np.isfinite(value)
-        return MatchResult(
-            donor_layer=np.where(found, best // units, -1).astype(np.int32).reshape(layers, units),
-            donor_unit=np.where(found, best % units, -1).astype(np.int32).reshape(layers, units),
-            value=value.reshape(layers, units),
-            match="functional",
-            heads_per_unit=self.heads_per_unit,
-            scores=scores,
-            source=self.source,
-        )
-
-
-@dataclass(frozen=True)
 class Search:
     """Where functional matching looks for donors.
 
@@ -112,50 +76,26 @@ def match_functional(
     windows_wt: np.ndarray,
     search: Search | None = None,
     *,
+    ties: Sequence[str] = ("qk",),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> MatchResult:
     """Scores the units of the nearest earlier layers as donors of every unit, by what they compute on a text.
 
-    The score of a pair is minus its cost, as `unit_costs` has it: 0 where donor and receiver do the same. Scores hold
-    for one receiver in a layer, and for donors that keep their weights: choose with
-    `sharing_map(..., chains="forbid")`.
-
-    Args:
-      source: a dense model, or an opened checkpoint.
-      windows_wt: int32 [W, T], the calibration text.
-      search: by default `Search()`.
-      progress: called with the steps done and in all.
-
-    Returns:
-      All scores that are known; -inf for the other pairs.
-
-    Raises:
-      HeadshareError: fewer than two layers.
-    """
-    return unit_costs(source, windows_wt, search, progress=progress).match_result()
-
-
-def unit_costs(
-    source: WeightSource,
-    windows_wt: np.ndarray,
-    search: Search | None = None,
-    *,
-    ties: Sequence[str] = (),
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> UnitCosts:
-    """Costs of dropping every unit, and of sharing it with the units of the nearest earlier layers.
-
-    A receiver computes with its donor's weights on its own layer's input in the dense model, and the layer's output
+    A receiver computes with its donor's q, k and v on its own layer's input in the dense model, and the layer's output
     projection is refitted. With g_t the gradient of the model's predictions by the layer's attention output at token t
-    (`calibration.attention_gradients`) and e_t what is left of the error, the cost is half the mean of |g_t|^2 e_t^T G
-    e_t, where G = sum g g^T / sum |g|^2: the Fisher information of the output, its size taken token by token and its
-    directions on the whole.
+    (`calibration.attention_gradients`) and e_t what is left of the error, the pair's cost is half the mean of |g_t|^2
+    e_t^T G e_t, where G = sum g g^T / sum |g|^2. That is the Fisher information of the output, its size taken token by
+    token and its directions on the whole: an estimate of the KL divergence of the predictions, in nats per token. The
+    score is minus the cost, 0 where donor and receiver do the same. Dropping a unit is scored likewise.
+
+    Scores hold for one change in a layer, and for donors that keep their weights: choose with
+    `sharing_map(..., chains="forbid")` or `budget_map`.
 
     Args:
       source: a dense model, or an opened checkpoint.
       windows_wt: int32 [W, T], the calibration text.
       search: by default `Search()`.
-      ties: subsets of `qkv` to try besides it, with the best donors of `qkv`.
+      ties: subsets of `qkv` to score besides it, with every unit's best donors of `qkv`.
       progress: called with the steps done and in all; a layer is three.
 
     Raises:
@@ -197,7 +137,28 @@ def unit_costs(
                 for block in BLOCKS:
                     x_wtd[part] = advance(config, weights, x_wtd[part], block)
             progress(2 * layers + layer + 1, 3 * layers)
-    return UnitCosts(share, drop, config.heads_per_unit, fingerprint(source))
+    scores = {tie: -costs for tie, costs in share.items()}
+    return _result(scores.pop("qkv"), scores, -drop, config, fingerprint(source))
+
+
+def _result(
+    scores: np.ndarray, tie_scores: Mapping[str, np.ndarray], drop_score: np.ndarray, config: LlamaConfig, source: str
+) -> MatchResult:
+    units, shape = config.num_kv_heads, (config.num_layers, config.num_kv_heads)
+    best = np.argmax(scores, axis=1)
+    value = np.take_along_axis(scores, best[:, None], axis=1)[:, 0].astype(np.float64)
+    found = np.isfinite(value)
+    return MatchResult(
+        donor_layer=np.where(found, best // units, -1).astype(np.int32).reshape(shape),
+        donor_unit=np.where(found, best % units, -1).astype(np.int32).reshape(shape),
+        value=value.reshape(shape),
+        match="functional",
+        heads_per_unit=config.heads_per_unit,
+        scores=scores,
+        tie_scores=tie_scores,
+        drop_score=drop_score,
+        source=source,
+    )
 
 
 class _LayerScorer:

@@ -1,6 +1,6 @@
-"""Methods of sharing: each is a way to score pairs, a way to choose among them, and perhaps a refit.
+"""Methods of sharing: each is a way to score units, a way to choose among them, and perhaps a refit.
 
-Scoring is what costs, and its result serves every ratio: score once, then choose and apply for each.
+Scoring is what costs, and its result serves every ratio and budget: score once, then choose and apply for each.
 """
 
 import math
@@ -9,15 +9,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from headshare_jax.budget import budget_map, check_budget, units_to_save
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.functional import match_functional
 from headshare_jax.modeling import Llama
 from headshare_jax.parameters import WeightSource
 from headshare_jax.refit import RefitReport, refit
-from headshare_jax.selection import receiver_count, sharing_map
+from headshare_jax.selection import drop_map, receiver_count, sharing_map
 from headshare_jax.sharing import SharingMap
-from headshare_jax.similarity import MatchResult, match
+from headshare_jax.similarity import MatchResult, magnitudes, match
 from headshare_jax.transform import share
 
 Progress = Callable[[int, int], None]
@@ -40,6 +41,26 @@ class MethodSettings:
     chains: str | None = None
 
 
+@dataclass(frozen=True)
+class Amount:
+    """How much to do without: one of the two is given.
+
+    Attributes:
+      ratio: part of the units that become receivers, or are dropped, in [0, 1).
+      budget: part of the attention parameters (q, k, v and o weights) to keep, in (0, 1].
+    """
+
+    ratio: float | None = None
+    budget: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.ratio:g}" if self.budget is None else f"budget {self.budget:g}"
+
+
+Scorer = Callable[[WeightSource, np.ndarray | None, MethodSettings, Progress], MatchResult]
+Chooser = Callable[[MatchResult, Amount, LlamaConfig, MethodSettings], SharingMap]
+
+
 def weight_scores(
     source: WeightSource, windows_wt: np.ndarray | None, settings: MethodSettings, progress: Progress
 ) -> MatchResult:
@@ -57,19 +78,52 @@ def random_scores(
 def functional_scores(
     source: WeightSource, windows_wt: np.ndarray | None, settings: MethodSettings, progress: Progress
 ) -> MatchResult:
-    """What donors compute on the text in the receiver's place."""
+    """What units compute on the text, and donors in their place."""
     assert windows_wt is not None
     return match_functional(source, windows_wt, progress=progress)
 
 
-def best_pairs(scores: MatchResult, ratio: float, settings: MethodSettings) -> SharingMap:
+def magnitude_scores(
+    source: WeightSource, windows_wt: np.ndarray | None, settings: MethodSettings, progress: Progress
+) -> MatchResult:
+    """How small a unit's weights are."""
+    return magnitudes(source, progress=progress)
+
+
+def best_pairs(result: MatchResult, amount: Amount, config: LlamaConfig, settings: MethodSettings) -> SharingMap:
     """Every receiver has the donor that is best for it."""
-    return sharing_map(scores, ratio, chains=settings.chains or "resolve", tie=settings.tie)
+    return _pairs(result, amount, config, settings, settings.chains or "resolve")
 
 
-def unchained_pairs(scores: MatchResult, ratio: float, settings: MethodSettings) -> SharingMap:
+def unchained_pairs(result: MatchResult, amount: Amount, config: LlamaConfig, settings: MethodSettings) -> SharingMap:
     """No donor receives."""
-    return sharing_map(scores, ratio, chains=settings.chains or "forbid", tie=settings.tie)
+    return _pairs(result, amount, config, settings, settings.chains or "forbid")
+
+
+def _pairs(
+    result: MatchResult, amount: Amount, config: LlamaConfig, settings: MethodSettings, chains: str
+) -> SharingMap:
+    if amount.ratio is not None:
+        return sharing_map(result, amount.ratio, chains=chains, tie=settings.tie)
+    assert amount.budget is not None
+    ratio = units_to_save(config, amount.budget, settings.tie) / config.num_units
+    return replace(sharing_map(result, ratio, chains=chains, tie=settings.tie), budget=amount.budget)
+
+
+def least_dropped(result: MatchResult, amount: Amount, config: LlamaConfig, settings: MethodSettings) -> SharingMap:
+    """The units whose loss costs least are dropped."""
+    ratio = amount.ratio
+    if amount.budget is not None:
+        ratio = units_to_save(config, amount.budget, "qkvo") / config.num_units
+    assert ratio is not None
+    return replace(drop_map(result, ratio), budget=amount.budget)
+
+
+def within_budget(result: MatchResult, amount: Amount, config: LlamaConfig, settings: MethodSettings) -> SharingMap:
+    """Every unit is kept, shared or dropped as it costs least."""
+    if amount.budget is None:
+        raise HeadshareError("The method plan needs a budget, not a ratio: it chooses how many units share or go.")
+    return budget_map(result, config, amount.budget)
 
 
 @dataclass(frozen=True)
@@ -78,15 +132,15 @@ class Method:
 
     Attributes:
       name, summary: for those who choose among methods.
-      scores: scores all pairs; methods with the same function share its result.
-      choose: makes a map of the scores, for a ratio.
+      scores: scores all units; methods with the same function share its result.
+      choose: makes a map of the scores, for a ratio or a budget.
       refits: whether output projections are fitted to the dense model after sharing.
     """
 
     name: str
     summary: str
-    scores: Callable[[WeightSource, np.ndarray | None, MethodSettings, Progress], MatchResult]
-    choose: Callable[[MatchResult, float, MethodSettings], SharingMap] = best_pairs
+    scores: Scorer
+    choose: Chooser = best_pairs
     refits: bool = False
 
     @property
@@ -101,7 +155,17 @@ METHODS = {
         Method("direct", "the paper's DirectShare", weight_scores),
         Method("refit", "direct, then output weights fitted to the dense model", weight_scores, refits=True),
         Method("fitted", "refit, with donors by what they compute", functional_scores, unchained_pairs, refits=True),
+        Method("plan", "keep, share or drop each unit, then refit", functional_scores, within_budget, refits=True),
+        Method("drop", "drop the units that matter least, then refit", functional_scores, least_dropped, refits=True),
+        Method(
+            "magnitude",
+            "drop the units with the smallest weights, then refit",
+            magnitude_scores,
+            least_dropped,
+            refits=True,
+        ),
         Method("random", "pairs drawn at random, a baseline", random_scores),
+        Method("random-refit", "pairs drawn at random, then refit", random_scores, refits=True),
     )
 }
 
@@ -121,11 +185,15 @@ def find(name: str, settings: MethodSettings) -> Method:
     return method
 
 
-def check_ratio(ratio: float, config: LlamaConfig) -> None:
-    """Raises HeadshareError unless a ratio lies in [0, 1) and makes at least one of the model's units a receiver."""
+def check_amount(amount: Amount, config: LlamaConfig) -> None:
+    """Raises HeadshareError unless a ratio or a budget is possible and changes at least one of the model's units."""
+    if amount.budget is not None:
+        check_budget(amount.budget)
+        return
+    ratio, units = amount.ratio, config.num_units
+    assert ratio is not None
     if not 0 <= ratio < 1:
         raise HeadshareError(f"The sharing ratio must be at least 0 and below 1, not {ratio}.")
-    units = config.num_units
     if not receiver_count(ratio, units):
         raise HeadshareError(
             f"A ratio of {ratio} makes none of {units} units a receiver; give at least "
@@ -133,13 +201,15 @@ def check_ratio(ratio: float, config: LlamaConfig) -> None:
         )
 
 
-def choose(method: Method, scores: MatchResult, ratio: float, settings: MethodSettings) -> SharingMap:
+def choose(
+    method: Method, result: MatchResult, amount: Amount, config: LlamaConfig, settings: MethodSettings
+) -> SharingMap:
     """The map that a method makes of its scores, which names the method.
 
     Raises:
-      HeadshareError: as `sharing_map`.
+      HeadshareError: as `sharing_map`, `drop_map` and `budget_map`.
     """
-    return replace(method.choose(scores, ratio, settings), method=method.name)
+    return replace(method.choose(result, amount, config, settings), method=method.name)
 
 
 def apply(

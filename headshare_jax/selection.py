@@ -1,9 +1,9 @@
-"""Choosing receivers and donors from match scores."""
+"""Choosing receivers, donors and units to drop from scores."""
 
 import numpy as np
 
 from headshare_jax.errors import HeadshareError
-from headshare_jax.sharing import SharingMap, check_tie
+from headshare_jax.sharing import DROPPED, SharingMap, check_tie
 from headshare_jax.similarity import MatchResult
 
 
@@ -48,6 +48,34 @@ def sharing_map(
         chains=chains,
         ratio=ratio,
         seed=result.seed,
+        source=result.source,
+    )
+
+
+def drop_map(result: MatchResult, ratio: float) -> SharingMap:
+    """Drops the units whose score of being dropped is highest.
+
+    Args:
+      result: has `drop_score`.
+      ratio: in [0, 1); int(r * L * U) units are dropped.
+
+    Raises:
+      HeadshareError: ratio outside [0, 1), or a result that does not score dropping.
+    """
+    if not 0 <= ratio < 1:
+        raise HeadshareError(f"The part of the units to drop must be at least 0 and below 1, not {ratio}.")
+    if result.drop_score is None:
+        raise HeadshareError(f"Scores by {result.match} do not say what dropping a unit costs; use functional ones.")
+    shape = result.value.shape
+    chosen = np.argsort(-result.drop_score.ravel(), kind="stable")[: receiver_count(ratio, result.value.size)]
+    donor, score = np.arange(result.value.size), np.full(result.value.size, np.nan)
+    donor[chosen], score[chosen] = DROPPED, result.drop_score.ravel()[chosen]
+    return SharingMap(
+        donor=donor.reshape(shape),
+        score=score.reshape(shape),
+        heads_per_unit=result.heads_per_unit,
+        match=result.match,
+        ratio=ratio,
         source=result.source,
     )
 

@@ -2,9 +2,9 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import jax
@@ -38,7 +38,9 @@ class MatchResult:
       match: match function.
       heads_per_unit: G.
       scores: float32 [L * U, L * U], the score of every (receiver, donor) pair, -inf where the donor is not in an
-        earlier layer; None where only the best donors are known.
+        earlier layer; None where only the best donors are known. Functional scores are of the tie `qkv`.
+      tie_scores: by tie, float32 [L * U, L * U], functional scores of other ties, -inf where they were not tried.
+      drop_score: float32 [L, U], functional score of dropping each unit.
       seed: of the random baseline.
       source: fingerprint of the attention weights.
     """
@@ -49,6 +51,8 @@ class MatchResult:
     match: str | None = None
     heads_per_unit: int = 1
     scores: np.ndarray | None = None
+    tie_scores: Mapping[str, np.ndarray] = field(default_factory=dict)
+    drop_score: np.ndarray | None = None
     seed: int | None = None
     source: str | None = None
 
@@ -119,6 +123,28 @@ def match(
         heads_per_unit=config.heads_per_unit,
         scores=scores,
         seed=seed if match == "random" else None,
+        source=fingerprint(source),
+    )
+
+
+def magnitudes(source: WeightSource, *, progress: Callable[[int, int], None] = lambda done, total: None) -> MatchResult:
+    """Scores dropping every unit by minus the L2 norm of its q, k, v and o weights: a baseline. No pair is scored."""
+    config = source.config
+    shape = (config.num_layers, config.num_kv_heads)
+    norms = np.zeros(shape, np.float32)
+    for layer in range(config.num_layers):
+        weights = [source.read(name, layer) for name in ("q_pool_pdh", "k_pool_pdh", "v_pool_pdh", "o_pool_phd")]
+        squares = [np.square(np.asarray(value, np.float32)).reshape(shape[1], -1).sum(axis=1) for value in weights]
+        norms[layer] = np.sqrt(np.sum(squares, axis=0))
+        progress(layer + 1, config.num_layers)
+    nobody = np.full(shape, -1, np.int32)
+    return MatchResult(
+        donor_layer=nobody,
+        donor_unit=nobody,
+        value=np.full(shape, -np.inf),
+        match="magnitude",
+        heads_per_unit=config.heads_per_unit,
+        drop_score=-norms,
         source=fingerprint(source),
     )
 

@@ -13,7 +13,7 @@ from support import VARIANTS, random_tokens, sharing_by_hand, tiny_model
 
 from headshare_jax import HeadshareError, Llama, match_functional, share, sharing_map
 from headshare_jax.calibration import BLOCKS, advance, attention_gradients, embedded, features, layer_weights
-from headshare_jax.functional import Search, drop_residuals, pair_residuals, unit_costs
+from headshare_jax.functional import Search, drop_residuals, pair_residuals
 
 WINDOWS = random_tokens((8, 32))
 
@@ -83,7 +83,8 @@ def test_gradients_are_those_of_the_log_probability_of_tokens_the_model_draws(ov
 def test_costs_are_what_the_refit_of_a_layer_leaves_by_the_metric_of_its_gradients(overrides: dict[str, Any]) -> None:
     dense = tiny_model(**overrides)
     units = dense.config.num_kv_heads
-    costs = unit_costs(dense, WINDOWS, Search(span=2, ridge=0.1, keep=99), ties=("qk",))
+    result = match_functional(dense, WINDOWS, Search(span=2, ridge=0.1, keep=99))
+    scores = result.tie_scores | {"qkv": result.scores}
     with attention_gradients(dense, WINDOWS) as gradients:
         g = np.asarray(gradients[1], np.float64).reshape(WINDOWS.size, -1)
     x, weights = inputs(dense, 1), layer_weights(dense, 1)
@@ -99,7 +100,7 @@ def test_costs_are_what_the_refit_of_a_layer_leaves_by_the_metric_of_its_gradien
             rows = np.concatenate([w * np.asarray(changed).reshape(h.shape), np.sqrt(rho) * np.eye(len(o))])
             values = np.concatenate([w * (h @ o), np.sqrt(rho) * o])
             residual = np.sum(((rows @ np.linalg.lstsq(rows, values)[0] - values) @ root) ** 2)
-            np.testing.assert_allclose(costs.share[tie][units, donor], residual / WINDOWS.size / 2, rtol=1e-4)
+            np.testing.assert_allclose(scores[tie][units, donor], -residual / WINDOWS.size / 2, rtol=1e-4)
 
 
 def inputs(model: Llama, layer: int) -> np.ndarray:

@@ -77,7 +77,7 @@ def page(record: dict[str, Any], scores: Sequence[MatchResult]) -> str:
         best=best,
         maps=maps,
         near=_NEAR if near else None,
-        # The best point at the middle ratio.
+        # The best point of the middle amount.
         shown=best[(len(best) - 1) // 2] if best else None,
         scores=[_score_name(name) for name in shown],
         figures=_plain(figures),
@@ -100,11 +100,11 @@ def _brief(value: float) -> str:
 
 
 def _best(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The point with the lowest perplexity at every ratio."""
+    """The point with the lowest perplexity of every amount."""
     measured = [point for point in points[1:] if point["perplexity"] is not None]
     return [
-        min((point for point in measured if point["ratio"] == ratio), key=lambda point: point["perplexity"])
-        for ratio in sorted({point["ratio"] for point in measured})
+        min((point for point in measured if point["amount"] == amount), key=lambda point: point["perplexity"])
+        for amount in dict.fromkeys(point["amount"] for point in measured)
     ]
 
 
@@ -144,8 +144,8 @@ def _curves(points: list[dict[str, Any]], styles: dict[str, tuple[str, str]]) ->
             mode="lines+markers",
             line={"color": colour, "width": 2, "dash": "dot" if name == "random" else "solid"},
             marker={"symbol": symbol, "size": [0] + [9] * (len(curve) - 1), "opacity": 1},
-            customdata=[[point["ratio"], point["relative"], point["bytes"] / 1e6] for point in curve],
-            hovertemplate="share %{customdata[0]:.0%}: perplexity %{y:.2f}, %{customdata[1]:.2f}x dense<br>"
+            customdata=[[point["amount"], point["relative"], point["bytes"] / 1e6] for point in curve],
+            hovertemplate="%{customdata[0]}: perplexity %{y:.2f}, %{customdata[1]:.2f}x dense<br>"
             f"%{{x:.1f}} of {most:.1f} MB of attention, %{{customdata[2]:.1f}} MB in all",
         )
         end = curve[-1]

@@ -29,7 +29,7 @@ from headshare_jax.convert import map_file
 from headshare_jax.convert.atomic import check_output, new_file
 from headshare_jax.errors import HeadshareError
 from headshare_jax.ledger import NOT_SAVED, ledger
-from headshare_jax.methods import METHODS, Method, MethodSettings
+from headshare_jax.methods import METHODS, Amount, Method, MethodSettings
 from headshare_jax.refit import RefitReport
 from headshare_jax.sharing import SharingMap
 
@@ -50,6 +50,10 @@ class Share(Command):
     dst: Destination
     ratio: Annotated[
         float | None, tyro.conf.arg(help="Sharing ratio in [0, 1): the part of all units that become receivers.")
+    ] = None
+    budget: Annotated[
+        float | None,
+        tyro.conf.arg(help="Instead of a ratio: the part of the attention parameters to keep, in (0, 1]."),
     ] = None
     map: Annotated[Path | None, tyro.conf.arg(help="Use this sharing map instead of matching.")] = None
     method: Annotated[
@@ -73,8 +77,10 @@ class Share(Command):
             check_output(output, overwrite=self.overwrite)
         if self.plot is not None:
             pictures.check_name(self.plot)
-        if (self.ratio is None) == (self.map is None):
-            raise HeadshareError("Give either --ratio, to match and choose, or --map, to use a map that exists.")
+        if [self.ratio, self.budget, self.map].count(None) != 2:
+            raise HeadshareError(
+                "Give one of --ratio or --budget, to match and choose, or --map, to use a map that exists."
+            )
         settings = MethodSettings(self.match, self.seed, self.tie, self.chains)
         method = self._checked_method(settings)
         path = convert.locate(self.src)
@@ -104,6 +110,7 @@ class Share(Command):
             "dropped": int(sharing.dropped.sum()),
             "units": sharing.donor.size,
             "ratio": sharing.ratio,
+            "budget": sharing.budget,
             "tie": sharing.tie,
             "method": sharing.method,
             "match": sharing.match,
@@ -142,11 +149,11 @@ class Share(Command):
     ) -> SharingMap:
         if self.map is not None:
             return map_file.read(self.map)
-        assert self.ratio is not None
-        methods.check_ratio(self.ratio, source.config)
+        amount = Amount(ratio=self.ratio, budget=self.budget)
+        methods.check_amount(amount, source.config)
         with progress("matching") as step:
             scores = method.scores(source, windows_wt, settings, step)
-        return methods.choose(method, scores, self.ratio, settings)
+        return methods.choose(method, scores, amount, source.config, settings)
 
     def _write_extras(self, sharing: SharingMap) -> None:
         if self.save_map is not None:

@@ -37,7 +37,7 @@ from headshare_jax.convert.atomic import check_output
 from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluation import Perplexity, perplexity
 from headshare_jax.ledger import ledger
-from headshare_jax.methods import METHODS, Method, MethodSettings
+from headshare_jax.methods import METHODS, Amount, Method, MethodSettings
 from headshare_jax.modeling import Llama
 from headshare_jax.parameters import fingerprint
 from headshare_jax.sharing import check_tie
@@ -45,7 +45,7 @@ from headshare_jax.similarity import MatchResult
 
 PAGE, DATA, TABLE = "index.html", "sweep.json", "points.csv"
 _COLUMNS = (
-    "method", "ratio", "receivers", "dropped", "units", "perplexity", "relative",
+    "method", "ratio", "budget", "receivers", "dropped", "units", "perplexity", "relative",
     "parameters", "attention_bytes", "bytes",
 )  # fmt: skip
 _PACKAGES = ("headshare-jax", "jax", "flax", "numpy", "plotly")
@@ -63,7 +63,10 @@ class Sweep(Command):
     src: Source
     output: Annotated[Path, tyro.conf.arg(aliases=("-o",), help="Folder of the report.")]
     text: Annotated[str, tyro.conf.arg(help="Text to measure perplexity on, which no method sees; as for eval.")]
-    ratios: Annotated[tuple[str, ...], tyro.conf.arg(help="Sharing ratios, with commas between.")] = ("0.1,0.3,0.5",)
+    ratios: Annotated[tuple[str, ...], tyro.conf.arg(help="Sharing ratios, with commas between.")] = ()
+    budgets: Annotated[
+        tuple[str, ...], tyro.conf.arg(help="Parts of the attention parameters to keep, with commas between.")
+    ] = ()
     methods: Annotated[
         tuple[str, ...], tyro.conf.arg(help=f"Methods, with commas between: {', '.join(METHODS)}; all by default.")
     ] = tuple(METHODS)
@@ -83,19 +86,19 @@ class Sweep(Command):
         if self.output.exists() and not self.resume:
             raise HeadshareError(f"{self.output} exists already; choose another name, or go on there with --resume.")
         check_output(self.output, overwrite=self.resume)
-        chosen, ratios = self._checked_methods(), self._checked_ratios()
+        chosen, amounts = self._checked_methods(), self._checked_amounts()
         path = convert.locate(self.src)
         source = convert.open_checkpoint(path)
         if source.sharing is not None:
             raise HeadshareError(f"{self.src} already shares heads; a sweep begins with a dense model.")
-        for ratio in ratios:
-            methods.check_ratio(ratio, source.config)
+        for amount in amounts:
+            methods.check_amount(amount, source.config)
         calibration = None
         if self.calibrate is not None:
             calibration = calibration_text(path, source, self.calibrate, self.calibrate_tokens, self.seq_len)
         held_out = tokenizer.load(path)(text.read(self.text), verbose=False).input_ids
         run = _Run(self, source, calibration, np.asarray(held_out, np.int32))
-        points = run.points([(method, ratio) for method in chosen for ratio in ratios])
+        points = run.points([(method, amount) for method in chosen for amount in amounts])
         record = self._record(run, points)
         with run.folder.result(DATA) as file:
             file.write_text(json.dumps(plain(record), indent=1, allow_nan=False) + "\n")
@@ -108,15 +111,15 @@ class Sweep(Command):
         }
 
     def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
-        table = Table("method", "ratio", "perplexity", "vs dense", "attention", "parameters", title="quality and size")
+        table = Table("method", "amount", "perplexity", "vs dense", "attention", "parameters", title="quality and size")
         dense = result["points"][0]
         for row in result["points"]:
             if row["perplexity"] is None:
-                table.add_row(row["method"], f"{row['ratio']:.0%}", "none")
+                table.add_row(row["method"], row["amount"], "none")
                 continue
             table.add_row(
                 row["method"],
-                f"{row['ratio']:.0%}",
+                row["amount"],
                 f"{row['perplexity']:.1f}",
                 f"{row['relative']:.2f}x",
                 f"{row['attention_bytes'] / dense['attention_bytes']:.1%}",
@@ -125,7 +128,7 @@ class Sweep(Command):
         yield table
         for row in result["points"]:
             if row["perplexity"] is None:
-                yield f"{row['method']} {row['ratio']:.0%}: {row['reason']}"
+                yield f"{row['method']}, {row['amount']}: {row['reason']}"
         yield f"text: {self.text}; {result['protocol']}"
         yield f"written: {result['page']}; {DATA} and {TABLE} beside it"
 
@@ -138,12 +141,11 @@ class Sweep(Command):
             raise HeadshareError(f"The methods {', '.join(needy)} need a text: --calibrate TEXT.")
         return chosen
 
-    def _checked_ratios(self) -> list[float]:
-        words = ",".join(self.ratios).replace(" ", "").split(",")
-        try:
-            return sorted({float(word) for word in words})
-        except ValueError as error:
-            raise HeadshareError(f"--ratios takes numbers with commas between, such as 0.1,0.3: {error}.") from error
+    def _checked_amounts(self) -> list[Amount]:
+        ratios, budgets = (_numbers(f"--{name}", getattr(self, name)) for name in ("ratios", "budgets"))
+        if not ratios and not budgets:
+            raise HeadshareError("A sweep needs --ratios or --budgets.")
+        return [Amount(ratio=ratio) for ratio in ratios] + [Amount(budget=budget) for budget in budgets]
 
     def _record(self, run: "_Run", points: list[dict[str, Any]]) -> dict[str, Any]:
         """All there is to know of the sweep, but for the scores, as plain data."""
@@ -195,19 +197,19 @@ class _Run:
         self.folder = SweepFolder(sweep.output, self.identity)
         self._scores: dict[str, MatchResult] = {}
 
-    def points(self, pairs: list[tuple[Method, float]]) -> list[dict[str, Any]]:
-        """The dense model's point, then one for every method and ratio."""
+    def points(self, pairs: list[tuple[Method, Amount]]) -> list[dict[str, Any]]:
+        """The dense model's point, then one for every method and amount."""
         with progress_with_text("measuring", len(pairs) + 1) as show:
             tell = partial(_told, show, 0, "dense")
             points = [self._kept("dense", lambda: self._measured(Llama.of(self.source), tell))]
-            points[0] |= {"method": "dense", "ratio": 0.0}
+            points[0] |= {"method": "dense", "ratio": 0.0, "budget": None, "amount": "all"}
             if points[0]["perplexity"] is None:
                 raise HeadshareError("The dense model's perplexity is not finite on this text; check model and text.")
-            for done, (method, ratio) in enumerate(pairs, 1):
-                name = f"{method.name}-{ratio:g}"
+            for done, (method, amount) in enumerate(pairs, 1):
+                name = f"{method.name}-{amount}".replace(" ", "-")
                 tell = partial(_told, show, done, name)
-                point = self._kept(name, partial(self._point, method, ratio, tell))
-                points.append(point | {"method": method.name, "ratio": ratio})
+                point = self._kept(name, partial(self._point, method, amount, tell))
+                points.append(point | {"method": method.name, **asdict(amount), "amount": _label(amount)})
                 show(done + 1, "")
         return points
 
@@ -218,10 +220,10 @@ class _Run:
             self.folder.keep_point(name, point)
         return point
 
-    def _point(self, method: Method, ratio: float, tell: Tell) -> dict[str, Any]:
+    def _point(self, method: Method, amount: Amount, tell: Tell) -> dict[str, Any]:
         scores = self.scored(method, tell)
         try:
-            sharing = methods.choose(method, scores, ratio, self.settings)
+            sharing = methods.choose(method, scores, amount, self.source.config, self.settings)
         except HeadshareError as error:
             return {"perplexity": None, "reason": str(error)}
         model, fit = methods.apply(method, self.source, sharing, self.windows_wt, progress=_counted(tell, "sharing"))
@@ -265,6 +267,21 @@ class _Run:
         }
 
 
+def _numbers(option: str, words: tuple[str, ...]) -> list[float]:
+    """Numbers with commas between, ascending."""
+    try:
+        return sorted({float(word) for word in ",".join(words).replace(" ", "").split(",") if word})
+    except ValueError as error:
+        raise HeadshareError(f"{option} takes numbers with commas between, such as 0.1,0.3: {error}.") from error
+
+
+def _label(amount: Amount) -> str:
+    """An amount as a person reads it."""
+    if amount.budget is None:
+        return f"{100 * (amount.ratio or 0.0):g} % of units"
+    return f"{100 * amount.budget:g} % of attention kept"
+
+
 def _told(show: Callable[[int, str], None], done: int, name: str, text: str) -> None:
     show(done, f"{name}: {text}")
 
@@ -280,7 +297,7 @@ def _sha256(tokens: np.ndarray) -> str:
 
 def _row(point: dict[str, Any]) -> dict[str, Any]:
     """A point without its map, fit and ledger."""
-    return {name: point.get(name) for name in (*_COLUMNS, "reason")}
+    return {name: point.get(name) for name in (*_COLUMNS, "amount", "reason")}
 
 
 def _write_csv(points: list[dict[str, Any]], path: Path) -> None:
