@@ -157,7 +157,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             sampling = Sampling(settings["temperature"], settings.get("top_k"), settings.get("top_p", 1.0))
             stops = [self.eot_token_id, *self.model.config.eos_token_ids]
             (tokens,) = generate(self.model, [prompt], max_new_tokens=new, sampling=sampling, stop_tokens=stops)
-            answer = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            answer = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
             for end in filter(None, settings["until"]):
                 answer = answer.split(end)[0]
             answers.append(answer)
@@ -167,7 +167,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """For each (_, context, continuation): the continuation's log-likelihood, and whether greedy text is the same."""
+        """For each (_, context, continuation): its log-likelihood, and whether greedy decoding would give it."""
         # The last token is predicted, and has no place in the context.
         room = self.max_length + 1
         rows = [((context + continuation)[-room:], len(continuation)) for _, context, continuation in requests]

@@ -75,7 +75,7 @@ def scores(model: Any, tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_continuations_have_the_likelihoods_of_transformers(ours: HarnessModel, theirs: Any, words: Any) -> None:
-    pairs = [("The sky is", " blue"), ("Snow", " is as white as the moon"), ("", "Grass"), ("A rather long story", " x")]
+    pairs = [("The sky is", " blue"), ("Snow", " is as white as the moon"), ("", "Grass"), ("A long story", " x")]
     found = ours.loglikelihood(requests("loglikelihood", *pairs))
     for (context, continuation), (value, _) in zip(pairs, found, strict=True):
         before = words(context).input_ids or [words.bos_token_id]

@@ -68,38 +68,44 @@ class RunCheckpoints:
             raise self._unwritable(error) from error
 
     def restore(self, abstract: Callable[[dict[str, Any]], Any]) -> tuple[int, Any, dict[str, Any]] | None:
-        """The newest checkpoint that can be read: its step, arrays and document; None if there is none at all.
+        """The newest checkpoint that can be gone on from: its step, arrays and document; None if there is none at all.
+
+        Newer ones, damaged or of another run, are named and removed: the run does their steps again.
 
         Args:
           abstract: gives, for a checkpoint's document, the tree of shapes, types and shardings to restore into. Raises
-            HeadshareError for a checkpoint of another run, which no older checkpoint can mend.
+            HeadshareError for a checkpoint of another run.
 
         Raises:
-          HeadshareError: there are checkpoints, but none can be read.
+          HeadshareError: there are checkpoints, but none can be gone on from.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        reasons: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 document = self._document(step)
-                target = abstract(document)
-                arrays = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        arrays=ocp.args.PyTreeRestore(
-                            target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
-                        )
-                    ),
-                ).arrays
-            except HeadshareError:
-                raise
+                arrays = self._arrays(step, abstract(document))
             except Exception as error:  # Orbax and its storage show damage in many ways
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                logger.warning("The checkpoint of step %d cannot be read (%s); trying the one before.", step, reason)
+                reasons[step] = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+                logger.warning(
+                    "The checkpoint of step %d cannot be used (%s); trying the one before.", step, reasons[step]
+                )
                 continue
+            # Left where they are, they would count among the last that are kept, and be in the way of the same steps.
+            for unusable in reasons:
+                self._manager.delete(unusable)
             return step, arrays, document
-        if steps:
-            raise HeadshareError(f"None of the {len(steps)} checkpoints in {self.folder} can be read.")
+        if reasons:
+            newest = max(reasons)
+            raise HeadshareError(
+                f"None of the {len(reasons)} checkpoints in {self.folder} can be gone on from; step {newest}: "
+                f"{reasons[newest]}."
+            )
         return None
+
+    def _arrays(self, step: int, target: Any) -> Any:
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        arrays = ocp.args.PyTreeRestore(target, restore_args=restore_args)
+        return self._manager.restore(step, args=ocp.args.Composite(arrays=arrays)).arrays
 
     def _document(self, step: int) -> dict[str, Any]:
         items = self._manager.restore(step, args=ocp.args.Composite(document=ocp.args.JsonRestore()))
