@@ -1,6 +1,8 @@
 """Checkpoints of a run: written in the background, the last few and the best kept, the newest whole one restored."""
 
+import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -24,16 +26,24 @@ class RunCheckpoints:
     """
 
     def __init__(self, folder: Path, keep: int):
-        """Keeps the last `keep` checkpoints, and the one with the lowest perplexity."""
+        """Keeps the last `keep` checkpoints, and the one with the lowest perplexity.
+
+        Raises:
+          HeadshareError: the folder cannot be used.
+        """
         self.folder = folder
-        best = managers.BestN(
-            get_metric_fn=lambda metrics: -metrics["perplexity"], n=1, keep_checkpoints_without_metrics=False
-        )
+        best = managers.BestN(get_metric_fn=_quality, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=managers.AnyPreservationPolicy([managers.LatestN(n=keep), best]),
+            # The policy decides alone what is kept; without this, metrics are not stored, and a resumed run has none.
+            best_fn=_quality,
             cleanup_tmp_directories=True,
         )
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        _forget_unreadable_metrics(folder)
+        try:
+            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        except (OSError, ValueError) as error:
+            raise HeadshareError(f"The checkpoints in {folder} cannot be listed: {error}.") from error
 
     def __enter__(self) -> Self:
         return self
@@ -116,3 +126,17 @@ class RunCheckpoints:
 
     def _unwritable(self, error: Exception) -> HeadshareError:
         return HeadshareError(f"A checkpoint in {self.folder} could not be written ({error}); earlier ones are intact.")
+
+
+def _quality(metrics: dict[str, float]) -> float:
+    """The higher, the better."""
+    return -metrics["perplexity"]
+
+
+def _forget_unreadable_metrics(folder: Path) -> None:
+    """Removes metrics over which Orbax would stop before a checkpoint is read; such a checkpoint is not the best."""
+    for file in folder.glob("*/metrics/metrics"):
+        try:
+            float(json.loads(file.read_text())["perplexity"])
+        except (OSError, ValueError, KeyError, TypeError):
+            shutil.rmtree(file.parent, ignore_errors=True)
