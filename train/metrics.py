@@ -34,7 +34,7 @@ class MetricsLog:
         self._writes = jax.process_index() == 0
         self._board = _tensorboard(folder) if self._writes else None
         if self._writes and self.path.is_file():
-            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= from_step]
+            kept = [line for line in self._text().splitlines() if _step_of(line) <= from_step]
             with new_file(self.path, overwrite=True) as partial:
                 partial.write_text("".join(f"{line}\n" for line in kept))
 
@@ -69,7 +69,11 @@ class MetricsLog:
 
     def lines(self) -> list[dict[str, Any]]:
         """All lines so far."""
-        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.is_file() else []
+        return [json.loads(line) for line in self._text().splitlines()] if self.path.is_file() else []
+
+    def _text(self) -> str:
+        # A kill may have left anything in the last line, which is dropped.
+        return self.path.read_text(encoding="utf-8", errors="replace")
 
 
 def is_spike(before: Sequence[float], loss: float) -> bool:

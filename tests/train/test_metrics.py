@@ -56,3 +56,8 @@ def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
     assert [line["lm_loss"] for line in lines] == [None, 2.5]
     log.close()
     assert (tmp_path / "metrics.png").is_file()
+
+
+def test_lines_after_a_step_and_broken_ones_are_dropped(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2.0}\n[3]\n{"step": 2, "loss": 1.5}\n\xff{"ste')
+    assert MetricsLog(tmp_path, from_step=1).lines() == [{"step": 1, "loss": 2.0}]
