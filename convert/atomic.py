@@ -22,13 +22,17 @@ def check_output(path: Path, *, overwrite: bool, keep: tuple[Path, ...] = ()) ->
     """Raises HeadshareError if `path` cannot become an output.
 
     Args:
-      path: it must have a folder to lie in.
+      path: it must have a folder to lie in that can be written to.
       overwrite: it may exist; but a folder that holds the working directory or the home folder is never replaced.
       keep: what must not be lost with an old folder, because it lies inside.
     """
     path = _resolved(path)
     if not path.parent.is_dir():
         raise HeadshareError(f"The folder {path.parent} for the output does not exist; create it first.")
+    if not os.access(path.parent, os.W_OK):
+        raise HeadshareError(
+            f"The folder {path.parent} cannot be written to; choose another, or change its permissions."
+        )
     if not path.exists():
         return
     if not overwrite:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ class SafetensorsReader:
         problems = []
         for path in self.files:
             with _opened(path) as file:
+                problems += [f"{name} stands more than once in {path.name}" for name in _repeated(path)]
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
                     part = file.get_slice(name)
                     if name in found:
@@ -50,6 +52,14 @@ class SafetensorsReader:
         with _opened(info.file) as file:
             part = file.get_slice(name)
             return np.stack([part[int(row)] for row in rows])
+
+
+def _repeated(path: Path) -> list[str]:
+    """Names that a file's header has more than once; the `safetensors` package sees the last of each alone."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        names = json.loads(file.read(size), object_pairs_hook=lambda pairs: [name for name, _ in pairs])
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 @contextmanager

@@ -70,7 +70,8 @@ def open_corpus(spec: str, *, field: str = "text", split: str = "train") -> Corp
 
     Args:
       spec: path of a JSONL (.jsonl, .ndjson, .json) or parquet (.parquet) file, whose rows are the documents; of any
-        other UTF-8 text file, which is one document; or `name[:config[:split]]` of a data set, whose rows are.
+        other UTF-8 text file (a byte-order mark is left out), which is one document; or `name[:config[:split]]` of a
+        data set, whose rows are.
       field: field or column that holds the text of a row; a null there is an empty document.
       split: of a data set whose name has none.
 
@@ -94,7 +95,7 @@ def open_corpus(spec: str, *, field: str = "text", split: str = "train") -> Corp
 
 
 def _text_file(path: Path) -> Iterator[Piece]:
-    with _reading(path, "UTF-8 text"), path.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8") as file:
+    with _reading(path, "UTF-8 text"), path.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as file:
         text = _lines(file)
         while text:
             following = _lines(file)

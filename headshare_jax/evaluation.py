@@ -97,7 +97,7 @@ def perplexity(
     starts = np.arange(0, tokens.size - seq_len + 1, stride)[:max_windows]
     total, scored = 0.0, 0
     for done, (batch, first_scored) in _batches(tokens, starts, seq_len, stride, batch_size):
-        nll_bt = np.asarray(_next_token_nll(model, jnp.asarray(batch)), np.float64)
+        nll_bt = np.asarray(next_token_scores(model, jnp.asarray(batch))[0], np.float64)
         # Column t holds the loss of the window's token t + 1.
         counted_bt = np.arange(1, seq_len)[None, :] >= first_scored[:, None]
         total += float(nll_bt[counted_bt].sum())
@@ -133,17 +133,23 @@ def _batches(
 
 
 @jax.jit
-def _next_token_nll(model: Llama, tokens_bt: jax.Array) -> jax.Array:
-    """Negative log-likelihood of every token but the first, float32 [B, T - 1], in nats."""
+def next_token_scores(model: Llama, tokens_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How well every token but the first is predicted by those before it.
+
+    Returns:
+      Negative log-likelihoods, float32 [B, T - 1], in nats; and whether each token is the most likely one, bool
+      [B, T - 1].
+    """
     features_btd = model.features(tokens_bt)[:, :-1]
 
-    def nll(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def score(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         feature_d, token = pair
         logits_v = model.logits(feature_d)
-        return jax.nn.logsumexp(logits_v) - logits_v[token]
+        return jax.nn.logsumexp(logits_v) - logits_v[token], jnp.argmax(logits_v) == token
 
     pairs = (features_btd.reshape(-1, features_btd.shape[-1]), tokens_bt[:, 1:].reshape(-1))
-    return jax.lax.map(nll, pairs, batch_size=_HEAD_TOKENS).reshape(features_btd.shape[:2])
+    nll_m, greedy_m = jax.lax.map(score, pairs, batch_size=_HEAD_TOKENS)
+    return nll_m.reshape(features_btd.shape[:2]), greedy_m.reshape(features_btd.shape[:2])
 
 
 def _exp(value: float) -> float:

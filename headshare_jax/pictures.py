@@ -85,7 +85,7 @@ def draw_map(sharing: SharingMap, path: Path) -> None:
 
 
 def draw_training(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws a PostShare run's losses, similarity penalty and held-out perplexity by step.
+    """Draws a PostShare run's losses, similarity of the pairs and held-out perplexity by step.
 
     Raises:
       HeadshareError: the file's ending is none of `FORMATS`.
@@ -93,6 +93,7 @@ def draw_training(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     panels = {
         "loss per token": ("lm_loss",),
         "similarity penalty": ("sim_loss",),
+        "mean cosine of the pairs": ("pair_cosine",),
         "held-out perplexity": ("shared_perplexity", "dense_perplexity"),
     }
     panels = {title: names for title, names in panels.items() if any(name in line for line in lines for name in names)}

@@ -95,7 +95,7 @@ def match(
       progress: called with the block products done and in all.
 
     Raises:
-      HeadshareError: unknown match function, or fewer than two layers.
+      HeadshareError: unknown match function, fewer than two layers, or a negative seed.
     """
     if match not in MATCH_FUNCTIONS:
         raise HeadshareError(f"The match function {match!r} is not one of {', '.join(MATCH_FUNCTIONS)}.")
@@ -274,4 +274,6 @@ def _total(q_ndh: jax.Array, k_kdh: jax.Array, v_kdh: jax.Array) -> jax.Array:
 
 
 def _random_scores(size: int, seed: int) -> np.ndarray:
+    if seed < 0:
+        raise HeadshareError(f"The seed must not be negative, but is {seed}.")
     return np.random.default_rng(seed).random((size, size), np.float32)

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import support
@@ -361,6 +362,9 @@ def test_bad_input_is_refused_in_one_sentence(refused: Any, model: Path, tmp_pat
         (("eval", model, "--text", text, "--stride", 0), "stride"),
         (("generate", model, "--prompt", ""), "--prompt"),
         (("generate", model, "--prompt", "x", "--temperature", -1), "temperature"),
+        (("generate", "absent", "--prompt", "x", "--seed", -1), "--seed"),
+        (("eval", model), "--text"),
+        (("eval", model, "--tasks", "a", "--task-folder", text), "--task-folder"),
         (("generate", "absent", "--prompt", "x", "--max-new-tokens", 0), "--max-new-tokens"),
         (("demo", model, "-o", taken), "--overwrite"),
         (("demo", model, "-o", out, "--ratios", 1.5), "ratios"),
@@ -390,6 +394,21 @@ def test_error_of_the_program_itself_exits_with_1(
     said = capsys.readouterr().err
     assert "HEADSHARE_TRACEBACK" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("7 TB"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 TB.")]
+)
+def test_too_little_memory_is_no_error_of_the_program(
+    refused: Any, model: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def greedy(path: str) -> Any:
+        raise error
+
+    monkeypatch.setattr("headshare_jax.convert.locate", greedy)
+    said = refused("inspect", model)
+    assert "not enough memory" in said
+    assert "7 TB" in said
 
 
 def test_sigterm_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:

@@ -151,3 +151,5 @@ def test_scores_know_their_weights() -> None:
 def test_what_cannot_be_matched_is_refused(layers: int, function: str, reason: str) -> None:
     with pytest.raises(HeadshareError, match=reason):
         match(tiny_model(num_hidden_layers=layers), function)
+    with pytest.raises(HeadshareError, match="must not be negative"):
+        match(tiny_model(), "random", seed=-1)

@@ -1,6 +1,8 @@
 """Checkpoints of a run: written in the background, the last few and the best kept, the newest whole one restored."""
 
+import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -24,16 +26,24 @@ class RunCheckpoints:
     """
 
     def __init__(self, folder: Path, keep: int):
-        """Keeps the last `keep` checkpoints, and the one with the lowest perplexity."""
+        """Keeps the last `keep` checkpoints, and the one with the lowest perplexity.
+
+        Raises:
+          HeadshareError: the folder cannot be used.
+        """
         self.folder = folder
-        best = managers.BestN(
-            get_metric_fn=lambda metrics: -metrics["perplexity"], n=1, keep_checkpoints_without_metrics=False
-        )
+        best = managers.BestN(get_metric_fn=_quality, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=managers.AnyPreservationPolicy([managers.LatestN(n=keep), best]),
+            # The policy decides alone what is kept; without this, metrics are not stored, and a resumed run has none.
+            best_fn=_quality,
             cleanup_tmp_directories=True,
         )
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        _forget_unreadable_metrics(folder)
+        try:
+            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        except (OSError, ValueError) as error:
+            raise HeadshareError(f"The checkpoints in {folder} cannot be listed: {error}.") from error
 
     def __enter__(self) -> Self:
         return self
@@ -68,38 +78,44 @@ class RunCheckpoints:
             raise self._unwritable(error) from error
 
     def restore(self, abstract: Callable[[dict[str, Any]], Any]) -> tuple[int, Any, dict[str, Any]] | None:
-        """The newest checkpoint that can be read: its step, arrays and document; None if there is none at all.
+        """The newest checkpoint that can be gone on from: its step, arrays and document; None if there is none at all.
+
+        Newer ones, damaged or of another run, are named and removed: the run does their steps again.
 
         Args:
           abstract: gives, for a checkpoint's document, the tree of shapes, types and shardings to restore into. Raises
-            HeadshareError for a checkpoint of another run, which no older checkpoint can mend.
+            HeadshareError for a checkpoint of another run.
 
         Raises:
-          HeadshareError: there are checkpoints, but none can be read.
+          HeadshareError: there are checkpoints, but none can be gone on from.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        reasons: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 document = self._document(step)
-                target = abstract(document)
-                arrays = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        arrays=ocp.args.PyTreeRestore(
-                            target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
-                        )
-                    ),
-                ).arrays
-            except HeadshareError:
-                raise
+                arrays = self._arrays(step, abstract(document))
             except Exception as error:  # Orbax and its storage show damage in many ways
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                logger.warning("The checkpoint of step %d cannot be read (%s); trying the one before.", step, reason)
+                reasons[step] = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+                logger.warning(
+                    "The checkpoint of step %d cannot be used (%s); trying the one before.", step, reasons[step]
+                )
                 continue
+            # Left where they are, they would count among the last that are kept, and be in the way of the same steps.
+            for unusable in reasons:
+                self._manager.delete(unusable)
             return step, arrays, document
-        if steps:
-            raise HeadshareError(f"None of the {len(steps)} checkpoints in {self.folder} can be read.")
+        if reasons:
+            newest = max(reasons)
+            raise HeadshareError(
+                f"None of the {len(reasons)} checkpoints in {self.folder} can be gone on from; step {newest}: "
+                f"{reasons[newest]}."
+            )
         return None
+
+    def _arrays(self, step: int, target: Any) -> Any:
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        arrays = ocp.args.PyTreeRestore(target, restore_args=restore_args)
+        return self._manager.restore(step, args=ocp.args.Composite(arrays=arrays)).arrays
 
     def _document(self, step: int) -> dict[str, Any]:
         items = self._manager.restore(step, args=ocp.args.Composite(document=ocp.args.JsonRestore()))
@@ -110,3 +126,17 @@ class RunCheckpoints:
 
     def _unwritable(self, error: Exception) -> HeadshareError:
         return HeadshareError(f"A checkpoint in {self.folder} could not be written ({error}); earlier ones are intact.")
+
+
+def _quality(metrics: dict[str, float]) -> float:
+    """The higher, the better."""
+    return -metrics["perplexity"]
+
+
+def _forget_unreadable_metrics(folder: Path) -> None:
+    """Removes metrics over which Orbax would stop before a checkpoint is read; such a checkpoint is not the best."""
+    for file in folder.glob("*/metrics/metrics"):
+        try:
+            float(json.loads(file.read_text())["perplexity"])
+        except (OSError, ValueError, KeyError, TypeError):
+            shutil.rmtree(file.parent, ignore_errors=True)

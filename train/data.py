@@ -26,7 +26,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 # To be raised when the same text is packed into other blocks than before.
-_FORMAT = 1
+_FORMAT = 2
 _ARRAYS = ("tokens.npy", "segments.npy")
 _DOCUMENT = "blocks.json"
 # Characters that are tokenised at a time.

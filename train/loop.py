@@ -1,10 +1,13 @@
 """A PostShare run: stages, steps, evaluation, checkpoints and metrics. The work itself is done in `step`."""
 
+import logging
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -20,7 +23,7 @@ from headshare_jax.convert.cache import cache_directory
 from headshare_jax.convert.cast import cast
 from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluation import perplexity
-from headshare_jax.mesh import batch_sharding, make_mesh
+from headshare_jax.mesh import batch_sharding, make_mesh, replicated
 from headshare_jax.modeling import Llama
 from headshare_jax.parameters import WeightSource, fingerprint, parameter_names
 from headshare_jax.selection import sharing_map
@@ -29,7 +32,8 @@ from headshare_jax.similarity import match
 from headshare_jax.train import data
 from headshare_jax.train import recipe as recipes
 from headshare_jax.train.checkpoints import RunCheckpoints
-from headshare_jax.train.metrics import MetricsLog, matrix_rate, step_flops
+from headshare_jax.train.losses import pair_cosine, pool_name, tied_projections
+from headshare_jax.train.metrics import MetricsLog, is_spike, matrix_rate, step_flops
 from headshare_jax.train.placement import abstract_params, abstract_state, begin, gathered, place, split_names
 from headshare_jax.train.step import Params, StageContext, TrainState, make_step, trainable_names
 from headshare_jax.transform import share
@@ -37,9 +41,12 @@ from headshare_jax.transform import share
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 CONFIG, MAP, FINAL, CHECKPOINTS = "config.yaml", "map.json", "final", "checkpoints"
 
 Report = Callable[[dict[str, Any]], None]
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -60,9 +67,16 @@ class Run:
 
 
 def run(
-    recipe: recipes.Recipe, output: Path, *, resume: bool = False, report: Report = lambda metrics: None
+    recipe: recipes.Recipe,
+    output: Path,
+    *,
+    resume: bool = False,
+    report: Report = lambda metrics: None,
+    progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any] | None:
     """Trains as the recipe says; returns the metrics of the last step, or None if it was stopped before that.
+
+    Those metrics are joined by `spikes`, the steps whose loss stood out.
 
     The folder `output` gets `config.yaml`, `map.json`, `metrics.jsonl` (a line a step), `checkpoints/`, and `final/`,
     the shared model. On SIGTERM it saves a checkpoint and stops. Every process of a distributed run calls this.
@@ -72,13 +86,14 @@ def run(
       output: folder of the run; new unless `resume`.
       resume: go on after the newest checkpoint in `output`, whose recipe must be the same but for the mesh.
       report: called with every step's metrics.
+      progress: called before the first step, with what is being prepared, how much of it is done, and the whole.
 
     Raises:
       HeadshareError: the recipe cannot be run, or `output` is not a run to be resumed.
     """
     check_devices(recipe)
     _check_folder(output, recipe, resume)
-    task = prepare(recipe, output)
+    task = prepare(recipe, output, progress)
     if not resume:
         _begin_folder(task)
     with RunCheckpoints(output / CHECKPOINTS, recipe.checkpoints.keep) as checkpoints, _told_to_stop() as stopping:
@@ -98,11 +113,14 @@ def check_devices(recipe: recipes.Recipe) -> Mesh:
     return mesh
 
 
-def prepare(recipe: recipes.Recipe, output: Path) -> Run:
+def prepare(recipe: recipes.Recipe, output: Path, progress: Progress) -> Run:
     """Opens the model, makes or reads the map (`map.json` in `output`), and tokenises the text; writes nothing."""
     source, words, eval_tokens = open_inputs(recipe)
     stored = output / MAP
-    sharing = map_file.read(stored) if stored.is_file() else choose_pairs(recipe, source, recipe.sharing.match)
+    if stored.is_file():
+        sharing = map_file.read(stored)
+    else:
+        sharing = choose_pairs(recipe, source, recipe.sharing.match, partial(progress, "matching"))
     blocks = data.prepare(
         recipe.data.train,
         words,
@@ -110,6 +128,7 @@ def prepare(recipe: recipes.Recipe, output: Path) -> Run:
         text_field=recipe.data.text_field,
         workers=recipe.data.workers,
         cache=cache_directory() / "blocks",
+        progress=partial(progress, "tokenising"),
     )
     return Run(recipe, output, source, sharing, check_devices(recipe), blocks, eval_tokens)
 
@@ -134,7 +153,12 @@ def open_inputs(recipe: recipes.Recipe) -> tuple[convert.Checkpoint, "PreTrained
     return source, words, np.asarray(tokens, np.int32)
 
 
-def choose_pairs(recipe: recipes.Recipe, source: convert.Checkpoint, function: str) -> SharingMap:
+def choose_pairs(
+    recipe: recipes.Recipe,
+    source: convert.Checkpoint,
+    function: str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> SharingMap:
     """The map that the recipe names, or one made with a match function.
 
     Raises:
@@ -147,7 +171,8 @@ def choose_pairs(recipe: recipes.Recipe, source: convert.Checkpoint, function: s
         if sharing.source is not None and sharing.source != fingerprint(source):
             raise HeadshareError(f"The map {settings.map} was made for other weights than those of {recipe.model}.")
     else:
-        sharing = sharing_map(match(source, function), settings.ratio, chains=settings.chains, tie=settings.tie)
+        scores = match(source, function, progress=progress)
+        sharing = sharing_map(scores, settings.ratio, chains=settings.chains, tie=settings.tie)
     if not sharing.pooled:
         raise HeadshareError(
             "The map has no receivers and drops no unit, so there is nothing to share; raise the ratio."
@@ -194,11 +219,14 @@ class _Trainer:
     frozen: Params
     teacher: Params
     step_in_stage: int
+    losses: list[float]
     log: MetricsLog
 
     def __init__(self, task: Run, checkpoints: RunCheckpoints, stopping: Callable[[], bool], report: Report):
         self.task, self.checkpoints, self.stopping, self.report = task, checkpoints, stopping, report
         self.limit = matrix_rate(task.recipe.compute_dtype)
+        cosine = partial(pair_cosine, sharing=task.sharing)
+        self.pair_cosine = jax.jit(cosine, out_shardings=replicated(task.mesh))
 
     @property
     def step(self) -> int:
@@ -218,6 +246,8 @@ class _Trainer:
             self.state, self.frozen = TrainState(**arrays["state"]), arrays["frozen"]
             self.step_in_stage = int(self.state.step)
         self.log = MetricsLog(self.task.output, from_step=self.step)
+        lines = self.log.lines()
+        self.losses = [line["lm_loss"] or math.nan for line in lines[len(lines) - self.step_in_stage :]]
 
     def train(self) -> bool:
         """Runs every stage that is left; False if it was told to stop before the end."""
@@ -234,7 +264,7 @@ class _Trainer:
         model, source = gathered(self._trained("tied")), self.task.source
         self.log.close()
         lines = self.log.lines()
-        last = lines[-1] if lines else {}
+        last = (lines[-1] if lines else {}) | {"spikes": [line["step"] for line in lines if line.get("spike")]}
         if jax.process_index() == 0:
             convert.save(
                 cast(model, str(source.dtype("embed_vd"))),
@@ -248,7 +278,7 @@ class _Trainer:
 
     def _enter(self, number: int, source: WeightSource | None) -> None:
         """Makes a stage the current one, from a source's weights unless its state is to be restored."""
-        self.number, self.context, self.step_in_stage = number, self.task.context(number), 0
+        self.number, self.context, self.step_in_stage, self.losses = number, self.task.context(number), 0, []
         if source is not None:
             self.state, self.frozen = begin(self.context, source, self.task.mesh)
         self.teacher = self._teacher()
@@ -292,7 +322,8 @@ class _Trainer:
                 f"{self.step}; lower the learning rate and begin a new run."
             )
         line: dict[str, Any] = {"step": self.step, "stage": self.context.stage.kind, **values}
-        if self.task.eval_tokens.size and self._due(recipe.checkpoints.eval_every):
+        line["spike"] = float(self._spikes(values["lm_loss"]))
+        if self._due(recipe.checkpoints.eval_every):
             line |= self._evaluate()
         self.log.add(line)
         self.report(line)
@@ -304,11 +335,27 @@ class _Trainer:
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step_in_stage == self.context.stage.steps
 
+    def _spikes(self, loss: float) -> bool:
+        """Whether a step's loss stands out above those before it in its stage, which is told."""
+        spike = is_spike(self.losses, loss)
+        self.losses.append(loss)
+        if spike:
+            logger.warning("Step %d: the loss rose to %.3f, far above the steps before it.", self.step, loss)
+        return spike
+
     def _evaluate(self) -> dict[str, float]:
-        """Held-out perplexity of the shared model, and in an align stage of the model before sharing."""
-        result = {"shared_perplexity": self._perplexity(self._trained("tied"))}
-        if self.context.stage.kind == "align":
-            result["dense_perplexity"] = self._perplexity(self._trained("align"))
+        """Held-out perplexity of the shared model; in an align stage also of the dense one, and the pairs' cosine."""
+        result = {}
+        aligns = self.context.stage.kind == "align"
+        if aligns and len(self.task.sharing.receivers):
+            every = {**self.frozen, **self.state.params}
+            result["pair_cosine"] = float(
+                self.pair_cosine({name: every[name] for name in map(pool_name, tied_projections(self.task.sharing))})
+            )
+        if self.task.eval_tokens.size:
+            result["shared_perplexity"] = self._perplexity(self._trained("tied"))
+            if aligns:
+                result["dense_perplexity"] = self._perplexity(self._trained("align"))
         return result
 
     def _perplexity(self, model: Llama) -> float:

@@ -96,6 +96,28 @@ def tied_projections(sharing: SharingMap) -> tuple[str, ...]:
     return tuple(projection for projection in PROJECTIONS if sharing.tied(projection).any())
 
 
+def pair_cosine(params: Mapping[str, jax.Array], sharing: SharingMap) -> jax.Array:
+    """How alike the pairs of a map are: the mean cosine of a receiver's and its donor's slices, float32 scalar.
+
+    Args:
+      params: a dense model's pools, which hold every head.
+      sharing: the pairs; a unit's slices of all projections that it shares are one vector.
+    """
+    receivers = sharing.receivers
+    donors = sharing.donor.ravel()[receivers]
+    product_r = square_a_r = square_b_r = jnp.zeros(len(receivers), jnp.float32)
+    for projection in tied_projections(sharing):
+        tied_r = sharing.tied(projection).ravel()[receivers]
+        pool = params[pool_name(projection)]
+        group = sharing.heads_per_unit if projection in "qo" else 1
+        a_rgdh, b_rgdh = (_unit_rows(pool, units, group) for units in (receivers, donors))
+        product_r += jnp.where(tied_r, jnp.sum(a_rgdh * b_rgdh, axis=_SLICES), 0.0)
+        square_a_r += jnp.where(tied_r, jnp.sum(jnp.square(a_rgdh), axis=_SLICES), 0.0)
+        square_b_r += jnp.where(tied_r, jnp.sum(jnp.square(b_rgdh), axis=_SLICES), 0.0)
+    lengths_r = jnp.sqrt(square_a_r) * jnp.sqrt(square_b_r)
+    return jnp.mean(product_r / jnp.maximum(lengths_r, jnp.finfo(jnp.float32).tiny))
+
+
 def pool_name(projection: str) -> str:
     """Parameter that holds the heads of a projection."""
     return f"{projection}_pool_{'phd' if projection == 'o' else 'pdh'}"

@@ -1,18 +1,25 @@
 """What a run reports: a line a step in `metrics.jsonl`, TensorBoard, speed against the machine's limit, and a plot."""
 
 import json
+import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from headshare_jax.config import LlamaConfig
 from headshare_jax.convert.atomic import new_file
 
 METRICS, PLOT = "metrics.jsonl", "metrics.png"
 _RATE_SIZE = 2048
+# A loss is compared with so many before it, and at least with so few.
+_SPIKE_WINDOW, _SPIKE_LEAST = 50, 10
+# It is a spike so many of their deviations, and so many of their medians, above the median.
+_SPIKE_DEVIATIONS, _SPIKE_RISE = 6.0, 0.1
 
 
 class MetricsLog:
@@ -27,16 +34,20 @@ class MetricsLog:
         self._writes = jax.process_index() == 0
         self._board = _tensorboard(folder) if self._writes else None
         if self._writes and self.path.is_file():
-            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= from_step]
+            kept = [line for line in self._text().splitlines() if _step_of(line) <= from_step]
             with new_file(self.path, overwrite=True) as partial:
                 partial.write_text("".join(f"{line}\n" for line in kept))
 
     def add(self, line: dict[str, Any]) -> None:
-        """Adds a step's metrics."""
+        """Adds a step's metrics; numbers that are not finite, which JSON has not, become null."""
         if not self._writes:
             return
+        plain = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in line.items()
+        }
         with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(plain, allow_nan=False) + "\n")
         if self._board is not None:
             for name, value in line.items():
                 if isinstance(value, float):
@@ -58,7 +69,25 @@ class MetricsLog:
 
     def lines(self) -> list[dict[str, Any]]:
         """All lines so far."""
-        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.is_file() else []
+        return [json.loads(line) for line in self._text().splitlines()] if self.path.is_file() else []
+
+    def _text(self) -> str:
+        # A kill may have left anything in the last line, which is dropped.
+        return self.path.read_text(encoding="utf-8", errors="replace")
+
+
+def is_spike(before: Sequence[float], loss: float) -> bool:
+    """Whether a step's loss stands out above those of the steps before it.
+
+    It does six standard deviations above their median, as the median deviation gives it for a normal distribution,
+    and at least a tenth above it; the last fifty that are finite are looked at, and at least ten are needed.
+    """
+    recent = np.array([value for value in before if math.isfinite(value)][-_SPIKE_WINDOW:])
+    if len(recent) < _SPIKE_LEAST or not math.isfinite(loss):
+        return False
+    median = float(np.median(recent))
+    deviation = 1.4826 * float(np.median(np.abs(recent - median)))
+    return loss > median + max(_SPIKE_DEVIATIONS * deviation, _SPIKE_RISE * median)
 
 
 def step_flops(config: LlamaConfig, seq_len: int, tokens: int) -> float:

@@ -14,6 +14,7 @@ from itertools import takewhile
 from types import FrameType
 from typing import Any
 
+import jax
 import tyro
 
 from headshare_jax.cli.command import Command
@@ -65,6 +66,8 @@ def run(args: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
+        if _is_out_of_memory(error):
+            return _fail(f"there is not enough memory ({error}); use a smaller batch, length or model.", _BAD_INPUT)
         if os.environ.get("HEADSHARE_TRACEBACK"):
             traceback.print_exc()
         return _fail(
@@ -123,6 +126,13 @@ def _sentence(box: str) -> str:
     text = " ".join(row.strip() for row in said if not row.startswith(" " * 9)).strip().rstrip(".")
     wrong = re.match(r"Error parsing ([^:]+):.*'([^']*)'", text)
     return f"{wrong[1]} does not take {wrong[2]!r}" if wrong else text or "The arguments cannot be understood"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether the host's or a device's memory was too small."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, jax.errors.JaxRuntimeError) and str(error).startswith("RESOURCE_EXHAUSTED")
+    )
 
 
 def _fail(message: str, code: int) -> int:

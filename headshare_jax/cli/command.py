@@ -73,26 +73,20 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def progress_with_text(label: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar with a text that changes; yields the function to call with the steps done and the text.
+def progress_with_text() -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar with a text that changes; yields the function to call with the steps done, in all, and the text.
 
     It appears with the first call, so that work that is refused before it begins shows none.
     """
-    columns = (
-        TextColumn(label),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with ExitStack() as shown:
         bar = Progress(*columns, console=_errors)
-        task = bar.add_task("", total=total)
+        task = bar.add_task("", total=None)
 
-        def show(done: int, text: str) -> None:
+        def show(done: int, total: int, text: str) -> None:
             if not bar.live.is_started:
                 shown.enter_context(bar)
-            bar.update(task, completed=done, description=text)
+            bar.update(task, completed=done, total=total, description=text)
 
         yield show
 

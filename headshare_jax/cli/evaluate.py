@@ -2,48 +2,90 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import RenderableType
+from rich.table import Table
 
 from headshare_jax import convert
 from headshare_jax.cli.command import Command, ComputeDtype, Source, progress
 from headshare_jax.convert import text, tokenizer
+from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluation import perplexity
+from headshare_jax.modeling import Llama
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Command):
-    """Measure perplexity on a text.
+    """Measure perplexity on a text, and the tasks of EleutherAI's evaluation harness.
 
     Example: headshare eval smollm2-shared --text wiki.test.txt --seq-len 2048
     """
 
     src: Source
     text: Annotated[
-        str,
+        str | None,
         tyro.conf.arg(
             help="Text, JSONL or parquet file, or data set name[:config[:split]]: wikitext:wikitext-2-raw-v1:test."
         ),
-    ]
+    ] = None
+    text_field: Annotated[str, tyro.conf.arg(help="Field or column of --text that holds the text.")] = "text"
     seq_len: Annotated[int, tyro.conf.arg(help="Tokens in a window.")] = 2048
     stride: Annotated[
         int | None, tyro.conf.arg(help="Tokens from one window's start to the next; the window length by default.")
     ] = None
     max_windows: Annotated[int | None, tyro.conf.arg(help="Run the first windows only.")] = None
-    batch_size: Annotated[int, tyro.conf.arg(help="Windows run at a time.")] = 1
+    tasks: Annotated[
+        str | None, tyro.conf.arg(help="Tasks of the harness, separated by commas: hellaswag,piqa (needs lm-eval).")
+    ] = None
+    task_folder: Annotated[
+        Path | None, tyro.conf.arg(help="Folder of task files (YAML) to take the tasks from instead of the harness's.")
+    ] = None
+    task_limit: Annotated[int | None, tyro.conf.arg(help="Run the first examples of each task only.")] = None
+    batch_size: Annotated[int, tyro.conf.arg(help="Windows or examples run at a time.")] = 1
     compute_dtype: ComputeDtype = "float32"
 
     def run(self) -> dict[str, Any]:
+        if self.text is None and self.tasks is None:
+            raise HeadshareError("Give --text, to measure perplexity, or --tasks, or both.")
+        if self.task_folder is not None and not self.task_folder.is_dir():
+            raise HeadshareError(f"There is no folder {self.task_folder}; --task-folder takes one with task files.")
+        if self.tasks is not None:
+            _harness()
         path = convert.locate(self.src)
-        content = text.read(self.text)
-        tokens = tokenizer.load(path)(content, verbose=False).input_ids
+        content = None if self.text is None else text.read(self.text, field=self.text_field)
+        words = tokenizer.load(path)
         model = convert.load(path, compute_dtype=self.compute_dtype)
+        result: dict[str, Any] = {"compute_dtype": self.compute_dtype}
+        if content is not None:
+            result |= self._perplexity(model, words, content)
+        if self.tasks is not None:
+            result["tasks"] = self._tasks(model, words)
+        return result
+
+    def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
+        if self.text is not None:
+            yield f"token perplexity {result['token_perplexity']:.3f}, word perplexity {result['word_perplexity']:.3f}"
+            yield f"protocol: {result['protocol']}; computed in {result['compute_dtype']}"
+            if result["seq_len"] < self.seq_len:
+                yield f"The text is shorter than --seq-len {self.seq_len}, so it is one window by itself."
+        if self.tasks is not None:
+            table = Table("task", "metric", "value")
+            for task, metrics in result["tasks"].items():
+                for metric, value in metrics.items():
+                    table.add_row(task, metric, f"{value:.4f}" if isinstance(value, float) else str(value))
+            yield table
+
+    def _perplexity(self, model: Llama, words: "PreTrainedTokenizerBase", content: str) -> dict[str, Any]:
         with progress("perplexity") as step:
-            result = perplexity(
+            found = perplexity(
                 model,
-                tokens,
+                words(content, verbose=False).input_ids,
                 seq_len=self.seq_len,
                 stride=self.stride,
                 max_windows=self.max_windows,
@@ -51,10 +93,26 @@ class Evaluate(Command):
                 words=len(content.split()),
                 progress=step,
             )
-        return asdict(result) | {"protocol": result.protocol, "text": self.text, "compute_dtype": self.compute_dtype}
+        return asdict(found) | {"protocol": found.protocol, "text": self.text}
 
-    def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
-        yield f"token perplexity {result['token_perplexity']:.3f}, word perplexity {result['word_perplexity']:.3f}"
-        yield f"protocol: {result['protocol']}; computed in {result['compute_dtype']}"
-        if result["seq_len"] < self.seq_len:
-            yield f"The text is shorter than --seq-len {self.seq_len}, so it is one window by itself."
+    def _tasks(self, model: Llama, words: "PreTrainedTokenizerBase") -> dict[str, Any]:
+        assert self.tasks is not None
+        with progress("tasks") as step:
+            found: dict[str, Any] = _harness().run_tasks(
+                model,
+                words,
+                [name.strip() for name in self.tasks.split(",")],
+                folder=self.task_folder,
+                limit=self.task_limit,
+                batch_size=self.batch_size,
+                progress=step,
+            )
+        return found
+
+
+def _harness() -> Any:
+    try:
+        from headshare_jax import harness
+    except ImportError as error:
+        raise HeadshareError("--tasks needs one more package: pip install 'headshare-jax[eval]'.") from error
+    return harness

@@ -34,6 +34,8 @@ class Generate(Command):
 
     def run(self) -> dict[str, Any]:
         sampling = Sampling(self.temperature, self.top_k, self.top_p)
+        if not 0 <= self.seed < 2**32:
+            raise HeadshareError(f"--seed must be from 0 to 2^32 - 1, not {self.seed}.")
         if self.max_new_tokens < 1:
             raise HeadshareError(f"--max-new-tokens must be at least 1, not {self.max_new_tokens}.")
         path = convert.locate(self.src)

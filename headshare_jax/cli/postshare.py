@@ -56,8 +56,14 @@ class Postshare(Command):
             self._join()
         if self.dry_run:
             return {"recipe": yaml.safe_load(recipes.to_yaml(recipe)), **footprint(recipe)}
-        with progress_with_text("training", recipe.total_steps) as show:
-            last = loop.run(recipe, self.output, resume=self.resume, report=lambda line: show(*_told(line)))
+        with progress_with_text() as show:
+            last = loop.run(
+                recipe,
+                self.output,
+                resume=self.resume,
+                report=lambda line: show(line["step"], recipe.total_steps, _told(line)),
+                progress=lambda what, done, total: show(done, total, what),
+            )
         return {"output": str(self.output), "final": str(self.output / loop.FINAL) if last else None, "last": last}
 
     def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
@@ -75,6 +81,8 @@ class Postshare(Command):
         perplexity = last.get("shared_perplexity")
         held_out = "" if perplexity is None else f", held-out perplexity after sharing {perplexity:.2f}"
         yield f"{result['final']}: the shared model after {last['step']} steps{held_out}"
+        if last["spikes"]:
+            yield f"The loss stood out at step {', '.join(map(str, last['spikes']))}."
         yield f"metrics: {result['output']}/metrics.jsonl, metrics.png; next: headshare inspect {result['final']}"
 
     def _join(self) -> None:
@@ -87,12 +95,12 @@ class Postshare(Command):
             raise HeadshareError(f"The other processes cannot be joined: {error}") from error
 
 
-def _told(line: dict[str, Any]) -> tuple[int, str]:
+def _told(line: dict[str, Any]) -> str:
     parts = [f"{line['stage']} loss {line['lm_loss']:.3f}"]
     parts += [f"{label} {line[name]:.2f}" for name, label in _SHOWN.items() if name in line]
     if line["skipped"]:
         parts.append("skipped: not finite")
-    return line["step"], ", ".join([*parts, f"{line['tokens_per_second']:,.0f} tokens/s"])
+    return ", ".join([*parts, f"{line['tokens_per_second']:,.0f} tokens/s"])
 
 
 _SHOWN = {"sim_loss": "penalty", "shared_perplexity": "perplexity"}

@@ -116,6 +116,13 @@ def test_a_missing_parent_folder_is_named(tmp_path: Path, kind: str) -> None:
         write(kind, tmp_path / "no" / "out", "new")
 
 
+def test_a_folder_that_is_read_only_is_named(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(HeadshareError, match=f"The folder {tmp_path} cannot be written to"):
+        write(kind, tmp_path / "out", "new")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_is_no_parent_folder(tmp_path: Path, kind: str) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(HeadshareError, match="does not exist"):

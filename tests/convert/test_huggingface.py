@@ -231,6 +231,16 @@ def test_all_problems_are_told_at_once(folder: Path) -> None:
     assert "\n" not in message
 
 
+def test_a_tensor_twice_in_one_header_is_refused(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    norm = json.loads(data[8 : 8 + size])["model.norm.weight"]
+    header = data[8 : 8 + size].rstrip()[:-1] + f', "model.norm.weight": {json.dumps(norm)}}}'.encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
+    assert "model.norm.weight stands more than once in model.safetensors" in refused(folder)
+
+
 def test_every_missing_tensor_is_named(folder: Path) -> None:
     lost: list[str] = []
     rewrite(

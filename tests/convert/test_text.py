@@ -38,6 +38,11 @@ def test_pieces_end_with_a_line_where_they_can(tmp_path: Path, monkeypatch: pyte
     assert all(part.text.endswith("\n") for part in text.open_corpus(str(tmp_path / "words.txt")).pieces())
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_bytes("Naïve.".encode("utf-8-sig"))
+    assert text.read(str(tmp_path / "words.txt")) == "Naïve."
+
+
 def test_a_corpus_can_be_read_as_one_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words, rows = "Ends with blank lines.\n\n\n\n", ["One.", "", None, "Two \ud83d."]
     read_rows = "One.\n\n\n\n\n\nTwo ?."

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -25,7 +26,7 @@ stages:
 batch_size: 8
 compute_dtype: float32
 remat: none
-checkpoints: {{every: 2, keep: 1, eval_every: 2}}
+checkpoints: {{every: 2, keep: 2, eval_every: 2}}
 """
 
 
@@ -43,6 +44,12 @@ def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     last_one, last_two = (lines(tmp_path / name)[-1]["shared_perplexity"] for name in ("one", "two"))
     assert last_two == pytest.approx(last_one, rel=1e-5)
     assert hs.load(tmp_path / "two" / "final").sharing == hs.load(tmp_path / "one" / "final").sharing
+    # What two began, one can go on with.
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "4")
+    shutil.rmtree(tmp_path / "two" / "final")
+    loop.run(recipes.load(tmp_path / "recipe.yaml"), tmp_path / "two", resume=True)
+    np.testing.assert_allclose([line["loss"] for line in lines(tmp_path / "two")], one, rtol=1e-5)
+    assert (tmp_path / "two" / "final").is_dir()
 
 
 def lines(run: Path) -> list[dict[str, float]]:
@@ -64,5 +71,5 @@ def together(args: list[str]) -> list[tuple[int, str]]:
         )
         for number in range(2)
     ]  # fmt: skip
-    said = [process.communicate(timeout=300)[0] for process in processes]
+    said = [process.communicate(timeout=600)[0] for process in processes]
     return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]

@@ -82,7 +82,10 @@ def test_run_folder_holds_what_is_promised(finished: Path, workplace: Path) -> N
     assert recipes.load(finished / "config.yaml") == recipe(workplace)
     lines = metrics(finished)
     assert [line["step"] for line in lines] == list(range(1, 10))
-    assert {"step", "loss", "lm_loss", "sim_loss", "tokens_per_second", "mfu"} <= set(lines[0])
+    assert {"step", "loss", "lm_loss", "sim_loss", "spike", "tokens_per_second", "mfu"} <= set(lines[0])
+    cosines = [line["pair_cosine"] for line in lines if "pair_cosine" in line]
+    assert len(cosines) == 2
+    assert -1 < cosines[0] < cosines[1] < 1
     assert [line["step"] for line in lines if "shared_perplexity" in line] == [3, 5, 6, 9]
     assert (finished / "metrics.png").read_bytes().startswith(b"\x89PNG")
     steps = sorted(int(path.name) for path in (finished / "checkpoints").iterdir())
@@ -175,8 +178,25 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(
     (largest,) = sorted((run / "checkpoints" / "7").rglob("*"), key=lambda path: path.stat().st_size)[-1:]
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     loop.run(recipe(workplace), run, resume=True)
-    assert "step 7 cannot be read" in caplog.text
+    assert "step 7 cannot be used" in caplog.text
     assert losses(run) == losses(finished)
+
+
+def test_steps_of_an_unusable_checkpoint_are_done_and_saved_again(
+    finished: Path, workplace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = workplace / "foreign"
+    assert run_killed(workplace, run, 8, "SIGTERM").stdout == "stopped\n"
+    document = run / "checkpoints" / "8" / "document" / "metadata"
+    document.write_text(json.dumps({"format": "another"}))
+    loop.run(recipe(workplace), run, resume=True)
+    assert "step 8 cannot be used" in caplog.text
+    assert "not a checkpoint of a PostShare run" in caplog.text
+    assert losses(run) == losses(finished)
+    assert {"8", "9"} <= {path.name for path in (run / "checkpoints").iterdir()}
+    caplog.clear()
+    loop.run(recipe(workplace), run, resume=True)
+    assert "cannot be used" not in caplog.text
 
 
 def test_a_full_disk_leaves_earlier_checkpoints_to_resume_from(finished: Path, workplace: Path) -> None:

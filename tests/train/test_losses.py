@@ -208,3 +208,32 @@ def test_kl_goes_from_the_receiver_to_the_donor() -> None:
     certain[0, 0] = 30
     assert float(penalty_of(certain, even, "kl")) == pytest.approx(np.log(24), rel=1e-5)
     assert float(penalty_of(even, certain, "kl")) == pytest.approx(30 * 23 / 24 - np.log(24), rel=1e-5)
+
+
+@pytest.mark.parametrize(("variant", "tie"), [("mha", "qk"), ("gqa", "qkvo")])
+def test_cosine_of_the_pairs_is_that_of_their_slices(variant: str, tie: str) -> None:
+    model = tiny_model(**VARIANTS[variant])
+    units = model.config.num_kv_heads
+    sharing = sharing_by_hand(model, tie, {units: 0, 2 * units: 1})
+    group = model.config.num_heads // units
+
+    def vector(unit: int) -> np.ndarray:
+        rows = {p: slice(unit * size, (unit + 1) * size) for p, size in zip("qkvo", (group, 1, 1, group), strict=True)}
+        return np.concatenate([np.asarray(getattr(model, losses.pool_name(p))[...])[rows[p]].ravel() for p in tie])
+
+    expected = [
+        vector(a) @ vector(b) / np.linalg.norm(vector(a)) / np.linalg.norm(vector(b))
+        for a, b in ((units, 0), (2 * units, 1))
+    ]
+    assert float(losses.pair_cosine(params_of(model), sharing)) == pytest.approx(np.mean(expected), abs=1e-6)
+
+
+def test_cosine_of_equal_pairs_is_one_and_of_zeros_none() -> None:
+    model = tiny_model()
+    units = model.config.num_kv_heads
+    sharing = sharing_by_hand(model, "k", {units: 0})
+    equal = params_of(model)
+    equal["k_pool_pdh"] = equal["k_pool_pdh"].at[units].set(equal["k_pool_pdh"][0])
+    assert float(losses.pair_cosine(equal, sharing)) == pytest.approx(1.0, abs=1e-6)
+    equal["k_pool_pdh"] = jnp.zeros_like(equal["k_pool_pdh"])
+    assert float(losses.pair_cosine(equal, sharing)) == 0.0
