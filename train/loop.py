@@ -159,17 +159,21 @@ def choose_pairs(
     function: str,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> SharingMap:
-    """The map that the recipe names, or one made with a match function.
+    """The map that the recipe names or whose model it begins with, or one made with a match function.
 
     Raises:
-      HeadshareError: a map that cannot be read, is for another model, or changes nothing.
+      HeadshareError: a map or a model that cannot be read, is for another model, or changes nothing.
     """
     settings = recipe.sharing
-    if settings.map is not None:
-        sharing = map_file.read(Path(settings.map))
+    given = settings.start or settings.map
+    if given is not None:
+        found = map_file.read(Path(given)) if settings.start is None else convert.open_checkpoint(given).sharing
+        if found is None:
+            raise HeadshareError(f"sharing.start names {given}, which shares nothing; share {recipe.model} first.")
+        sharing = found
         sharing.check_model(source.config)
         if sharing.source is not None and sharing.source != fingerprint(source):
-            raise HeadshareError(f"The map {settings.map} was made for other weights than those of {recipe.model}.")
+            raise HeadshareError(f"The map of {given} was made for other weights than those of {recipe.model}.")
     else:
         scores = match(source, function, progress=progress)
         sharing = sharing_map(scores, settings.ratio, chains=settings.chains, tie=settings.tie)
@@ -237,9 +241,7 @@ class _Trainer:
         """Takes over the newest checkpoint, or begins the first stage."""
         found = self.checkpoints.restore(self._abstract) if resume else None
         if found is None:
-            source = self.task.source
-            first = self.task.recipe.stages[0].kind
-            self._enter(0, source if first == "align" else share(convert.load(source), self.task.sharing))
+            self._enter(0, self._beginning())
         else:
             _, arrays, document = found
             self._enter(document["stage"], None)
@@ -248,6 +250,15 @@ class _Trainer:
         self.log = MetricsLog(self.task.output, from_step=self.step)
         lines = self.log.lines()
         self.losses = [line["lm_loss"] or math.nan for line in lines[len(lines) - self.step_in_stage :]]
+
+    def _beginning(self) -> WeightSource:
+        """What the first stage begins with."""
+        source, start = self.task.source, self.task.recipe.sharing.start
+        if start is not None:
+            return convert.open_checkpoint(start)
+        if self.task.recipe.stages[0].kind == "align":
+            return source
+        return share(convert.load(source), self.task.sharing)
 
     def train(self) -> bool:
         """Runs every stage that is left; False if it was told to stop before the end."""

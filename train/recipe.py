@@ -32,13 +32,16 @@ _ALIGN_ONLY = ("lm_weight", "sim_weight", "sim_schedule", "penalty")
 
 @dataclass(frozen=True)
 class Sharing:
-    """Who is to share with whom: a map that exists, or how to make one.
+    """Who is to share with whom: a shared model or a map that exists, or how to make one.
 
     Attributes:
+      start: a shared model made from `model`, such as one that was fitted: its map is used, and a first `tied` stage
+        begins with its weights; the other fields are not used then.
       map: file of a sharing map; the other fields are not used then.
       ratio, match, tie, chains: as of `headshare share`.
     """
 
+    start: str | None = None
     map: str | None = None
     ratio: float = 0.3
     match: str = "qk"
@@ -173,9 +176,13 @@ class Recipe:
                 if name in names.split() and not allowed(value):
                     raise HeadshareError(f"{key} must be {words}, not {value}.")
         check_tie(self.sharing.tie)
+        if self.sharing.start is not None and self.sharing.map is not None:
+            raise HeadshareError("sharing.start has a map of its own; leave sharing.map out.")
         kinds = [stage.kind for stage in self.stages]
         if not kinds or kinds != sorted(kinds):
             raise HeadshareError("stages must name at least one stage, and align before tied.")
+        if self.sharing.start is not None and kinds[0] != "tied":
+            raise HeadshareError("sharing.start is where a tied stage begins, but the first stage is align.")
         for number, stage in enumerate(self.stages):
             unused = [name for name in _ALIGN_ONLY if getattr(stage, name) != getattr(Stage, name)]
             if stage.kind == "tied" and unused:

@@ -71,6 +71,30 @@ def final_weights(run: Path) -> dict[str, np.ndarray]:
     return {name: np.asarray(getattr(model, name)[...]) for name in parameter_names(model.config)}
 
 
+def test_a_tied_stage_begins_with_a_shared_models_weights(workplace: Path, tmp_path: Path) -> None:
+    dense = hs.load(workplace / "model")
+    sharing = hs.sharing_map(hs.match(dense, "v"), 0.5, tie="qk")
+    start = hs.share(dense, sharing)
+    start.o_pool_phd[...] = start.o_pool_phd[...] * 1.5
+    hs.save(start, tmp_path / "start")
+    frozen = TIED | {"steps": 1, "trainable": "final_norm_d", "learning_rate": 1e-3}
+    begun = {"sharing": {"start": str(tmp_path / "start")}}
+    loop.run(recipe(workplace, stages=[frozen], **begun), tmp_path / "run")
+    assert map_file.read(tmp_path / "run" / "map.json") == sharing
+    final = final_weights(tmp_path / "run")
+    for name in parameter_names(start.config):
+        assert np.array_equal(final[name], np.asarray(getattr(start, name)[...])) == (name != "final_norm_d"), name
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"sharing": {"start": str(workplace / "model")}, "stages": [TIED]}, "shares nothing"),
+        (begun, "first stage is align"),
+        ({"sharing": {"start": "a", "map": "b"}, "stages": [TIED]}, "leave sharing.map out"),
+    ]
+    for changes, message in wrong:
+        with pytest.raises(HeadshareError, match=message):
+            loop.run(recipe(workplace, **changes), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.fixture(scope="module")
 def finished(workplace: Path) -> Path:
     """A run of both stages, never interrupted."""
