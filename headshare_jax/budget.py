@@ -40,7 +40,7 @@ def budget_map(
     config: LlamaConfig,
     budget: float,
     *,
-    actions: Sequence[str] = (DROP, "qkv", "qk"),
+    actions: Sequence[str] | None = None,
 ) -> SharingMap:
     """Saves parameters where they cost least until the rest fits the budget.
 
@@ -52,12 +52,13 @@ def budget_map(
       result: functional scores, of every action.
       config: the architecture.
       budget: part of the attention parameters (q, k, v and o weights) to keep, in (0, 1].
-      actions: what may be done to a unit: `drop`, or a tie that was scored.
+      actions: what may be done to a unit, `drop` or a tie that was scored; by default all of them.
 
     Raises:
       HeadshareError: a budget outside (0, 1], or one that these actions cannot meet.
     """
     check_budget(budget)
+    actions = (DROP, "qkv", *result.tie_scores) if actions is None else actions
     for action in actions:
         if result.drop_score is None or action not in (DROP, "qkv", *result.tie_scores):
             raise HeadshareError(f"A budget needs functional scores of {action}; match with it.")

@@ -76,17 +76,19 @@ def match_functional(
     windows_wt: np.ndarray,
     search: Search | None = None,
     *,
-    ties: Sequence[str] = ("qk",),
+    ties: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> MatchResult:
     """Scores the units of the nearest earlier layers as donors of every unit, by what they compute on a text.
 
     A receiver computes with its donor's q, k and v on its own layer's input in the dense model, and the layer's output
     projection is refitted. With g_t the gradient of the model's predictions by the layer's attention output at token t
-    (`calibration.attention_gradients`) and e_t what is left of the error, the pair's cost is half the mean of |g_t|^2
-    e_t^T G e_t, where G = sum g g^T / sum |g|^2. That is the Fisher information of the output, its size taken token by
-    token and its directions on the whole: an estimate of the KL divergence of the predictions, in nats per token. The
+    (`calibration.attention_gradients`) and e_t what is left of the error there, the pair's cost is half the mean of
+    (g_t e_t)^2: by the Fisher information an estimate of the KL divergence of the predictions, in nats per token. The
     score is minus the cost, 0 where donor and receiver do the same. Dropping a unit is scored likewise.
+
+    Candidates are ranked by sums of products alone, with |g_t|^2 e_t^T G e_t for (g_t e_t)^2, G = sum g g^T / sum
+    |g|^2. Every unit's best are then scored token by token; the others keep their rank, as multiples of the best.
 
     Scores hold for one change in a layer, and for donors that keep their weights: choose with
     `sharing_map(..., chains="forbid")` or `budget_map`.
@@ -125,14 +127,20 @@ def match_functional(
             weights = layer_weights(source, layer)
             near = {below: near[below] for below in range(max(0, layer - search.span), layer)} | {layer: weights}
             scorer = _LayerScorer(config, near, x_wtd, gradients_lwtd[layer], search)
-            kept, sums = scorer.kept_donors()
-            drop[layer] = scorer.drop_costs(sums[0])
-            own = scorer.own_units()
-            share["qkv"][np.ix_(own, kept)] = scorer.donor_costs(kept, sums)
-            for tie, costs in share.items():
-                if tie != "qkv":
-                    receivers, donors = scorer.best_pairs(share["qkv"][own])
-                    costs[receivers, donors] = scorer.pair_costs(receivers, donors, tie)
+            own, (donors, sums) = scorer.own_units(), scorer.kept_donors()
+            rank_us = np.full((len(own), config.num_units), np.inf)
+            rank_us[:, donors] = scorer.ranks(donors, sums)
+            receivers, best = scorer.best_pairs(rank_us)
+            chosen = sums[0], *(part[np.searchsorted(donors, best)] for part in sums[1:])
+            drop[layer], costs = scorer.costs(receivers, best, "qkv", chosen)
+            first = {unit: place for place, unit in reversed(list(enumerate(receivers)))}
+            for unit in first:
+                place = unit - own[0], best[first[unit]]
+                share["qkv"][unit] = rank_us[place[0]] * (costs[first[unit]] / max(rank_us[place], TINY))
+            share["qkv"][receivers, best] = costs
+            for tie in share.keys() - {"qkv"}:
+                sums = scorer.sums(receivers, best, tie, scorer.all_windows())
+                share[tie][receivers, best] = scorer.costs(receivers, best, tie, sums)[1]
             for part in scorer.all_windows():
                 for block in BLOCKS:
                     x_wtd[part] = advance(config, weights, x_wtd[part], block)
@@ -174,6 +182,7 @@ class _LayerScorer:
     ):
         self.config, self.near, self.x_wtd, self.search = config, near, x_wtd, search
         self.layer, self.first_layer = max(near), min(near)
+        self.gradients_wtd = gradients_wtd
         self.weight_wt1 = np.linalg.norm(gradients_wtd, axis=-1, keepdims=True)
         g_md = gradients_wtd.reshape(-1, config.hidden_size)
         metric_dd = np.asarray(g_md.T @ g_md, np.float64) / max(np.sum(np.square(self.weight_wt1)), TINY)
@@ -189,57 +198,68 @@ class _LayerScorer:
         """Batches of all windows."""
         return self._batches(slice(0, len(self.x_wtd)))
 
-    def cost(self, squares: np.ndarray) -> np.ndarray:
-        """Cost of a sum of squares over all windows."""
-        return squares / (2 * self.weight_wt1.size)
-
     def kept_donors(self) -> tuple[np.ndarray, Sums]:
         """Donors worth trying on all windows, flat and ascending, and the sums over all windows; never none."""
         units, first = self.config.num_kv_heads, min(self.search.prefilter, len(self.x_wtd))
         donors = np.arange(self.first_layer * units, (self.layer + 1) * units)
         if not self.search.same_layer and self.first_layer < self.layer:
             donors = donors[:-units]
-        sums = self._sums(donors, donors, "qkv", self._batches(slice(0, first)))
+        sums = self.sums(donors, donors, "qkv", self._batches(slice(0, first)))
         if first == len(self.x_wtd):
             return donors, sums
         kept = _promising(pair_residuals(*sums, self.outer_ii, self.search.ridge), self.search.keep * units)
-        more = self._sums(donors[kept], donors[kept], "qkv", self._batches(slice(first, len(self.x_wtd))))
+        more = self.sums(donors[kept], donors[kept], "qkv", self._batches(slice(first, len(self.x_wtd))))
         return donors[kept], (sums[0] + more[0], sums[1][kept] + more[1], sums[2][kept] + more[2])
 
-    def donor_costs(self, donors: np.ndarray, sums: Sums) -> np.ndarray:
-        """Costs [U, donors] of sharing q, k and v; infinite where a unit is no donor of the layer."""
+    def ranks(self, donors: np.ndarray, sums: Sums) -> np.ndarray:
+        """What is left when q, k and v are shared, [U, donors]; infinite where a unit is no donor of the layer."""
         below_c = donors // self.config.num_kv_heads < self.layer
         another_uc = self.own_units()[:, None] != donors[None, :]
         wanted_uc = another_uc & (below_c | self.search.same_layer)[None, :]
-        return self.cost(pair_residuals(*sums, self.outer_ii, self.search.ridge, wanted_uc))
+        return pair_residuals(*sums, self.outer_ii, self.search.ridge, wanted_uc)
 
-    def drop_costs(self, gram: np.ndarray) -> np.ndarray:
-        """Costs [U] of dropping."""
-        size = len(self.outer_ii) // self.config.num_kv_heads
-        return self.cost(drop_residuals(gram, self.outer_ii, self.search.ridge, size))
-
-    def best_pairs(self, cost_us: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Flat receivers and donors of the pairs that are best by costs [U, L * U], up to `keep` for each unit."""
-        best_uk = np.argsort(cost_us, axis=1, kind="stable")[:, : self.search.keep]
-        found = np.isfinite(np.take_along_axis(cost_us, best_uk, axis=1))
+    def best_pairs(self, rank_us: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Flat receivers and donors of the pairs with the least rank, up to `keep` for each unit, its best first."""
+        best_uk = np.argsort(rank_us, axis=1, kind="stable")[:, : self.search.keep]
+        found = np.isfinite(np.take_along_axis(rank_us, best_uk, axis=1))
         return np.repeat(self.own_units(), found.sum(axis=1)), best_uk[found]
 
-    def pair_costs(self, receivers: np.ndarray, donors: np.ndarray, tie: str) -> np.ndarray:
-        """Costs [pairs] of sharing some of q, k and v."""
-        if not len(receivers):
-            return np.empty(0)
-        sums = self._sums(receivers, donors, tie, self.all_windows())
-        unit_c = receivers - self.own_units()[0]
-        wanted_uc = unit_c[None, :] == np.arange(self.config.num_kv_heads)[:, None]
-        return self.cost(pair_residuals(*sums, self.outer_ii, self.search.ridge, wanted_uc)[unit_c, range(len(unit_c))])
+    def costs(self, receivers: np.ndarray, donors: np.ndarray, tie: str, sums: Sums) -> tuple[np.ndarray, np.ndarray]:
+        """Costs [U] of dropping each unit, and [pairs] of sharing, from the pairs' sums over all windows."""
+        own, (gram, cross_cij, own_cjj) = self.own_units(), sums
+        inverse, rho = _regular_inverse(gram, self.search.ridge)
+        size = own_cjj.shape[-1] if len(own_cjj) else len(gram) // len(own)
+        rows = [slice(unit * size, (unit + 1) * size) for unit in range(len(own))]
+        solutions = [dropped_solution(inverse, rows[unit]) for unit in range(len(own))]
+        for receiver, cross_ij, own_jj in zip(receivers, cross_cij, own_cjj, strict=True):
+            solutions.append(shared_solution(inverse, rho, cross_ij, own_jj, rows[receiver - own[0]]))
+        # A dropped unit is one whose donor gives zeros.
+        receivers, donors = np.concatenate([own, receivers]), np.concatenate([own, donors])
+        shared_c = np.arange(len(donors)) >= len(own)
+        candidates = self._candidates(receivers, donors, tie)
+        solution_cij = jnp.asarray(np.stack(solutions), jnp.float32)
+        total = np.zeros(len(donors))
+        for part in self.all_windows():
+            total += np.asarray(
+                _squares(
+                    self.config, self.near[self.layer], candidates, self.x_wtd[part], self.gradients_wtd[part],
+                    receivers - own[0], solution_cij, shared_c,
+                ),
+                np.float64,
+            )  # fmt: skip
+        costs = total / (2 * self.weight_wt1.size)
+        return costs[: len(own)], costs[len(own) :]
+
+    def _candidates(self, receivers: np.ndarray, donors: np.ndarray, tie: str) -> Weights:
+        letters = {letter: donors if letter in tie else receivers for letter in "qkv"}
+        return _units(self.near, letters, self.config.num_kv_heads)
 
     def _batches(self, windows: slice) -> list[slice]:
         return list(batches(windows, self.search.batch_tokens, self.x_wtd.shape[1]))
 
-    def _sums(self, receivers: np.ndarray, donors: np.ndarray, tie: str, parts: Sequence[slice]) -> Sums:
+    def sums(self, receivers: np.ndarray, donors: np.ndarray, tie: str, parts: Sequence[slice]) -> Sums:
         """Sums over some windows, of units with their donors' weights of `tie` and their receivers' of the rest."""
-        letters = {letter: donors if letter in tie else receivers for letter in "qkv"}
-        candidates = _units(self.near, letters, self.config.num_kv_heads)
+        candidates = self._candidates(receivers, donors, tie)
         weights = self.near[self.layer]
         size, width = len(self.outer_ii) // self.config.num_kv_heads, len(self.outer_ii)
         total = (np.zeros((width, width)), np.zeros((len(donors), width, size)), np.zeros((len(donors), size, size)))
@@ -304,24 +324,33 @@ def pair_residuals(
         return np.stack(list(threads.map(of_unit, range(units))))
 
 
-def drop_residuals(gram: np.ndarray, outer: np.ndarray, ridge: float, size: int) -> np.ndarray:
-    """Squared error, ridge term included, left by dropping each unit of a layer; float64 [U].
+def shared_solution(inverse: np.ndarray, rho: float, cross: np.ndarray, own: np.ndarray, rows: slice) -> np.ndarray:
+    """B, float64 [I, J]: the best change of the output weight for a pair is B W_a; names as in `pair_residuals`.
 
-    The other rows are refitted: with N as in `pair_residuals`, trace(W_a^T (N - rho) W_a) is left.
-
-    Args:
-      gram: float64 [I, I], H^T H.
-      outer: float64 [I, I], W_0 G W_0^T.
-      ridge: above 0.
-      size: J, features of a unit.
+    With H' the features with the donor's G in the rows a, B = (H'^T H' + rho)^-1 H'^T (H_a - G), by elimination of the
+    other rows.
     """
-    inverse, rho = _regular_inverse(gram, ridge)
-    residual_u = np.empty(len(gram) // size)
-    for unit in range(len(residual_u)):
-        rows = slice(unit * size, (unit + 1) * size)
-        left_jj = linalg.inv(inverse[rows, rows]) - rho * np.eye(size)
-        residual_u[unit] = max(np.sum(left_jj * outer[rows, rows]), 0.0)
-    return residual_u
+    n_jj = linalg.inv(inverse[rows, rows])
+    z_ij = inverse @ cross
+    others_ij = -inverse[:, rows] @ n_jj
+    by_cross_ij = z_ij + others_ij @ z_ij[rows]
+    others_ij[rows] = by_cross_ij[rows] = 0
+    other_cross = cross.copy()
+    other_cross[rows] = 0
+    schur_jj = own + rho * np.eye(own.shape[0]) - other_cross.T @ by_cross_ij
+    schur_jj += ROUNDING * np.trace(schur_jj) * np.eye(len(schur_jj))
+    right_jj = cross[rows].T - own - other_cross.T @ (others_ij - by_cross_ij)
+    own_rows_jj = linalg.cho_solve(linalg.cho_factor(schur_jj), right_jj)
+    solution_ij = others_ij - by_cross_ij - by_cross_ij @ own_rows_jj
+    solution_ij[rows] = own_rows_jj
+    return solution_ij
+
+
+def dropped_solution(inverse: np.ndarray, rows: slice) -> np.ndarray:
+    """B of a unit that is dropped, float64 [I, J]: the other rows of the output weight change by theirs of B W_a."""
+    solution_ij = -inverse[:, rows] @ linalg.inv(inverse[rows, rows])
+    solution_ij[rows] = 0
+    return solution_ij
 
 
 def _regular_inverse(gram: np.ndarray, ridge: float) -> tuple[np.ndarray, float]:
@@ -344,6 +373,40 @@ def _products(
         )
         cross_cij = jnp.einsum("mi,mcj->cij", h_mi, g_mcj)
         return h_mi.T @ h_mi, cross_cij, jnp.einsum("mci,mcj->cij", g_mcj, g_mcj)
+
+
+@partial(jax.jit, static_argnames="config")
+def _squares(
+    config: LlamaConfig,
+    weights: Weights,
+    candidates: Weights,
+    x_btd: jax.Array,
+    gradient_btd: jax.Array,
+    unit_c: jax.Array,
+    solution_cij: jax.Array,
+    shared_c: jax.Array,
+) -> jax.Array:
+    """Sums over tokens of (g e)^2 of every candidate, float32 [C]; e is the error that the refit leaves."""
+    with jax.default_matmul_precision("highest"):
+        normed_btd = attention_input(config, weights, x_btd)
+        h_mi = head_outputs(config, weights, normed_btd).reshape(-1, solution_cij.shape[1])
+        count, size = solution_cij.shape[0], solution_cij.shape[2]
+        donor_mcj = head_outputs(config, candidates, normed_btd).reshape(len(h_mi), count, size)
+        o_ujd = output_weight(weights, "attention").reshape(-1, size, x_btd.shape[-1])
+        wanted_muj = jnp.einsum("md,ujd->muj", gradient_btd.reshape(len(h_mi), -1), o_ujd)
+
+        def of_candidate(candidate: tuple[jax.Array, ...]) -> jax.Array:
+            unit, solution_ij, shared, donor_mj = candidate
+            donor_mj = donor_mj * shared.astype(donor_mj.dtype)
+            start = (jnp.int32(0), unit * size)
+            own_mj = jax.lax.dynamic_slice(h_mi, start, donor_mj.shape)
+            changed_mi = jax.lax.dynamic_update_slice(h_mi, donor_mj, start)
+            left_mj = own_mj - donor_mj - changed_mi @ solution_ij
+            along_m = jnp.sum(left_mj * jax.lax.dynamic_index_in_dim(wanted_muj, unit, axis=1, keepdims=False), axis=1)
+            return jnp.sum(jnp.square(along_m))
+
+        rows = (jnp.asarray(unit_c, jnp.int32), solution_cij, shared_c, donor_mcj.swapaxes(0, 1))
+        return jax.lax.map(of_candidate, rows)
 
 
 def _units(layers: dict[int, Weights], units: Mapping[str, np.ndarray], per_layer: int) -> Weights:
