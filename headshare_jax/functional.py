@@ -29,6 +29,7 @@ from headshare_jax.calibration import (
     layer_weights,
     on_disk,
     output_weight,
+    residual_weights,
 )
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
@@ -87,8 +88,9 @@ def match_functional(
     (g_t e_t)^2: by the Fisher information an estimate of the KL divergence of the predictions, in nats per token. The
     score is minus the cost, 0 where donor and receiver do the same. Dropping a unit is scored likewise.
 
-    Candidates are ranked by sums of products alone, with |g_t|^2 e_t^T G e_t for (g_t e_t)^2, G = sum g g^T / sum
-    |g|^2. Every unit's best are then scored token by token; the others keep their rank, as multiples of the best.
+    Candidates are ranked by sums of products alone, with w_t^2 e_t^T G e_t for (g_t e_t)^2: w_t as in a refit, and G =
+    sum g g^T / sum |g|^2. Every unit's best are then scored token by token; the others keep their rank, as multiples of
+    the best.
 
     Scores hold for one change in a layer, and for donors that keep their weights: choose with
     `sharing_map(..., chains="forbid")` or `budget_map`.
@@ -138,7 +140,7 @@ def match_functional(
                 place = unit - own[0], best[first[unit]]
                 share["qkv"][unit] = rank_us[place[0]] * (costs[first[unit]] / max(rank_us[place], TINY))
             share["qkv"][receivers, best] = costs
-            for tie in share.keys() - {"qkv"}:
+            for tie in share.keys() - {"qkv"} if len(receivers) else ():
                 sums = scorer.sums(receivers, best, tie, scorer.all_windows())
                 share[tie][receivers, best] = scorer.costs(receivers, best, tie, sums)[1]
             for part in scorer.all_windows():
@@ -183,9 +185,8 @@ class _LayerScorer:
         self.config, self.near, self.x_wtd, self.search = config, near, x_wtd, search
         self.layer, self.first_layer = max(near), min(near)
         self.gradients_wtd = gradients_wtd
-        self.weight_wt1 = np.linalg.norm(gradients_wtd, axis=-1, keepdims=True)
         g_md = gradients_wtd.reshape(-1, config.hidden_size)
-        metric_dd = np.asarray(g_md.T @ g_md, np.float64) / max(np.sum(np.square(self.weight_wt1)), TINY)
+        metric_dd = np.asarray(g_md.T @ g_md, np.float64) / max(np.sum(np.square(g_md)), TINY)
         o_id = np.asarray(output_weight(near[self.layer], "attention"), np.float64)
         self.outer_ii = o_id @ metric_dd @ o_id.T
 
@@ -247,7 +248,7 @@ class _LayerScorer:
                 ),
                 np.float64,
             )  # fmt: skip
-        costs = total / (2 * self.weight_wt1.size)
+        costs = total / (2 * self.x_wtd[..., 0].size)
         return costs[: len(own)], costs[len(own) :]
 
     def _candidates(self, receivers: np.ndarray, donors: np.ndarray, tie: str) -> Weights:
@@ -264,9 +265,7 @@ class _LayerScorer:
         size, width = len(self.outer_ii) // self.config.num_kv_heads, len(self.outer_ii)
         total = (np.zeros((width, width)), np.zeros((len(donors), width, size)), np.zeros((len(donors), size, size)))
         for part in parts:
-            for sums, more in zip(
-                total, _products(self.config, weights, candidates, self.x_wtd[part], self.weight_wt1[part]), strict=True
-            ):
+            for sums, more in zip(total, _products(self.config, weights, candidates, self.x_wtd[part]), strict=True):
                 sums += np.asarray(more, np.float64)
         return total
 
@@ -361,12 +360,12 @@ def _regular_inverse(gram: np.ndarray, ridge: float) -> tuple[np.ndarray, float]
 
 @partial(jax.jit, static_argnames="config")
 def _products(
-    config: LlamaConfig, weights: Weights, donors: Weights, x_btd: jax.Array, weight_bt1: jax.Array
+    config: LlamaConfig, weights: Weights, donors: Weights, x_btd: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`Sums` of a batch, float32, every token weighted."""
+    """`Sums` of a batch, float32, weighted as a refit weights tokens."""
     with jax.default_matmul_precision("highest"):
         normed_btd = attention_input(config, weights, x_btd)
-        w_m1 = weight_bt1.reshape(-1, 1)
+        w_m1 = residual_weights(advance(config, weights, x_btd, "attention")).reshape(-1, 1)
         h_mi = w_m1 * head_outputs(config, weights, normed_btd).reshape(len(w_m1), -1)
         g_mcj = w_m1[..., None] * head_outputs(config, donors, normed_btd).reshape(
             len(w_m1), donors["k_pool_pdh"].shape[0], -1

@@ -13,7 +13,7 @@ from support import VARIANTS, random_tokens, sharing_by_hand, tiny_model
 
 from headshare_jax import HeadshareError, Llama, match_functional, share, sharing_map
 from headshare_jax.calibration import BLOCKS, advance, attention_gradients, embedded, features, layer_weights
-from headshare_jax.functional import Search, drop_residuals, pair_residuals
+from headshare_jax.functional import Search, dropped_solution, pair_residuals, shared_solution
 
 WINDOWS = random_tokens((8, 32))
 
@@ -28,23 +28,32 @@ def test_a_residual_is_that_of_solving_for_it_alone(units: int, size: int, ridge
     root = rng.normal(size=(3, 3))
     outer = o @ root @ root.T @ o.T
     shared = pair_residuals(h.T @ h, cross, own, outer, ridge)
-    dropped = drop_residuals(h.T @ h, outer, ridge, size)
     rho = ridge * np.mean(np.sum(h**2, axis=0))
+    inverse = np.linalg.inv(h.T @ h + rho * np.eye(len(o)))
 
-    def residual(features: np.ndarray, rows: np.ndarray) -> float:
-        """Of the best change of some rows of the output weight, by the metric root root^T."""
+    def best_change(features: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Of some rows of the output weight, to do with the features what o does with h; [I, D]."""
         system = np.concatenate([features[:, rows], np.sqrt(rho) * np.eye(len(rows))])
-        values = np.concatenate([h @ o, np.sqrt(rho) * o[rows]])
-        return float(np.sum(((system @ np.linalg.lstsq(system, values)[0] - values) @ root) ** 2))
+        values = np.concatenate([h @ o - features @ o, np.zeros((len(rows), 3))])
+        change = np.zeros_like(o)
+        change[rows] = np.linalg.lstsq(system, values)[0]
+        return change
 
     for unit in range(units):
-        mine = np.arange(unit * size, (unit + 1) * size)
-        others = np.setdiff1d(np.arange(units * size), mine)
-        np.testing.assert_allclose(dropped[unit], residual(h, others), rtol=1e-8)
+        rows = slice(unit * size, (unit + 1) * size)
+        without = h.copy()
+        without[:, rows] = 0
+        change = best_change(without, np.setdiff1d(np.arange(len(o)), np.arange(len(o))[rows]))
+        np.testing.assert_allclose(dropped_solution(inverse, rows) @ o[rows], change, atol=1e-8)
         for donor, g in enumerate(donors):
             changed = h.copy()
-            changed[:, mine] = g
-            np.testing.assert_allclose(shared[unit, donor], residual(changed, np.arange(len(o))), rtol=1e-8)
+            changed[:, rows] = g
+            change = best_change(changed, np.arange(len(o)))
+            found = shared_solution(inverse, rho, cross[donor], own[donor], rows) @ o[rows]
+            np.testing.assert_allclose(found, change, atol=1e-8)
+            left = (h @ o - changed @ (o + change)) @ root
+            squares = np.sum(left**2) + rho * np.sum((change @ root) ** 2)
+            np.testing.assert_allclose(shared[unit, donor], squares, rtol=1e-8)
 
 
 @pytest.mark.parametrize("overrides", [{}, VARIANTS["tied"], {"attention_bias": True, "mlp_bias": True}])
@@ -80,27 +89,39 @@ def test_gradients_are_those_of_the_log_probability_of_tokens_the_model_draws(ov
 
 
 @pytest.mark.parametrize("overrides", [{}, VARIANTS["mha"], {"attention_bias": True}], ids=["gqa", "mha", "bias"])
-def test_costs_are_what_the_refit_of_a_layer_leaves_by_the_metric_of_its_gradients(overrides: dict[str, Any]) -> None:
+def test_scores_are_what_is_left_after_a_refit_along_the_gradients(overrides: dict[str, Any]) -> None:
     dense = tiny_model(**overrides)
-    units = dense.config.num_kv_heads
-    result = match_functional(dense, WINDOWS, Search(span=2, ridge=0.1, keep=99))
-    scores = result.tie_scores | {"qkv": result.scores}
+    config, units = dense.config, dense.config.num_kv_heads
+    result = match_functional(dense, WINDOWS, Search(span=2, ridge=0.1, keep=99), ties=("qk",))
     with attention_gradients(dense, WINDOWS) as gradients:
         g = np.asarray(gradients[1], np.float64).reshape(WINDOWS.size, -1)
     x, weights = inputs(dense, 1), layer_weights(dense, 1)
-    h = np.asarray(features(dense.config, weights, jnp.asarray(x), "attention"), np.float64).reshape(WINDOWS.size, -1)
-    o = np.asarray(weights["o_pool_phd"], np.float64).reshape(h.shape[1], -1)
-    w = np.linalg.norm(g, axis=1, keepdims=True)
-    root = np.linalg.cholesky(g.T @ g / np.sum(w**2) + 1e-12 * np.eye(g.shape[1]))
+
+    def heads(weights: dict[str, jax.Array]) -> np.ndarray:
+        return np.asarray(features(config, weights, jnp.asarray(x), "attention"), np.float64).reshape(WINDOWS.size, -1)
+
+    h, o = heads(weights), np.asarray(weights["o_pool_phd"], np.float64).reshape(-1, config.hidden_size)
+    y = h @ o + np.asarray(weights.get("o_bias_ld", 0.0))
+    w = 1 / np.linalg.norm(x.reshape(WINDOWS.size, -1) + y, axis=1, keepdims=True)
     rho = 0.1 * np.mean(np.sum((w * h) ** 2, axis=0))
-    for tie in ("qkv", "qk"):
+
+    def cost(changed: np.ndarray, fitted: np.ndarray) -> float:
+        system = np.concatenate([w * changed[:, fitted], np.sqrt(rho) * np.eye(len(fitted))])
+        values = np.concatenate([w * (h - changed) @ o, np.zeros((len(fitted), o.shape[1]))])
+        change = np.zeros_like(o)
+        change[fitted] = np.linalg.lstsq(system, values)[0]
+        return float(np.mean(np.sum(g * (h @ o - changed @ (o + change)), axis=1) ** 2) / 2)
+
+    everything = np.arange(len(o))
+    for tie, scores in {"qkv": result.scores, **result.tie_scores}.items():
+        assert scores is not None
         for donor in range(units):
             shared = share(dense, sharing_by_hand(dense, tie, {units: donor}))
-            changed = features(dense.config, layer_weights(shared, 1), jnp.asarray(x), "attention")
-            rows = np.concatenate([w * np.asarray(changed).reshape(h.shape), np.sqrt(rho) * np.eye(len(o))])
-            values = np.concatenate([w * (h @ o), np.sqrt(rho) * o])
-            residual = np.sum(((rows @ np.linalg.lstsq(rows, values)[0] - values) @ root) ** 2)
-            np.testing.assert_allclose(scores[tie][units, donor], -residual / WINDOWS.size / 2, rtol=1e-4)
+            expected = cost(heads(layer_weights(shared, 1)), everything)
+            np.testing.assert_allclose(-scores[units, donor], expected, rtol=2e-4)
+    dropped = np.where(everything < len(o) // units, 0.0, h)
+    assert result.drop_score is not None
+    np.testing.assert_allclose(-result.drop_score[1, 0], cost(dropped, everything[len(o) // units :]), rtol=2e-4)
 
 
 def inputs(model: Llama, layer: int) -> np.ndarray:
@@ -150,12 +171,13 @@ def test_span_and_same_layer_say_who_is_tried() -> None:
 
 def test_the_prefilter_keeps_the_best_donors() -> None:
     dense = tiny_model(num_hidden_layers=4)
-    everything = match_functional(dense, WINDOWS, Search(prefilter=8)).scores
+    everything = match_functional(dense, WINDOWS, Search(prefilter=8, keep=99)).scores
     filtered = match_functional(dense, WINDOWS, Search(prefilter=4, keep=1)).scores
     assert everything is not None
     assert filtered is not None
     tried = np.isfinite(filtered)
-    np.testing.assert_allclose(filtered[tried], everything[tried], rtol=1e-3)
+    best = filtered[2:].argmax(axis=1)
+    np.testing.assert_allclose(filtered[2:].max(axis=1), everything[np.arange(2, 8), best], rtol=1e-3)
     assert tried.sum(axis=1).tolist() == [0, 0, 2, 2, 2, 2, 2, 2]
     first_half = match_functional(dense, WINDOWS[:4], Search(prefilter=4)).scores
     assert first_half is not None
