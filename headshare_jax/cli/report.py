@@ -285,9 +285,11 @@ def _heatmap(result: MatchResult) -> "Figure":
         hovertemplate="receiver %{y}<br>donor %{x}<br>score %{z:.4f}<extra></extra>",
         colorbar={
             # In the half that no pair fills.
-            "orientation": "h", "thickness": 10, "len": 0.45, "x": 1, "xanchor": "right", "y": 1, "yanchor": "top",
-            "title": {"text": "score", "side": "top"}, "outlinewidth": 0,
-            "tickvals": [low, (low + high) / 2, high], "tickformat": ".2~g",
+            "orientation": "h", "thickness": 10, "len": 0.45, "x": 0.95, "xanchor": "right", "y": 1, "yanchor": "top",
+            "title": {"text": "score", "side": "top", "font": {"size": 13}}, "outlinewidth": 0,
+            # A tick at the very end would be left out.
+            "tickvals": [low + 0.001 * (high - low), (low + high) / 2, high - 0.001 * (high - low)],
+            "tickformat": ".2~g",
         },
         zmin=low,
         zmax=high,

@@ -199,18 +199,19 @@ class _Run:
 
     def points(self, pairs: list[tuple[Method, Amount]]) -> list[dict[str, Any]]:
         """The dense model's point, then one for every method and amount."""
-        with progress_with_text("measuring", len(pairs) + 1) as show:
-            tell = partial(_told, show, 0, "dense")
+        total = len(pairs) + 1
+        with progress_with_text() as show:
+            tell = partial(_told, show, 0, total, "dense")
             points = [self._kept("dense", lambda: self._measured(Llama.of(self.source), tell))]
             points[0] |= {"method": "dense", "ratio": 0.0, "budget": None, "amount": "all"}
             if points[0]["perplexity"] is None:
                 raise HeadshareError("The dense model's perplexity is not finite on this text; check model and text.")
             for done, (method, amount) in enumerate(pairs, 1):
                 name = f"{method.name}-{amount}".replace(" ", "-")
-                tell = partial(_told, show, done, name)
+                tell = partial(_told, show, done, total, name)
                 point = self._kept(name, partial(self._point, method, amount, tell))
                 points.append(point | {"method": method.name, **asdict(amount), "amount": _label(amount)})
-                show(done + 1, "")
+                show(done + 1, total, "")
         return points
 
     def _kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -282,8 +283,8 @@ def _label(amount: Amount) -> str:
     return f"{100 * amount.budget:g} % of attention kept"
 
 
-def _told(show: Callable[[int, str], None], done: int, name: str, text: str) -> None:
-    show(done, f"{name}: {text}")
+def _told(show: Callable[[int, int, str], None], done: int, total: int, name: str, text: str) -> None:
+    show(done, total, f"{name}: {text}")
 
 
 def _counted(tell: Tell, label: str) -> methods.Progress:
