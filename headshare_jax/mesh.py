@@ -49,7 +49,9 @@ def mesh_shape(sizes: Sequence[int], count: int) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def parameter_sharding(mesh: Mesh | AbstractMesh, config: LlamaConfig, name: str, shape: Sequence[int]) -> NamedSharding:
+def parameter_sharding(
+    mesh: Mesh | AbstractMesh, config: LlamaConfig, name: str, shape: Sequence[int]
+) -> NamedSharding:
     """Where a parameter lies; an axis that its part of the mesh does not divide is not cut."""
     rules = RULES if parameters.pooled_projection(name) is None else POOL_RULES
     spec = []

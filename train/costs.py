@@ -13,13 +13,10 @@ import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
-_FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id opt-barrier iota".split()
-)
-_ARITHMETIC = frozenset(
-    "add subtract multiply divide maximum minimum negate abs compare select and or not xor clamp sign floor "
-    "remainder".split()
-)
+_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "opt-barrier")
+_ARITHMETIC = ("add", "subtract", "multiply", "divide", "maximum", "minimum", "negate", "abs", "compare", "select")
+# Fusions that begin or end a collective operation of a TPU.
+_ASYNC = 'custom_call_target="AsyncCollective'
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _HEADER = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$", re.MULTILINE)
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (.*)$")
@@ -145,8 +142,9 @@ _Program = dict[str, _Computation]
 
 def _parse(text: str) -> _Program:
     program = {}
+    text += "\n"
     for header in _HEADER.finditer(text):
-        body = text[header.end() + 1 : text.index("\n}", header.end())]
+        body = text[header.end() + 1 : text.index("\n}\n", header.end())]
         parts, root = {}, None
         for line in body.splitlines():
             found = _INSTRUCTION.match(line)
@@ -192,43 +190,54 @@ class _Counter:
 
     def computation(self, name: str) -> Costs:
         if name not in self.done:
-            total = _NOTHING
-            for part in self.program[name].instructions.values():
-                total = total.plus(self._part(self.program[name], part))
+            where, total = self.program[name], _NOTHING
+            collectives: dict[str, Costs] = {}
+            for part in where.instructions.values():
+                total = total.plus(self._part(where, part))
+                # What runs while others compute is written in each of the fusions it spans, under one channel.
+                for channel, costs in self._collectives(where, part):
+                    collectives.setdefault(channel, costs)
+            for costs in collectives.values():
+                total = total.plus(costs)
             self.done[name] = total
         return self.done[name]
 
     def _part(self, where: _Computation, part: _Instruction) -> Costs:
-        if part.opcode in _FREE or part.opcode.endswith("-done"):
-            return _NOTHING
+        """Costs of an instruction without the collective operations that it is or fuses."""
         if part.opcode == "while":
             return self.loop(part)
         if part.opcode == "conditional":
-            branches = re.search(r"branch_computations=\{([^}]*)\}|true_computation=(.*)", part.attributes)
-            assert branches is not None
-            names = re.findall(r"%([\w.\-]+)", branches[0])
+            branches = re.search(r"branch_computations=\{[^}]*\}|true_computation=.*", part.attributes)
+            names = re.findall(r"%([\w.\-]+)", branches[0] if branches else "")
             return max((self.computation(name) for name in names), key=lambda costs: costs.hbm_bytes)
         if part.opcode in ("call", "async-start") and part.called:
             return self.computation(part.called)
-        kind = part.opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
-            return self._collective(where, part, kind)
-        inner = self._inner(part.called) if part.opcode == "fusion" and part.called else _NOTHING
-        flops = inner.flops if part.opcode == "fusion" else _flops(where, part)
-        return Costs(flops, self._traffic(where, part), *_sent(inner))
+        if part.opcode in _FREE or part.opcode.endswith("-done") or _collective_kind(part):
+            return _NOTHING
+        flops = self._fused_flops(part.called) if part.opcode == "fusion" and part.called else _flops(where, part)
+        return Costs(flops, self._traffic(where, part), {}, {}, 0)
 
-    def _inner(self, name: str) -> Costs:
-        """FLOPs and collectives of a fusion's computation, whose values never lie in memory."""
-        where, total = self.program[name], _NOTHING
+    def _fused_flops(self, name: str) -> float:
+        where, total = self.program[name], 0.0
         for part in where.instructions.values():
-            kind = part.opcode.removesuffix("-start")
-            if part.opcode == "fusion" and part.called:
-                total = total.plus(self._inner(part.called))
-            elif kind in COLLECTIVES:
-                total = total.plus(self._collective(where, part, kind))
-            else:
-                total = total.plus(Costs(_flops(where, part), 0, {}, {}, 0))
+            fused = part.opcode == "fusion" and part.called
+            total += self._fused_flops(fused) if fused else _flops(where, part)
         return total
+
+    def _collectives(self, where: _Computation, part: _Instruction) -> list[tuple[str, Costs]]:
+        """The collective operations that an instruction is or fuses, by the channel that tells them apart."""
+        if part.opcode == "fusion" and part.called:
+            inside = self.program[part.called]
+            found = [pair for inner in inside.instructions.values() for pair in self._collectives(inside, inner)]
+            # A TPU's reduce-scatter is an all-reduce of which each device takes its slice.
+            if part.called.startswith("all-reduce-scatter"):
+                return [(channel, _scattered(costs)) for channel, costs in found]
+            return found
+        kind = _collective_kind(part)
+        if kind is None or part.opcode.endswith("-done"):
+            return []
+        channel = part.attribute(r"channel_id=(\d+)") or f"{kind} {part.name}"
+        return [(channel, _collective(where, part, kind))]
 
     def loop(self, part: _Instruction) -> Costs:
         condition, body = part.attribute(r"condition=%([\w.\-]+)"), part.attribute(r"body=%([\w.\-]+)")
@@ -279,6 +288,8 @@ class _Counter:
                 total += self._read(where, part, place, name)
         if part.opcode == "fusion" and part.called:
             fused = self.program[part.called]
+            if _ASYNC in fused.root.attributes:
+                return 0
             outputs = fused.outputs()
             written = [self._written(fused, output) for output in outputs] if len(outputs) == len(part.arrays) else None
         elif part.opcode.endswith("-start"):
@@ -310,6 +321,8 @@ class _Counter:
             for user in where.users.get(value, []):
                 if user.opcode in ("bitcast", "tuple"):
                     values.append(user.name)
+                elif _collective_kind(user) or _ASYNC in user.attributes:
+                    continue
                 elif user.opcode == "fusion":
                     total += self._read(where, user, user.operands.index(value), value)
                 else:
@@ -317,35 +330,47 @@ class _Counter:
         return min(total, whole)
 
     def _written(self, where: _Computation, output: _Instruction) -> int:
-        """Bytes written of an output: one that is updated in place is written where it changes."""
+        """Bytes written of an output: what is passed on is not, and what is updated in place only where it changes."""
         while output.opcode == "bitcast":
             output = where.instructions[output.operands[0]]
+        if output.opcode == "parameter" or _collective_kind(output):
+            return 0
         if output.opcode == "dynamic-update-slice":
             return where.instructions[output.operands[1]].arrays[0].bytes
         return sum(array.bytes for array in output.arrays)
 
-    def _collective(self, where: _Computation, part: _Instruction, kind: str) -> Costs:
-        size = _group_size(part.attributes)
-        given = [array.bytes for array in part.arrays]
-        taken = [sum(array.bytes for array in where.instructions[name].arrays) for name in part.operands]
-        # A started operation's arrays name what it takes as well as what it gives.
-        result = sum(given) if part.opcode == kind or kind == "all-reduce" else max(given)
-        whole = max(result, sum(taken))
-        share = (size - 1) / size
-        sent = {"all-reduce": 2 * share * whole, "collective-permute": sum(taken)}.get(kind, share * whole)
-        traffic = sum(array.bytes for array in part.arrays if array.in_hbm)
-        return Costs(0, traffic + sum(taken), {kind: sent}, {kind: max(given)}, 0)
+
+def _collective_kind(part: _Instruction) -> str | None:
+    kind = part.opcode.removesuffix("-start").removesuffix("-done")
+    return kind if kind in COLLECTIVES else None
 
 
-def _sent(costs: Costs) -> tuple[dict[str, float], dict[str, int], int]:
-    return costs.collective_bytes, costs.collective_largest, costs.unknown_loops
+def _collective(where: _Computation, part: _Instruction, kind: str) -> Costs:
+    taken = [array for name in part.operands for array in where.instructions[name].arrays]
+    # A started operation names what it takes beside what it gives.
+    given = part.arrays if part.opcode == kind or kind == "all-reduce" else part.arrays[len(taken) :]
+    sizes = [sum(array.bytes for array in arrays) for arrays in (taken, given)]
+    size = _group_size(part.attributes)
+    whole = (size - 1) / size * max(sizes)
+    sent = {"all-reduce": 2 * whole, "collective-permute": float(sizes[0])}.get(kind, whole)
+    traffic = sum(array.bytes for array in (*taken, *given) if array.in_hbm)
+    return Costs(0, traffic, {kind: sent}, {kind: max((array.bytes for array in given), default=0)}, 0)
+
+
+def _scattered(costs: Costs) -> Costs:
+    sent, largest = costs.collective_bytes["all-reduce"] / 2, costs.collective_largest["all-reduce"]
+    return Costs(costs.flops, costs.hbm_bytes, {"reduce-scatter": sent}, {"reduce-scatter": largest}, 0)
 
 
 def _group_size(attributes: str) -> int:
     """Devices that take part in a collective operation with one another."""
-    counted = re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes)
+    counted = re.search(r"replica_groups=\[\d+,(\d+)\]", attributes)
     if counted:
-        return int(counted[2])
+        return int(counted[1])
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
+    if named:
+        sizes = dict(re.findall(r"'([^']*)'=(\d+)", named[1]))
+        return prod(int(sizes[axis]) for axis in re.findall(r"'([^']*)'", named[2]))
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
     return len(listed[1].split(",")) if listed else 2
 
@@ -400,12 +425,9 @@ def _convolution_flops(part: _Instruction, sides: list[_Array]) -> float:
     return 2.0 * places * batch * sides[1].dims[right.index("i")] * sides[1].dims[right.index("o")]
 
 
-def _window_places(
-    size: int, kernel: int, stride: int, low: int, high: int, lhs_dilate: int, rhs_dilate: int
-) -> int:
+def _window_places(size: int, kernel: int, stride: int, low: int, high: int, lhs_dilate: int, rhs_dilate: int) -> int:
     """Pairs of an output and a kernel position along one axis that meet an input rather than padding."""
     padded = (size - 1) * lhs_dilate + 1 + low + high
     outputs = (padded - ((kernel - 1) * rhs_dilate + 1)) // stride + 1
     at = np.arange(outputs)[:, None] * stride - low + np.arange(kernel)[None, :] * rhs_dilate
     return int(np.count_nonzero((at % lhs_dilate == 0) & (at >= 0) & (at < (size - 1) * lhs_dilate + 1)))
-

@@ -121,9 +121,7 @@ def estimated(workload: Workload, layout: Layout, chip: Chip, *, shared: bool) -
     gathered = 4 * used // config.num_layers // tensor if layout.mesh[1] > 1 else 0
     temporary = kept + layer + gathered + (4 * local + head // tensor if train else 0)
     passes = (4 if layout.remat == "full" else 3) if train else 1
-    seen = workload.length if workload.stage == "decode" else workload.length // 2
-    attention = 4 * config.num_layers * config.num_heads * config.head_dim * seen * tokens
-    flops = passes * (2 * used * tokens + attention) / tensor
+    flops = passes * 2 * used * tokens / tensor + attention_flops(workload, layout)
     traffic = (passes * 2 * used / tensor) + cache + 2 * kept + passes * layer * config.num_layers
     traffic += 7 * 4 * local if train else 0
     needed = sum(held.values()) + temporary
@@ -159,6 +157,20 @@ def activation_bytes(workload: Workload, layout: Layout) -> int:
     if layout.remat == "none":
         width += heads + 4 * config.hidden_size + 2 * config.intermediate_size // layout.mesh[2]
     return 2 * config.num_layers * width * workload.tokens // layout.batch_parts
+
+
+def attention_flops(workload: Workload, layout: Layout) -> float:
+    """FLOPs on a chip of scores and weighted values, each query with the keys before it.
+
+    Without a policy that keeps everything, training runs the forward pass's two products twice; the backward pass's
+    two kernels have seven.
+    """
+    config = workload.config
+    seen = workload.length if workload.stage == "decode" else workload.length / 2
+    width = config.num_layers * config.num_heads * config.head_dim
+    one_product = 2 * width * seen * workload.tokens / layout.batch_parts / layout.mesh[2]
+    products = (9 if layout.remat == "none" else 11) if workload.trains else 2
+    return products * one_product
 
 
 def fit(chip: Chip, needed: int) -> dict[str, Any]:
@@ -202,7 +214,7 @@ def _network(workload: Workload, layout: Layout, stored: int, tokens: int) -> di
     config, tensor = workload.config, layout.mesh[2]
     sent: dict[str, float] = {}
     if workload.trains and layout.mesh[1] > 1:
-        sent = {"all-gather": 3 * 2 * stored / tensor, "reduce-scatter": 2 * stored / tensor}
+        sent = {"all-gather": 2 * 2 * stored / tensor, "reduce-scatter": 2 * stored / tensor}
     elif workload.trains and layout.mesh[0] > 1:
         sent = {"all-reduce": 2 * 4 * stored}
     if tensor > 1:

@@ -2,6 +2,7 @@
 
 import re
 import time
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -11,9 +12,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from headshare_jax import generation, parameters
+from headshare_jax.attention import has_kernel
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
-from headshare_jax.mesh import BATCH, batch_sharding, make_mesh, mesh_shape, parameter_sharding, replicated
+from headshare_jax.mesh import BATCH, batch_sharding, make_mesh, mesh_shape, parameter_sharding
 from headshare_jax.modeling import KVCache, Llama
 from headshare_jax.selection import sharing_map
 from headshare_jax.sharing import SharingMap
@@ -121,6 +123,10 @@ def measured(workload: Workload, layout: Layout, chip: Chip, mesh: Mesh, *, shar
     memory, text = compiled.memory_analysis(), compiled.as_text()
     if memory is None or text is None:
         raise HeadshareError("XLA does not tell what the compiled step needs; use --host for an estimate.")
+    costs = (round_costs if workload.stage == "decode" else program_costs)(text)
+    if workload.trains and has_kernel(mesh, workload.length):
+        # A kernel's text does not tell what it computes.
+        costs = replace(costs, flops=costs.flops + estimate.attention_flops(workload, layout))
     new_output = memory.output_size_in_bytes - memory.alias_size_in_bytes
     needed = memory.argument_size_in_bytes + new_output + memory.temp_size_in_bytes
     return {
@@ -128,7 +134,7 @@ def measured(workload: Workload, layout: Layout, chip: Chip, mesh: Mesh, *, shar
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         **estimate.fit(chip, needed + memory.generated_code_size_in_bytes),
-        **estimate.speed(workload, chip, (round_costs if workload.stage == "decode" else program_costs)(text)),
+        **estimate.speed(workload, chip, costs),
         "compile_seconds": seconds,
     }
 
@@ -194,35 +200,31 @@ def _training(
 def _serving(
     workload: Workload, layout: Layout, mesh: Mesh, *, shared: bool
 ) -> tuple[jax.stages.Lowered, dict[str, int]]:
-    config, rows = workload.config, PartitionSpec(BATCH)
+    config, sharing = workload.config, workload.sharing if shared else None
 
-    def array(shape: tuple[int, ...], dtype: Any, spec: PartitionSpec = replicated(mesh).spec) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+    def array(shape: tuple[int, ...], dtype: Any = jnp.int32, *axes: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
 
-    sharing = workload.sharing if shared else None
     params = {}
     for name in parameters.parameter_names(config):
         shape = parameters.stored_shape(config, name, sharing)
-        params[name] = array(shape, jnp.bfloat16, parameter_sharding(mesh, config, name, shape).spec)
+        params[name] = array(shape, jnp.bfloat16, *parameter_sharding(mesh, config, name, shape).spec)
     model = Llama(config, params, sharing=sharing, compute_dtype="bfloat16")
+    # The head indices, which the model makes by itself.
     model = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array) else leaf, model)
     heads = "tensor" if config.num_kv_heads % mesh.shape["tensor"] == 0 else None
-    shape = (config.num_layers, workload.batch, workload.length, config.num_kv_heads, config.head_dim)
-    stored = array(shape, jnp.bfloat16, PartitionSpec(None, BATCH, None, heads))
-    cache = KVCache(stored, stored, array((), jnp.int32), array((workload.batch,), jnp.int32, rows))
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    key = array(key.shape, key.dtype)
-    held = {"parameter_bytes": bytes_on_device(params), "optimizer_bytes": 0, "cache_bytes": 2 * bytes_on_device(stored)}
-    sampling = generation.Sampling()
+    axes = {5: (None, BATCH, None, heads), 1: (BATCH,), 0: ()}
+    row_b = array((workload.batch,), jnp.int32, BATCH)
+    cache: KVCache = jax.eval_shape(lambda start_b: model.empty_cache(start_b, workload.length), row_b)
+    cache = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype, *axes[leaf.ndim]), cache)
+    key = array((), jax.eval_shape(lambda: jax.random.key(0)).dtype)
+    held = {"parameter_bytes": bytes_on_device(params), "optimizer_bytes": 0, "cache_bytes": bytes_on_device(cache)}
+    greedy = generation.Sampling()
     if workload.stage == "prefill":
-        tokens = array((workload.batch, workload.length), jnp.int32, rows)
-        return generation.prefill.lower(model, tokens, cache, key, sampling=sampling), held
-    token, stops = array((workload.batch,), jnp.int32, rows), array((1,), jnp.int32)
-    room = generation.BUCKET
-    lowered = generation.decode.lower(
-        model, token, cache, key, array((), jnp.int32), stops, room=room, sampling=sampling
-    )
-    return lowered, held
+        prompts = array((workload.batch, workload.length), jnp.int32, BATCH)
+        return generation.prefill.lower(model, prompts, cache, key, sampling=greedy), held
+    ends = (array(()), array((1,)))
+    return generation.decode.lower(model, row_b, cache, key, *ends, room=generation.BUCKET, sampling=greedy), held
 
 
 def _needed(error: jax.errors.JaxRuntimeError) -> int:

@@ -111,7 +111,9 @@ class Plan(Command):
             table.add_row(heading, *(_amount(model[name], unit) for model in models))
         kinds = dict.fromkeys(kind for model in models for kind in model["collective_bytes"] or {})
         for kind in kinds:
-            table.add_row(f"sent: {kind}", *(_amount((model["collective_bytes"] or {}).get(kind), "B") for model in models))
+            table.add_row(
+                f"sent: {kind}", *(_amount((model["collective_bytes"] or {}).get(kind), "B") for model in models)
+            )
         table.add_row("at least", *(_amount(model["step_seconds"], "s") for model in models))
         table.add_row("bound by", *(model["bound_by"] or "" for model in models))
         table.add_row("tokens/s, all chips", *(_amount(model["tokens_per_second"], "") for model in models))
