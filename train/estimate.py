@@ -1,6 +1,5 @@
 """A step to plan, how it can be spread over chips, and what it needs as far as shapes tell."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -72,15 +71,17 @@ class Layout:
     mesh: tuple[int, ...]
     remat: str = "none"
 
+    def __post_init__(self) -> None:
+        if self.remat not in REMATS:
+            raise HeadshareError(f"remat must be one of {', '.join(REMATS)}, not {self.remat!r}.")
+
     @property
     def batch_parts(self) -> int:
         """Parts that a batch is cut into."""
         return self.mesh[0] * self.mesh[1]
 
     def check(self, workload: Workload) -> None:
-        """Raises HeadshareError unless the remat policy is known and the batch can be cut over the mesh."""
-        if self.remat not in REMATS:
-            raise HeadshareError(f"remat must be one of {', '.join(REMATS)}, not {self.remat!r}.")
+        """Raises HeadshareError unless the batch can be cut over the mesh."""
         if workload.batch % self.batch_parts:
             raise HeadshareError(
                 f"The batch ({workload.batch}) must be a multiple of the mesh's data x fsdp ({self.batch_parts}); "
@@ -88,16 +89,13 @@ class Layout:
             )
 
 
-def layouts(workload: Workload, count: int) -> Iterator[Layout]:
-    """Layouts on `count` chips that the batch can be cut over, those that move fewest weights first."""
+def meshes(workload: Workload, count: int) -> list[tuple[int, ...]]:
+    """Meshes of `count` chips that the batch can be cut over, those that move fewest weights first."""
     tensors = [2**power for power in range(count.bit_length()) if count % 2**power == 0]
-    sizes: list[tuple[int, int, int]] = [(count // tensor, 1, tensor) for tensor in tensors]
+    sizes: list[tuple[int, ...]] = [(count // tensor, 1, tensor) for tensor in tensors]
     if workload.trains:
         sizes = [(count, 1, 1), *[(1, count // tensor, tensor) for tensor in tensors]]
-    for mesh in dict.fromkeys(sizes):
-        if workload.batch % (mesh[0] * mesh[1]) == 0:
-            for remat in REMATS if workload.trains else REMATS[:1]:
-                yield Layout(mesh, remat)
+    return [mesh for mesh in dict.fromkeys(sizes) if workload.batch % (mesh[0] * mesh[1]) == 0]
 
 
 def estimated(workload: Workload, layout: Layout, chip: Chip, *, shared: bool) -> dict[str, Any]:

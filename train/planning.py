@@ -160,17 +160,11 @@ def _choices(
     workload: Workload, chip: Chip, count: int, mesh: tuple[int, ...] | None, remat: str | None
 ) -> list[Layout]:
     """Layouts to try in this order: those that an estimate says fit; without any, the one that needs least."""
-    sizes = None if mesh is None else mesh_shape(mesh, count)
-    if sizes is not None and remat is not None:
-        choices = [Layout(sizes, remat)]
-    elif sizes is not None:
-        choices = [Layout(sizes, policy) for policy in (estimate.REMATS if workload.trains else estimate.REMATS[:1])]
-    else:
-        choices = [choice for choice in estimate.layouts(workload, count) if remat in (None, choice.remat)]
+    sizes = estimate.meshes(workload, count) if mesh is None else [mesh_shape(mesh, count)]
+    remats = [remat] if remat else estimate.REMATS if workload.trains else estimate.REMATS[:1]
+    choices = [Layout(size, policy) for size in sizes for policy in remats]
     if not choices:
-        raise HeadshareError(
-            f"A batch of {workload.batch} cannot be cut over {count} chips; give another --batch, --mesh or --remat."
-        )
+        raise HeadshareError(f"A batch of {workload.batch} cannot be cut over {count} chips; give another --batch.")
     needed = [estimate.estimated(workload, choice, chip, shared=False)["needed_bytes"] for choice in choices]
     likely = [choice for choice, bytes_ in zip(choices, needed, strict=True) if bytes_ <= chip.hbm_bytes]
     least = choices[int(np.argmin(needed))]

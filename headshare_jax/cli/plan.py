@@ -81,7 +81,9 @@ class Plan(Command):
         if sharing is None or self.ratio is not None:
             ratio = 0.3 if self.ratio is None else self.ratio
             sharing = planning.random_map(config, ratio, self.tie)
-        batch = self.batch or ((self.devices or count) if self.stage == "postshare" else 1)
+        batch = self.batch
+        if batch is None:
+            batch = (self.devices or count) if self.stage == "postshare" else 1
         workload = Workload(config, sharing, self.stage, batch, self.length)
         say("estimating" if self.host else "compiling, for a minute or several")
         planned = planning.plan(

@@ -9,7 +9,7 @@ import pytest
 from headshare_jax import HeadshareError, LlamaConfig, parameters
 from headshare_jax.presets import PRESETS
 from headshare_jax.train import planning
-from headshare_jax.train.estimate import Layout, Workload, activation_bytes, estimated, layouts
+from headshare_jax.train.estimate import Layout, Workload, activation_bytes, estimated, meshes
 from headshare_jax.train.topology import CHIPS, chip_of, topology_devices
 
 SMALL = LlamaConfig(
@@ -35,10 +35,14 @@ def stored_bytes(shared: bool) -> int:
 
 @pytest.mark.parametrize("batch", [1, 32])
 def test_sharing_costs_decode_nothing_and_saves_what_the_map_says(batch: int) -> None:
-    result = planned("decode", batch)
+    # Wide enough that pools do not fit a chip's fast memory, into which XLA would copy them whole.
+    wide = LlamaConfig(512, 4096, 1024, 64, 4, 4, 128)
+    sharing = planning.random_map(wide, 0.5)
+    result = planning.plan(Workload(wide, sharing, "decode", batch, 128), "v5e:1x1")
     dense, shared = result["dense"], result["shared"]
-    assert (dense["parameter_bytes"], shared["parameter_bytes"]) == (stored_bytes(False), stored_bytes(True))
-    assert dense["parameter_bytes"] - shared["parameter_bytes"] == 2 * 4 * (2 + 1 + 1) * 256 * 64
+    saved = 2 * len(sharing.receivers) * 3 * 4096 * 128
+    assert dense["parameter_bytes"] - shared["parameter_bytes"] == saved
+    assert dense["argument_bytes"] - shared["argument_bytes"] == saved
     assert shared["hbm_bytes_accessed"] <= dense["hbm_bytes_accessed"]
     assert shared["temporary_bytes"] <= 1.01 * dense["temporary_bytes"]
     assert shared["flops"] == dense["flops"]
@@ -98,7 +102,7 @@ def test_an_estimate_has_what_a_compiled_plan_has() -> None:
     compiled, guessed = planned("decode", 4), planned("decode", 4, host=True)
     assert set(compiled["shared"]) == set(guessed["shared"])
     for name in ("parameter_bytes", "cache_bytes", "optimizer_bytes"):
-        assert compiled["shared"][name] == guessed["shared"][name]
+        assert compiled["shared"][name] == pytest.approx(guessed["shared"][name], abs=64)
     assert guessed["shared"]["compile_seconds"] is None
 
 
@@ -111,10 +115,9 @@ def test_the_first_layout_that_fits_is_taken() -> None:
     assert result["tried"][-1] == {"mesh": [1, 64, 1], "remat": result["remat"], "fits": True}
 
 
-def test_layouts_divide_the_batch() -> None:
+def test_meshes_divide_the_batch() -> None:
     workload = Workload(SMALL, SHARING, "postshare", 2, 128)
-    choices = list(layouts(workload, 8))
-    assert {choice.mesh for choice in choices} == {(1, 2, 4), (1, 1, 8)}
+    assert meshes(workload, 8) == [(1, 2, 4), (1, 1, 8)]
     kept = [activation_bytes(workload, Layout((1, 2, 4), remat)) for remat in ("none", "dots", "full")]
     assert kept == sorted(kept, reverse=True)
     assert kept[-1] == 2 * SMALL.num_layers * 128 * 256
