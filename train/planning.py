@@ -152,7 +152,7 @@ def random_map(config: LlamaConfig, ratio: float, tie: str = "qkv") -> SharingMa
     value = np.where(layer_l1 == 0, -np.inf, rng.random(shape))
     donor_layer = np.where(layer_l1 == 0, -1, rng.integers(0, np.maximum(layer_l1, 1), shape))
     donor_unit = rng.integers(0, config.num_kv_heads, shape)
-    scores = MatchResult(donor_layer, donor_unit, value, "random", config.heads_per_unit, seed=0)
+    scores = MatchResult(donor_layer, donor_unit, value, match="random", heads_per_unit=config.heads_per_unit, seed=0)
     return sharing_map(scores, ratio, tie=tie)
 
 
