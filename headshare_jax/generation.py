@@ -81,8 +81,8 @@ def generate(
     start_b = jnp.asarray([padded - length for length in lengths], jnp.int32)
     cache = model.empty_cache(start_b, padded + new)
     first_key, key = jax.random.split(jax.random.key(seed))
-    token_b, cache = _prefill(model, jnp.asarray(tokens_bt), cache, first_key, sampling=sampling)
-    out_bt, length_b, _ = _continue(
+    token_b, cache = prefill(model, jnp.asarray(tokens_bt), cache, first_key, sampling=sampling)
+    out_bt, length_b, _ = decode(
         model,
         token_b,
         cache,
@@ -100,7 +100,7 @@ def _bucket(length: int) -> int:
 
 
 @partial(jax.jit, static_argnames="sampling", donate_argnames="cache")
-def _prefill(
+def prefill(
     model: Llama, tokens_bt: jax.Array, cache: KVCache, key: jax.Array, *, sampling: Sampling
 ) -> tuple[jax.Array, KVCache]:
     """Runs the prompts and draws the first new token of every row."""
@@ -109,7 +109,7 @@ def _prefill(
 
 
 @partial(jax.jit, static_argnames=("room", "sampling"), donate_argnames="cache")
-def _continue(
+def decode(
     model: Llama,
     token_b: jax.Array,
     cache: KVCache,

@@ -5,7 +5,7 @@ from math import prod
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from headshare_jax import parameters
 from headshare_jax.config import LlamaConfig
@@ -25,6 +25,12 @@ def make_mesh(sizes: Sequence[int], devices: Sequence[jax.Device] | None = None)
       HeadshareError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(sizes, len(devices))
+    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_shape(sizes: Sequence[int], count: int) -> tuple[int, ...]:
+    """Sizes of a mesh's axes on so many devices; errors as of `make_mesh`."""
     shape = list(sizes)
     if len(shape) != len(AXES) or shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
         raise HeadshareError(
@@ -32,18 +38,20 @@ def make_mesh(sizes: Sequence[int], devices: Sequence[jax.Device] | None = None)
         )
     known = prod(size for size in shape if size != -1)
     if -1 in shape:
-        if len(devices) % known:
-            raise HeadshareError(f"A mesh of {tuple(sizes)} does not fit {len(devices)} devices.")
-        shape[shape.index(-1)] = len(devices) // known
-    if prod(shape) != len(devices):
+        if count % known:
+            raise HeadshareError(f"A mesh of {tuple(sizes)} does not fit {count} devices.")
+        shape[shape.index(-1)] = count // known
+    if prod(shape) != count:
         raise HeadshareError(
             f"A mesh of {' x '.join(map(str, shape))} ({', '.join(AXES)}) needs {prod(shape)} devices, "
-            f"but there are {len(devices)}."
+            f"but there are {count}."
         )
-    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return tuple(shape)
 
 
-def parameter_sharding(mesh: Mesh, config: LlamaConfig, name: str, shape: Sequence[int]) -> NamedSharding:
+def parameter_sharding(
+    mesh: Mesh | AbstractMesh, config: LlamaConfig, name: str, shape: Sequence[int]
+) -> NamedSharding:
     """Where a parameter lies; an axis that its part of the mesh does not divide is not cut."""
     rules = RULES if parameters.pooled_projection(name) is None else POOL_RULES
     spec = []

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from headshare_jax import parameters
+from headshare_jax.attention import flash_attention, has_kernel
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.parameters import WeightSource
@@ -177,10 +178,15 @@ class Llama(nnx.Module):
         if positions_bt is None:
             positions_bt = _positions(tokens_bt, segments_bt)
         cos_bth, sin_bth = rotary_angles(self.config, positions_bt)
+        kernel_mesh = self._kernel_mesh(length)
+        document_bt = jnp.zeros_like(tokens_bt) if segments_bt is None else segments_bt
 
         def layer(x_btd: jax.Array, weights: dict[str, jax.Array]) -> tuple[jax.Array, None]:
             q_btnh, k_btkh, v_btkh = self._qkv(x_btd, weights, cos_bth, sin_bth)
-            heads_btnh = attend(q_btnh, k_btkh, v_btkh, mask_bts, causal=True)
+            if kernel_mesh is not None:
+                heads_btnh = flash_attention(q_btnh, k_btkh, v_btkh, document_bt, kernel_mesh)
+            else:
+                heads_btnh = attend(q_btnh, k_btkh, v_btkh, mask_bts, causal=True)
             return self._placed(self._layer_output(x_btd, heads_btnh, weights)), None
 
         if self.remat != "none":
@@ -275,6 +281,11 @@ class Llama(nnx.Module):
         if self.batch_sharding is None:
             return x_btd
         return jax.lax.with_sharding_constraint(x_btd, self.batch_sharding)
+
+    def _kernel_mesh(self, length: int) -> Mesh | None:
+        """The mesh to run an attention kernel on; None where there is none for its devices or this length."""
+        mesh = None if self.batch_sharding is None else self.batch_sharding.mesh
+        return mesh if isinstance(mesh, Mesh) and has_kernel(mesh, length) else None
 
     def _embed(self, tokens_bt: jax.Array) -> jax.Array:
         return self.embed_vd[...][tokens_bt].astype(self.compute_dtype)

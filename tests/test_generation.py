@@ -93,20 +93,20 @@ def test_a_prompt_is_continued_alone_as_in_a_batch(model: Llama, greedy: list[li
 def test_nearby_lengths_and_other_seeds_do_not_compile_again(model: Llama) -> None:
     sampling = Sampling(temperature=0.7)
     generate(model, PROMPTS, max_new_tokens=20, sampling=sampling)
-    before = compilations(generation._prefill), compilations(generation._continue)
+    before = compilations(generation.prefill), compilations(generation.decode)
     nearby = [prompt + prompt[:7] for prompt in PROMPTS]
     generate(model, nearby, max_new_tokens=33, sampling=sampling, seed=5)
     generate(tiny_model(seed=1, eos_token_id=None), PROMPTS, max_new_tokens=1, sampling=Sampling(temperature=0.7))
-    assert (compilations(generation._prefill), compilations(generation._continue)) == before
+    assert (compilations(generation.prefill), compilations(generation.decode)) == before
 
 
 def test_the_cache_is_written_in_place(model: Llama) -> None:
     tokens = jnp.asarray(random_tokens((2, 8)))
     empty = model.empty_cache(jnp.zeros(2, jnp.int32), slots=16)
     key, greedily = jax.random.key(0), Sampling()
-    token, filled = generation._prefill(model, tokens, empty, key, sampling=greedily)
+    token, filled = generation.prefill(model, tokens, empty, key, sampling=greedily)
     no_stop = jnp.zeros(0, jnp.int32)
-    generation._continue(model, token, filled, key, jnp.int32(8), no_stop, room=8, sampling=greedily)
+    generation.decode(model, token, filled, key, jnp.int32(8), no_stop, room=8, sampling=greedily)
     for cache in (empty, filled):
         assert cache.k_lbskh.is_deleted()
         assert cache.v_lbskh.is_deleted()

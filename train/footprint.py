@@ -1,6 +1,5 @@
 """What a run needs on every device, found by compiling its steps without running them."""
 
-from math import prod
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ from headshare_jax.parameters import parameter_names
 from headshare_jax.train import data
 from headshare_jax.train import recipe as recipes
 from headshare_jax.train.loop import check_devices, choose_pairs, open_inputs
-from headshare_jax.train.placement import abstract_params, abstract_state, split_names
+from headshare_jax.train.placement import abstract_params, abstract_state, bytes_on_device, split_names
 from headshare_jax.train.step import StageContext, make_step
 
 
@@ -43,8 +42,8 @@ def footprint(recipe: recipes.Recipe) -> dict[str, Any]:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         compiled = make_step(context, state_sharding=shardings).lower(state, frozen, teacher, batch, batch).compile()
         sizes = {
-            "parameters": _bytes(state.params) + _bytes(frozen) + _bytes(teacher),
-            "optimizer": _bytes(state.opt_state),
+            "parameters": bytes_on_device(state.params) + bytes_on_device(frozen) + bytes_on_device(teacher),
+            "optimizer": bytes_on_device(state.opt_state),
             "temporaries": _temporaries(compiled),
         }
         stages.append({"kind": stage.kind, **sizes, "total": sum(sizes.values())})
@@ -56,8 +55,3 @@ def _temporaries(compiled: jax.stages.Compiled) -> int:
     if analysis is None:
         raise HeadshareError(f"JAX does not tell what a step needs on {jax.default_backend()}.")
     return int(analysis.temp_size_in_bytes)
-
-
-def _bytes(tree: Any) -> int:
-    """Bytes of a tree's arrays on one device."""
-    return sum(leaf.dtype.itemsize * prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))

@@ -1,6 +1,7 @@
 """Parameters and training state on a mesh; every part is read by itself, so that no host holds more than its own."""
 
 from collections.abc import Iterable
+from math import prod
 from typing import Any
 
 import jax
@@ -65,6 +66,11 @@ def abstract_params(
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=parameter_sharding(mesh, context.config, name, shape))
         for name, shape in shapes.items()
     }
+
+
+def bytes_on_device(tree: Any) -> int:
+    """Bytes of a tree's arrays, or of their shapes with shardings, on one device."""
+    return sum(leaf.dtype.itemsize * prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
 def gathered(model: Llama) -> Llama:

@@ -24,6 +24,7 @@ from headshare_jax.cli.evaluate import Evaluate
 from headshare_jax.cli.generate import Generate
 from headshare_jax.cli.inspect import Inspect
 from headshare_jax.cli.match import Match
+from headshare_jax.cli.plan import Plan
 from headshare_jax.cli.postshare import Postshare
 from headshare_jax.cli.share import Share
 from headshare_jax.cli.sweep import Sweep
@@ -39,6 +40,7 @@ COMMANDS: dict[str, type[Command]] = {
     "eval": Evaluate,
     "generate": Generate,
     "inspect": Inspect,
+    "plan": Plan,
 }
 _DESCRIPTION = "Make LLaMA-family language models smaller by letting attention heads share weights."
 # Between the parts of what tyro says.

@@ -1,0 +1,165 @@
+"""`headshare plan`."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import RenderableType
+from rich.table import Table
+
+from headshare_jax import convert
+from headshare_jax.cli.command import Command, say
+from headshare_jax.config import LlamaConfig
+from headshare_jax.errors import HeadshareError
+from headshare_jax.presets import PRESETS
+from headshare_jax.sharing import SharingMap
+from headshare_jax.train import planning
+from headshare_jax.train.estimate import REMATS, STAGES, Workload
+from headshare_jax.train.topology import EXAMPLES, chip_of
+
+_MEMORY = {
+    "parameters": "parameter_bytes",
+    "optimizer": "optimizer_bytes",
+    "key/value cache": "cache_bytes",
+    "activations kept": "activation_bytes",
+    "other temporaries": "other_bytes",
+    "needed in all": "needed_bytes",
+    "room left": "room_bytes",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Command):
+    """Compile a step for a TPU pod without one: does it fit, what does it cost, what bounds it; dense and shared.
+
+    Example: headshare plan llama-2-7b --topology v5e:2x2 --devices 1 --stage decode --ratio 0.3
+    """
+
+    src: Annotated[
+        tyro.conf.Positional[str],
+        tyro.conf.arg(
+            metavar="SRC",
+            help=f"{', '.join(PRESETS)}; a config.json or a folder that holds one; or a model as of all commands.",
+        ),
+    ]
+    topology: Annotated[str, tyro.conf.arg(help=f"Chips, such as {EXAMPLES}.")]
+    devices: Annotated[int | None, tyro.conf.arg(help="Use so many of the chips; all by default.")] = None
+    stage: Annotated[
+        str,
+        tyro.conf.arg(
+            help=f"{', '.join(STAGES)}. Decode adds a token to each sequence; of postshare, `dense` is the align step "
+            "and `shared` the tied one."
+        ),
+    ] = "postshare"
+    ratio: Annotated[
+        float | None, tyro.conf.arg(help="Sharing ratio; by default the model's own map, if it has one, else 0.3.")
+    ] = None
+    tie: Annotated[str, tyro.conf.arg(help="Projections to share: some of q, k, v, o, in that order.")] = "qkv"
+    batch: Annotated[
+        int | None, tyro.conf.arg(help="Sequences, over all chips; one a chip in postshare, else one by default.")
+    ] = None
+    length: Annotated[int, tyro.conf.arg(help="Tokens of a sequence; in decode, slots of the cache.")] = 4096
+    mesh: Annotated[
+        tuple[int, int, int] | None,
+        tyro.conf.arg(
+            metavar="DATA FSDP TENSOR", help="Sizes of the mesh, one of which may be -1; by default one that fits."
+        ),
+    ] = None
+    remat: Annotated[
+        str | None, tyro.conf.arg(help=f"In postshare: {', '.join(REMATS)}; by default one that fits.")
+    ] = None
+    host: Annotated[
+        bool, tyro.conf.arg(help="Estimate from the shapes alone; compiles nothing, and needs no libtpu.")
+    ] = False
+
+    def run(self) -> dict[str, Any]:
+        _, count = chip_of(self.topology)
+        config, sharing = _opened(self.src)
+        if sharing is None or self.ratio is not None:
+            ratio = 0.3 if self.ratio is None else self.ratio
+            sharing = planning.random_map(config, ratio, self.tie)
+        batch = self.batch
+        if batch is None:
+            batch = (self.devices or count) if self.stage == "postshare" else 1
+        workload = Workload(config, sharing, self.stage, batch, self.length)
+        say("estimating" if self.host else "compiling, for a minute or several")
+        planned = planning.plan(
+            workload, self.topology, devices=self.devices, mesh=self.mesh, remat=self.remat, host=self.host
+        )
+        return {"model": self.src, **planned}
+
+    def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
+        how = "compiled for" if result["compiled"] else "estimated, not compiled, for"
+        data, fsdp, tensor = result["mesh"]
+        remat = f", remat {result['remat']}" if result["stage"] == "postshare" else ""
+        yield (
+            f"{result['model']}, {result['stage']}, {result['batch']} x {result['length']} tokens, {how} "
+            f"{result['devices']} of {result['topology']}: mesh data {data}, fsdp {fsdp}, tensor {tensor}{remat}"
+        )
+        models = [dict(result[name]) for name in ("dense", "shared")]
+        for model in models:
+            if model["temporary_bytes"] is not None:
+                model["other_bytes"] = max(model["temporary_bytes"] - model["activation_bytes"], 0)
+        table = Table("a chip", "dense", "shared")
+        for heading, name in _MEMORY.items():
+            if any(model.get(name) for model in models):
+                table.add_row(heading, *(_amount(model.get(name), "B") for model in models))
+        table.add_row("fits", *("yes" if model["fits"] else "no" for model in models))
+        table.add_section()
+        for heading, name, unit in (("a step: FLOPs", "flops", ""), ("HBM bytes", "hbm_bytes_accessed", "B")):
+            table.add_row(heading, *(_amount(model[name], unit) for model in models))
+        kinds = dict.fromkeys(kind for model in models for kind in model["collective_bytes"] or {})
+        for kind in kinds:
+            table.add_row(
+                f"sent: {kind}", *(_amount((model["collective_bytes"] or {}).get(kind), "B") for model in models)
+            )
+        table.add_row("at least", *(_amount(model["step_seconds"], "s") for model in models))
+        table.add_row("bound by", *(model["bound_by"] or "" for model in models))
+        table.add_row("tokens/s, all chips", *(_amount(model["tokens_per_second"], "") for model in models))
+        if result["compiled"]:
+            table.add_row("compiling took", *(_amount(model["compile_seconds"], "s") for model in models))
+        yield table
+        for other in result["tried"][:-1]:
+            yield f"tried before: mesh {' x '.join(map(str, other['mesh']))}, remat {other['remat']}: does not fit"
+
+
+def _opened(src: str) -> tuple[LlamaConfig, SharingMap | None]:
+    """The architecture that a name stands for, and its sharing map, if it has one."""
+    if src in PRESETS:
+        return PRESETS[src], None
+    path = Path(src)
+    if path.suffix == ".json" and path.is_file():
+        return LlamaConfig.from_hf(_document(path)), None
+    if (path / "config.json").is_file() and not any(path.glob("*.safetensors")):
+        return LlamaConfig.from_hf(_document(path / "config.json")), None
+    try:
+        source = convert.open_checkpoint(path)
+    except HeadshareError as error:
+        if path.exists() or "/" in src:
+            raise
+        raise HeadshareError(f"{src} is neither a model nor one of {', '.join(PRESETS)}.") from error
+    return source.config, source.sharing
+
+
+def _document(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise HeadshareError(f"{path} is not readable JSON: {error}.") from error
+    if not isinstance(document, dict):
+        raise HeadshareError(f"{path} is no model configuration: it holds no JSON object.")
+    return document
+
+
+def _amount(value: float | None, unit: str) -> str:
+    """A number with a decimal prefix and three digits."""
+    if value is None:
+        return "unknown"
+    prefixes = {1e15: "P", 1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k", 1.0: "", 1e-3: "m", 1e-6: "u"}
+    for scale, prefix in prefixes.items():
+        if abs(value) >= scale:
+            return f"{value / scale:.3g} {prefix}{unit}"
+    return f"0 {unit}"

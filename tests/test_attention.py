@@ -1,0 +1,72 @@
+"""The TPU's attention kernel, run by its interpreter, against attention in blocks."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import random_tokens, tiny_model
+
+from headshare_jax import Llama, attention, modeling
+from headshare_jax.attention import flash_attention, has_kernel
+from headshare_jax.mesh import batch_sharding, make_mesh
+from headshare_jax.train.topology import topology_devices
+
+LENGTH, WIDTH = 256, 32
+# Two documents and padding, and one document that ends within a block of keys.
+SEGMENTS = np.stack([np.repeat([1, 2, 0], [100, 120, 36]), np.repeat([1, 0], [130, 126])]).astype(np.int32)
+Heads = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def heads(queries: int, groups: int) -> Heads:
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, LENGTH, n, WIDTH)), jnp.float32) for n in (queries, groups, groups))
+    return q, k, v
+
+
+def value_and_gradients(attend: Callable[..., jax.Array], of: Heads) -> tuple[jax.Array, Heads]:
+    """Head outputs, and gradients of a sum that weighs each of them differently."""
+    outputs, pull = jax.vjp(jax.jit(attend), *of)
+    return outputs, pull(jnp.sin(jnp.arange(outputs.size, dtype=jnp.float32)).reshape(outputs.shape))
+
+
+@pytest.mark.parametrize(("groups", "sizes"), [(2, (1, 2, 2)), (1, (2, 1, 2)), (4, (1, 1, 1))])
+def test_the_kernel_gives_what_blocks_give(groups: int, sizes: tuple[int, int, int]) -> None:
+    of = heads(4, groups)
+    mask_bts = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))[None] & (SEGMENTS[:, :, None] == SEGMENTS[:, None, :])
+    mesh = make_mesh(sizes, jax.devices()[: int(np.prod(sizes))])
+    expected, expected_gradients = value_and_gradients(
+        lambda q, k, v: modeling.attend(q, k, v, mask_bts, causal=True), of
+    )
+    got, gradients = value_and_gradients(
+        lambda q, k, v: flash_attention(q, k, v, jnp.asarray(SEGMENTS), mesh, interpret=True), of
+    )
+    for mine, theirs in zip((got, *gradients), (expected, *expected_gradients), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=3e-6 * float(jnp.abs(theirs).max()))
+
+
+def test_a_model_runs_the_kernel_where_its_mesh_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(num_hidden_layers=1, max_position_embeddings=LENGTH)
+    tokens, segments = jnp.asarray(random_tokens((2, LENGTH))), jnp.asarray(SEGMENTS)
+    expected = model(tokens, segments_bt=segments)
+    used = []
+
+    def interpreted(*arguments: jax.Array) -> jax.Array:
+        used.append(True)
+        return flash_attention(*arguments, interpret=True)
+
+    monkeypatch.setattr(modeling, "has_kernel", lambda mesh, length: True)
+    monkeypatch.setattr(modeling, "flash_attention", interpreted)
+    model.batch_sharding = batch_sharding(make_mesh((2, 1, 1), jax.devices()[:2]))
+    got = jax.jit(Llama.__call__)(model, tokens, segments_bt=segments)
+    assert used
+    np.testing.assert_allclose(got, expected, atol=2e-5 * float(jnp.abs(expected).max()))
+
+
+def test_kernels_are_for_tpus_and_whole_blocks() -> None:
+    tpu = make_mesh((1, 4, 1), topology_devices("v5e:2x2"))
+    assert has_kernel(tpu, 4096)
+    assert has_kernel(tpu, 3 * attention.BLOCKS[-1])
+    assert not has_kernel(tpu, 4000)
+    assert not has_kernel(make_mesh((1, 8, 1)), 4096)

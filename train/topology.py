@@ -1,0 +1,94 @@
+"""TPU topologies without the hardware: their devices, to compile for, and the published rates of their chips."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from math import prod
+
+import jax
+
+from headshare_jax.errors import HeadshareError
+
+EXAMPLES = "v5e:1x1, v5e:2x2, v5e:16x16, v5p:2x2x1, v5p:8x8x8, v6e:16x16"
+_NAME = re.compile(r"(v5e|v5p|v6e):(\d{1,2}x\d{1,2}(?:x\d{1,2})?)")
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Published rates of a chip (docs.cloud.google.com/tpu/docs/v5e, /v5p and /v6e).
+
+    Attributes:
+      name: as a topology's name begins.
+      hbm_bytes: main memory that a program can use, as XLA's compiler for the chip says: a little less than 16, 95 (XLA
+        counts 96) and 32 GiB.
+      flops: bfloat16 operations a second.
+      hbm_bandwidth: bytes a second.
+      network_bandwidth: bytes a second that a chip sends to its neighbours over all its links: half of the published
+        bidirectional bandwidth.
+      most_chips: in one pod.
+    """
+
+    name: str
+    hbm_bytes: int
+    flops: float
+    hbm_bandwidth: float
+    network_bandwidth: float
+    most_chips: int
+
+
+CHIPS = {
+    "v5e": Chip("v5e", int(15.75 * 2**30), 197e12, 819e9, 200e9, 256),
+    "v5p": Chip("v5p", int(95.73 * 2**30), 459e12, 2765e9, 600e9, 8960),
+    "v6e": Chip("v6e", int(31.24 * 2**30), 918e12, 1640e9, 400e9, 256),
+}
+
+
+def chip_of(topology: str) -> tuple[Chip, int]:
+    """The chips of a topology, and how many it has.
+
+    Raises:
+      HeadshareError: not the name of a topology, or more chips than a pod has.
+    """
+    found = _NAME.fullmatch(topology)
+    sizes = [int(size) for size in found[2].split("x")] if found else []
+    if not found or len(sizes) != (3 if found[1] == "v5p" else 2):
+        raise HeadshareError(f"{topology!r} is no TPU topology; give one such as {EXAMPLES}.")
+    chip = CHIPS[found[1]]
+    if not 0 < prod(sizes) <= chip.most_chips:
+        raise HeadshareError(f"{topology} has {prod(sizes)} chips, but a {chip.name} pod 1 to {chip.most_chips}.")
+    return chip, prod(sizes)
+
+
+def topology_devices(topology: str) -> Sequence[jax.Device]:
+    """Devices of a topology to compile for; none of them need be there.
+
+    Raises:
+      HeadshareError: not the name of a topology that libtpu knows, or no libtpu.
+    """
+    chip_of(topology)
+    if find_spec("libtpu") is None:
+        raise HeadshareError(
+            "Compiling for a TPU needs libtpu: pip install 'headshare-jax[tpu]'. "
+            "Without it, --host estimates from the shapes alone."
+        )
+    # What libtpu would else ask the machine's metadata server, or take a lock for, as if it were to run something.
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
+    except jax.errors.JaxRuntimeError as error:
+        raise HeadshareError(f"libtpu has no topology {topology}; give one such as {EXAMPLES}.") from error
+
+
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
