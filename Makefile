@@ -33,6 +33,7 @@ bench: .venv/test
 	$(BIN)/python bench/match.py
 	$(BIN)/python bench/convert.py
 	$(BIN)/python bench/train.py
+	$(BIN)/python bench/serve.py
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -135,33 +135,37 @@ def decode(
 
     def step(rows: _Rows) -> _Rows:
         features_btd, cache = model.extend(rows.token_b[:, None], rows.cache)
-        token_b = _draw(model.logits(features_btd[:, -1]), jax.random.fold_in(key, rows.count), sampling)
+        draw_key = jax.random.fold_in(key, rows.count - 1)
+        return placed(_draw(model.logits(features_btd[:, -1]), draw_key, sampling), rows, cache)
+
+    def placed(token_b: jax.Array, rows: _Rows, cache: KVCache) -> _Rows:
+        done_b = rows.done_b | stops(token_b)
         return _Rows(
             count=rows.count + 1,
             token_b=token_b,
-            out_bt=jax.lax.dynamic_update_slice(rows.out_bt, rows.token_b[:, None], (0, rows.count)),
-            done_b=rows.done_b | stops(token_b),
-            length_b=rows.length_b + (~rows.done_b).astype(jnp.int32),
+            out_bt=jax.lax.dynamic_update_slice(rows.out_bt, token_b[:, None], (0, rows.count)),
+            done_b=done_b,
+            length_b=rows.length_b + (~done_b).astype(jnp.int32),
             cache=cache,
         )
 
     batch = token_b.shape[0]
-    rows = _Rows(
+    nothing = _Rows(
         count=jnp.int32(0),
         token_b=token_b,
         out_bt=jnp.zeros((batch, room), jnp.int32),
-        done_b=stops(token_b),
+        done_b=jnp.zeros(batch, bool),
         length_b=jnp.zeros(batch, jnp.int32),
         cache=cache,
     )
-    rows = jax.lax.while_loop(unfinished, step, rows)
+    rows = jax.lax.while_loop(unfinished, step, placed(token_b, nothing, cache))
     return rows.out_bt, rows.length_b, rows.cache
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Rows:
-    """A batch being continued: steps made, the token to place next, what is placed, and which rows are done."""
+    """A batch being continued: tokens placed, the last of them, all of them, and which rows are done."""
 
     count: jax.Array
     token_b: jax.Array

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 
 from headshare_jax import parameters
@@ -19,8 +20,12 @@ from headshare_jax.rope import rotary_angles, rotate
 from headshare_jax.sharing import PROJECTIONS, SharingMap
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
-# Activations kept for the backward pass; everything else of a layer is computed again.
+# What costs a product or the attention; norms and the gated product are computed again in the backward pass, which is
+# cheaper than writing them to memory and reading them back.
+_COSTLY = ("query", "key", "value", "heads", "middle", "gate", "up")
+# Activations of a layer kept for the backward pass; everything else is computed again.
 REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.save_only_these_names(*_COSTLY),
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
@@ -70,7 +75,8 @@ class Llama(nnx.Module):
       sharing: who shares with whom, or None for a dense model.
       compute_dtype: `float32` or `bfloat16`: type of matrix products and activations. Norms, softmax, rotary angles
         and logits are float32 always.
-      remat: `none`, or which activations a training step keeps: `full` keeps none, `dots` those of weight products.
+      remat: which activations of a layer a training step keeps: `none` computes only norms and other cheap things
+        again, `dots` also the attention, `full` everything.
       batch_sharding: where activations lie on a mesh of devices, by their first axis; None leaves it to the compiler.
       q_index_ln, k_index_lk, v_index_lk, o_index_ln: pool row of every head; P, one past the last, of a dropped one.
     """
@@ -105,8 +111,8 @@ class Llama(nnx.Module):
         """Takes the parameters as they are; `parameters.stored_shape` gives the shape each must have."""
         if compute_dtype not in COMPUTE_DTYPES:
             raise HeadshareError(f"compute_dtype must be one of {', '.join(COMPUTE_DTYPES)}, not {compute_dtype!r}.")
-        if remat not in ("none", *REMAT_POLICIES):
-            raise HeadshareError(f"remat must be one of none, {', '.join(REMAT_POLICIES)}, not {remat!r}.")
+        if remat not in REMAT_POLICIES:
+            raise HeadshareError(f"remat must be one of {', '.join(REMAT_POLICIES)}, not {remat!r}.")
         self.config = config
         self.sharing = sharing
         self.compute_dtype = compute_dtype
@@ -189,8 +195,7 @@ class Llama(nnx.Module):
                 heads_btnh = attend(q_btnh, k_btkh, v_btkh, mask_bts, causal=True)
             return self._placed(self._layer_output(x_btd, heads_btnh, weights)), None
 
-        if self.remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         x_btd, _ = jax.lax.scan(layer, self._placed(self._embed(tokens_bt)), self._layer_weights())
         return self._rms_norm(x_btd, self.final_norm_d[...])
 
@@ -298,7 +303,8 @@ class Llama(nnx.Module):
         q_btnh = self._project_in(normed_btd, "q", weights["q_index_ln"])
         k_btkh = self._project_in(normed_btd, "k", weights["k_index_lk"])
         v_btkh = self._project_in(normed_btd, "v", weights["v_index_lk"])
-        return rotate(q_btnh, cos_bth, sin_bth), rotate(k_btkh, cos_bth, sin_bth), v_btkh
+        q_btnh, k_btkh = rotate(q_btnh, cos_bth, sin_bth), rotate(k_btkh, cos_bth, sin_bth)
+        return checkpoint_name(q_btnh, "query"), checkpoint_name(k_btkh, "key"), checkpoint_name(v_btkh, "value")
 
     def _project_in(self, x_btd: jax.Array, projection: str, index_n: jax.Array) -> jax.Array:
         pool_pdh = getattr(self, f"{projection}_pool_pdh")[...]
@@ -330,10 +336,10 @@ class Llama(nnx.Module):
 
     def _layer_output(self, x_btd: jax.Array, heads_btnh: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
         """Residual stream after a layer whose attention heads gave `heads_btnh`."""
-        attention_btd = self._project_out(heads_btnh, weights["o_index_ln"])
+        attention_btd = self._project_out(checkpoint_name(heads_btnh, "heads"), weights["o_index_ln"])
         if self.config.attention_bias:
             attention_btd += weights["o_bias_ld"].astype(x_btd.dtype)[None, None]
-        x_btd = x_btd + attention_btd
+        x_btd = checkpoint_name(x_btd + attention_btd, "middle")
         return x_btd + self._mlp(self._rms_norm(x_btd, weights["mlp_norm_ld"]), weights)
 
     def _mlp(self, x_btd: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
@@ -343,8 +349,8 @@ class Llama(nnx.Module):
 
         # Tokens along one axis: the gradient of a weight sums over them, and over two axes XLA would first copy.
         x_md = x_btd.reshape(-1, x_btd.shape[-1])
-        gate_mf = linear(x_md, "gate_ldf", "gate_bias_lf")
-        up_mf = linear(x_md, "up_ldf", "up_bias_lf")
+        gate_mf = checkpoint_name(linear(x_md, "gate_ldf", "gate_bias_lf"), "gate")
+        up_mf = checkpoint_name(linear(x_md, "up_ldf", "up_bias_lf"), "up")
         out_md = linear(_ACTIVATIONS[self.config.hidden_act](gate_mf) * up_mf, "down_lfd", "down_bias_ld")
         return out_md.reshape(x_btd.shape)
 

@@ -58,3 +58,18 @@ def test_training_steps_are_compared_with_pytorch(tmp_path: Path) -> None:
         assert row["tokens_per_second"] == pytest.approx(2 * 64 / row["seconds"])
         assert 0 < row["mfu"] < 1
         assert row["peak_rss"] > 1e8
+
+
+def test_serving_is_compared_with_pytorch(tmp_path: Path) -> None:
+    result = run_quick("serve", tmp_path, str(tiny_cli_model.saved(tmp_path / "model")))
+    rows = result["contenders"]
+    rival, dense, shared = (rows[name] for name in ("transformers", "headshare, dense", "headshare, shared"))
+    assert rival["prefill_speedup"] == rival["decode_speedup"] == 1
+    for row in (rival, dense, shared):
+        assert row["prefill_tokens_per_second"] == pytest.approx(2 * 64 / row["prefill_seconds"])
+        assert row["decode_speedup"] == rival["decode_seconds"] / row["decode_seconds"]
+        assert 0 < row["of_matrix_rate"] < 1
+        assert row["serving_rss"] > 1e8
+    assert rival["stored_bytes"] == dense["stored_bytes"]
+    assert result["memory"]["bytes_saved"] == dense["stored_bytes"] - shared["stored_bytes"] > 0
+    assert result["first_token_seconds"].keys() == {"not compiled before", "dense", "shared"}

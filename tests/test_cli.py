@@ -261,6 +261,20 @@ def test_generate(headshare: Any, model: Path) -> None:
     assert len(chat["results"]) == 2
 
 
+def test_generate_keeps_what_it_compiles(model: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"HEADSHARE_CACHE": str(tmp_path)}
+    del environment["JAX_COMPILATION_CACHE_DIR"]
+    command = [sys.executable, "-m", "headshare_jax", "generate", str(model), "--prompt", "One"]
+
+    def run() -> tuple[bytes, bytes, list[str]]:
+        done = subprocess.run([*command, "--max-new-tokens", "2"], capture_output=True, check=True, env=environment)
+        return done.stdout, done.stderr, sorted(path.name for path in (tmp_path / "compiled").glob("*-cache"))
+
+    first = run()
+    assert first[2]
+    assert run() == first
+
+
 def test_inspect(headshare: Any, model: Path, tmp_path: Path) -> None:
     headshare("share", model, tmp_path / "shared", "--ratio", 0.5)
     result = headshare("inspect", tmp_path / "shared", "--json")

@@ -207,7 +207,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "sim_schedule": WEIGHT_SCHEDULES,
     "schedule": SCHEDULES,
     "compute_dtype": COMPUTE_DTYPES,
-    "remat": ("none", *REMAT_POLICIES),
+    "remat": tuple(REMAT_POLICIES),
 }
 _COUNTS = "steps batch_size accumulate workers eval_windows every eval_every keep max_bad_steps"
 _WEIGHTS = "lm_weight sim_weight z_weight distill_weight weight_decay warmup seed"

@@ -4,13 +4,16 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import jax
 import tyro
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from headshare_jax.convert.cache import cache_directory
 
 Source = Annotated[
     tyro.conf.Positional[str],
@@ -60,6 +63,20 @@ class Command:
 def say(message: str) -> None:
     """Tells on standard error what is being done."""
     _errors.print(message, style="dim", highlight=False)
+
+
+def keep_compiled() -> None:
+    """Keeps what is compiled in the cache folder, so that later commands start without compiling.
+
+    A folder that the user gave JAX stays in force, and where none can be made nothing is kept.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    folder = cache_directory() / "compiled"
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @contextmanager

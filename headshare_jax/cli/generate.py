@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from headshare_jax import convert
-from headshare_jax.cli.command import Command, ComputeDtype, Source, say
+from headshare_jax.cli.command import Command, ComputeDtype, Source, keep_compiled, say
 from headshare_jax.convert import tokenizer
 from headshare_jax.errors import HeadshareError
 from headshare_jax.generation import Sampling, generate
@@ -46,6 +46,7 @@ class Generate(Command):
         if not prompts or not all(prompts):
             raise HeadshareError("Every prompt must hold at least one token; give --prompt a text.")
         say("loading")
+        keep_compiled()
         model = convert.load(path, compute_dtype=self.compute_dtype)
         answers = generate(model, prompts, max_new_tokens=self.max_new_tokens, sampling=sampling, seed=self.seed)
         return {
