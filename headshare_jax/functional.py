@@ -133,7 +133,8 @@ def match_functional(
             rank_us = np.full((len(own), config.num_units), np.inf)
             rank_us[:, donors] = scorer.ranks(donors, sums)
             receivers, best = scorer.best_pairs(rank_us)
-            chosen = sums[0], *(part[np.searchsorted(donors, best)] for part in sums[1:])
+            places = np.searchsorted(donors, best)
+            chosen = sums[0], sums[1][places], sums[2][places]
             drop[layer], costs = scorer.costs(receivers, best, "qkv", chosen)
             first = {unit: place for place, unit in reversed(list(enumerate(receivers)))}
             for unit in first:

@@ -150,8 +150,8 @@ class SharingMap:
         }
         lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
         if self.dropped.any():
-            lines.append(f'  "dropped": {_one_a_line(map(self._unit, np.flatnonzero(self.dropped)))},')
-        lines.append(f'  "receivers": {_one_a_line(map(self._receiver, self.receivers))}')
+            lines.append(f'  "dropped": {_one_a_line(self._unit(int(flat)) for flat in np.flatnonzero(self.dropped))},')
+        lines.append(f'  "receivers": {_one_a_line(self._receiver(int(flat)) for flat in self.receivers)}')
         return "\n".join(["{", *lines, "}", ""])
 
     def _receiver(self, flat: int) -> dict[str, Any]:
@@ -223,7 +223,7 @@ def _check_donors(donor: np.ndarray) -> None:
         raise HeadshareError("The map drops every unit; keep at least one.")
     orphans = kept[flat[flat[kept]] == DROPPED]
     if orphans.size:
-        donor, receiver = label(flat[orphans[0]]), label(orphans[0])
+        dropped, receiver = label(flat[orphans[0]]), label(orphans[0])
         raise HeadshareError(
             f"The map drops unit {donor} (layer.unit), the donor of {receiver}; keep it, or drop both."
         )

@@ -115,7 +115,7 @@ def pair_cosine(params: Mapping[str, jax.Array], sharing: SharingMap) -> jax.Arr
         square_a_r += jnp.where(tied_r, jnp.sum(jnp.square(a_rgdh), axis=_SLICES), 0.0)
         square_b_r += jnp.where(tied_r, jnp.sum(jnp.square(b_rgdh), axis=_SLICES), 0.0)
     lengths_r = jnp.sqrt(square_a_r) * jnp.sqrt(square_b_r)
-    return jnp.mean(product_r / jnp.maximum(lengths_r, jnp.finfo(jnp.float32).tiny))
+    return jnp.mean(product_r / jnp.maximum(lengths_r, float(np.finfo(np.float32).tiny)))
 
 
 def pool_name(projection: str) -> str:

@@ -70,7 +70,7 @@ def keep_compiled() -> None:
 
     A folder that the user gave JAX stays in force, and where none can be made nothing is kept.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     folder = cache_directory() / "compiled"
     with suppress(OSError):
