@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -70,7 +71,7 @@ def keep_compiled() -> None:
 
     A folder that the user gave JAX stays in force, and where none can be made nothing is kept.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     folder = cache_directory() / "compiled"
     with suppress(OSError):
