@@ -61,7 +61,7 @@ def run(options: Options) -> dict[str, Any]:
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
     with tempfile.TemporaryDirectory(dir=RESULTS) as folder:
         models = {name: Path(folder) / name for name in ("dense", "shared", "hf")}
-        headshare("convert", src, models["dense"])
+        headshare("convert", src, models["dense"], "--to", "native")
         headshare("convert", src, models["hf"], "--to", "hf")
         headshare("share", src, models["shared"], "--ratio", str(RATIO), "--match", "qk")
         for _ in range(options.rounds):
@@ -112,7 +112,7 @@ def summary(options: Options, measured: list[dict[str, Any]]) -> dict[str, Any]:
 
 def headshare(*arguments: object, **environment: str) -> None:
     command = [sys.executable, "-m", "headshare_jax", *map(str, arguments)]
-    subprocess.run(command, check=True, capture_output=True, env=os.environ | environment)
+    subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ | environment)
 
 
 def output_of(*arguments: str) -> str:
