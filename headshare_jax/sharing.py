@@ -225,7 +225,7 @@ def _check_donors(donor: np.ndarray) -> None:
     if orphans.size:
         dropped, receiver = label(flat[orphans[0]]), label(orphans[0])
         raise HeadshareError(
-            f"The map drops unit {donor} (layer.unit), the donor of {receiver}; keep it, or drop both."
+            f"The map drops unit {dropped} (layer.unit), the donor of {receiver}; keep it, or drop both."
         )
     for unit in kept[flat[flat[kept]] != flat[kept]]:
         seen = [int(unit)]
