@@ -45,7 +45,7 @@ class Command:
         """Runs the command and prints its result."""
         result = self.run()
         if self.json:
-            json.dump(_plain(result), sys.stdout, allow_nan=False)
+            json.dump(plain(result), sys.stdout, allow_nan=False)
             print()
         else:
             console = Console()
@@ -91,26 +91,20 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def progress_with_text(label: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar with a text that changes; yields the function to call with the steps done and the text.
+def progress_with_text() -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar with a text that changes; yields the function to call with the steps done, in all, and the text.
 
     It appears with the first call, so that work that is refused before it begins shows none.
     """
-    columns = (
-        TextColumn(label),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with ExitStack() as shown:
         bar = Progress(*columns, console=_errors)
-        task = bar.add_task("", total=total)
+        task = bar.add_task("", total=None)
 
-        def show(done: int, text: str) -> None:
+        def show(done: int, total: int, text: str) -> None:
             if not bar.live.is_started:
                 shown.enter_context(bar)
-            bar.update(task, completed=done, description=text)
+            bar.update(task, completed=done, total=total, description=text)
 
         yield show
 
@@ -120,12 +114,12 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON has no infinities: they become null."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
