@@ -49,10 +49,11 @@ class Search:
     """Where functional matching looks for donors.
 
     Attributes:
+      windows: windows of the text, the first ones, that are looked at.
       span: number of earlier layers whose units are tried.
       same_layer: try the other units of the receiver's own layer too.
       ridge: lambda of the refit, above 0.
-      prefilter: windows on which all donors are tried; the others see only the best.
+      prefilter: windows, of those, on which all donors are tried; the others see only the best.
       keep: how many of the best donors of each unit stay for the other windows, and for ties other than `qkv`.
       batch_tokens: tokens run at a time.
 
@@ -60,6 +61,7 @@ class Search:
       HeadshareError: an impossible setting.
     """
 
+    windows: int = 8
     span: int = 5
     same_layer: bool = False
     ridge: float = 1e-2
@@ -68,8 +70,11 @@ class Search:
     batch_tokens: int = 2048
 
     def __post_init__(self) -> None:
-        if min(self.span, self.prefilter, self.keep, self.batch_tokens) < 1 or not 0 < self.ridge < np.inf:
-            raise HeadshareError("span, prefilter, keep and batch_tokens must be at least 1, and the ridge above 0.")
+        counts = (self.windows, self.span, self.prefilter, self.keep, self.batch_tokens)
+        if min(counts) < 1 or not 0 < self.ridge < np.inf:
+            raise HeadshareError(
+                "windows, span, prefilter, keep and batch_tokens must be at least 1, and the ridge above 0."
+            )
 
 
 def match_functional(
@@ -109,7 +114,7 @@ def match_functional(
     config = source.config
     if config.num_layers < 2:
         raise HeadshareError("Matching needs at least two layers: donors come from earlier layers.")
-    layers = config.num_layers
+    layers, windows_wt = config.num_layers, windows_wt[: search.windows]
     drop = np.zeros((layers, config.num_kv_heads), np.float32)
     share = {
         tie: np.full((config.num_units, config.num_units), np.inf, np.float32) for tie in dict.fromkeys(("qkv", *ties))

@@ -6,24 +6,26 @@ from support import random_tokens, tiny_model
 
 import headshare_jax as hs
 from headshare_jax import methods
-from headshare_jax.methods import METHODS, MethodSettings
+from headshare_jax.methods import METHODS, Amount, MethodSettings
 
 
 def quiet(done: int, total: int) -> None:
     pass
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "plan"])
 def test_scores_serve_every_ratio(name: str) -> None:
     model, windows, settings = tiny_model(), random_tokens((4, 16)), MethodSettings(seed=3)
     method = methods.find(name, settings)
     scores = method.scores(model, windows, settings, quiet)
     for ratio in (0.2, 0.4):
-        sharing = methods.choose(method, scores, ratio, settings)
+        sharing = methods.choose(method, scores, Amount(ratio=ratio), model.config, settings)
         shared, report = methods.apply(method, model, sharing, windows)
         assert shared.sharing is not None
         assert shared.sharing == sharing
-        assert (sharing.method, len(sharing.receivers)) == (name, int(ratio * 6))
+        changed = np.count_nonzero(sharing.receives | sharing.dropped)
+        assert (sharing.method, changed) == (name, int(ratio * 6))
+        assert sharing.dropped.any() == (name in ("drop", "magnitude"))
         assert (report is not None) == method.refits
         if report is None:
             assert np.array_equal(shared.o_pool_phd[...], model.o_pool_phd[...])
@@ -33,23 +35,27 @@ def test_settings_reach_the_map() -> None:
     model = tiny_model()
     settings = MethodSettings(match="v", tie="qk", chains="forbid")
     method = methods.find("direct", settings)
-    sharing = methods.choose(method, method.scores(model, None, settings, quiet), 0.3, settings)
+    scores = method.scores(model, None, settings, quiet)
+    sharing = methods.choose(method, scores, Amount(ratio=0.3), model.config, settings)
     assert sharing == hs.sharing_map(hs.match(model, "v"), 0.3, tie="qk", chains="forbid")
 
 
 def test_donors_of_fitted_maps_keep_their_weights() -> None:
     model, windows, settings = tiny_model(), random_tokens((4, 16)), MethodSettings()
     method = METHODS["fitted"]
-    sharing = methods.choose(method, method.scores(model, windows, settings, quiet), 0.4, settings)
+    scores = method.scores(model, windows, settings, quiet)
+    sharing = methods.choose(method, scores, Amount(ratio=0.4), model.config, settings)
     assert sharing.chains == "forbid"
 
 
 def test_what_cannot_be_is_refused() -> None:
     config = tiny_model().config
-    with pytest.raises(hs.HeadshareError, match="one of direct, refit, fitted, random"):
+    with pytest.raises(hs.HeadshareError, match="one of direct, refit, fitted, plan"):
         methods.find("best", MethodSettings())
     with pytest.raises(hs.HeadshareError, match="match function"):
         methods.find("fitted", MethodSettings(match="qk"))
     for ratio, words in ((1.0, "below 1"), (float("nan"), "at least 0"), (0.1, "at least 0.1667")):
         with pytest.raises(hs.HeadshareError, match=words):
-            methods.check_ratio(ratio, config)
+            methods.check_amount(Amount(ratio=ratio), config)
+    with pytest.raises(hs.HeadshareError, match="budget must be above 0"):
+        methods.check_amount(Amount(budget=0.0), config)
