@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -26,9 +27,9 @@ def write(result: MatchResult, path: Path) -> None:
 def read(path: Path) -> MatchResult:
     """Reads what `write` wrote; HeadshareError if it is not that."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in _ARRAYS if name in stored}
             ties = {name.removeprefix(_TIE): stored[name] for name in stored if name.startswith(_TIE)}
             return MatchResult(**arrays, tie_scores=ties, **json.loads(str(stored["settings"])))
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         raise HeadshareError(f"The scores in {path} cannot be read ({error}); delete the file.") from error

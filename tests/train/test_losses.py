@@ -121,8 +121,9 @@ def test_bfloat16_gradients_are_near_those_of_float32() -> None:
     assert value.dtype == jnp.float32
     for name, grad in grads.items():
         assert grad.dtype == jnp.float32
-        # bfloat16 keeps eight bits, so that a product is off by up to 2^-8; errors of many products partly cancel.
-        assert np.linalg.norm(grad - exact[name]) < 2e-2 * np.linalg.norm(exact[name]), name
+        # bfloat16 keeps eight bits, so that a product is off by up to 2^-8; errors of many products partly cancel, and
+        # norms that are computed again in the backward pass are rounded once more.
+        assert np.linalg.norm(grad - exact[name]) < 6 * 2**-8 * np.linalg.norm(exact[name]), name
 
 
 def pairs(model: Llama, tie: str) -> SharingMap:
