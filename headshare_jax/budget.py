@@ -17,7 +17,7 @@ DROP = "drop"
 
 def unit_parameters(config: LlamaConfig) -> dict[str, int]:
     """Weights of one sharing unit, by projection."""
-    shapes = {p: parameters.slice_shape(config, f"{p}_pool_{'phd' if p == 'o' else 'pdh'}") for p in PROJECTIONS}
+    shapes = {p: parameters.slice_shape(config, parameters.pool_name(p)) for p in PROJECTIONS}
     return {p: prod(shape) // config.num_kv_heads for p, shape in shapes.items()}
 
 

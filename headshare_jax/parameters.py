@@ -60,6 +60,11 @@ def pooled_projection(name: str) -> str | None:
     return name[0] if axes(name).startswith("p") else None
 
 
+def pool_name(projection: str) -> str:
+    """Parameter that holds the heads of a projection."""
+    return f"{projection}_pool_{'phd' if projection == 'o' else 'pdh'}"
+
+
 def is_layered(name: str) -> bool:
     """Whether a parameter is read layer by layer."""
     return axes(name)[0] in "lp"
@@ -179,7 +184,7 @@ def fingerprint(source: WeightSource) -> str:
     digest = hashlib.sha256()
     with ThreadPoolExecutor(len(PROJECTIONS)) as threads:
         for layer in range(source.config.num_layers):
-            weights = [source.read(name, layer) for name in ("q_pool_pdh", "k_pool_pdh", "v_pool_pdh", "o_pool_phd")]
+            weights = [source.read(pool_name(projection), layer) for projection in PROJECTIONS]
             for part in threads.map(_checksums, weights):
                 digest.update(part)
     return f"sha256:{digest.hexdigest()}"

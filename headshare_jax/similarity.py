@@ -14,7 +14,8 @@ from threadpoolctl import threadpool_limits
 
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
-from headshare_jax.parameters import WeightSource, fingerprint, slice_shape
+from headshare_jax.parameters import WeightSource, fingerprint, pool_name, slice_shape
+from headshare_jax.sharing import PROJECTIONS
 
 # One layer's features: arrays [U, ...].
 Parts = Sequence[np.ndarray]
@@ -133,7 +134,7 @@ def magnitudes(source: WeightSource, *, progress: Callable[[int, int], None] = l
     shape = (config.num_layers, config.num_kv_heads)
     norms = np.zeros(shape, np.float32)
     for layer in range(config.num_layers):
-        weights = [source.read(name, layer) for name in ("q_pool_pdh", "k_pool_pdh", "v_pool_pdh", "o_pool_phd")]
+        weights = [source.read(pool_name(projection), layer) for projection in PROJECTIONS]
         squares = [np.square(np.asarray(value, np.float32)).reshape(shape[1], -1).sum(axis=1) for value in weights]
         norms[layer] = np.sqrt(np.sum(squares, axis=0))
         progress(layer + 1, config.num_layers)

@@ -25,14 +25,14 @@ from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluation import perplexity
 from headshare_jax.mesh import batch_sharding, make_mesh, replicated
 from headshare_jax.modeling import Llama
-from headshare_jax.parameters import WeightSource, fingerprint, parameter_names
+from headshare_jax.parameters import WeightSource, fingerprint, parameter_names, pool_name
 from headshare_jax.selection import sharing_map
 from headshare_jax.sharing import SharingMap
 from headshare_jax.similarity import match
 from headshare_jax.train import data
 from headshare_jax.train import recipe as recipes
 from headshare_jax.train.checkpoints import RunCheckpoints
-from headshare_jax.train.losses import pair_cosine, pool_name, tied_projections
+from headshare_jax.train.losses import pair_cosine, tied_projections
 from headshare_jax.train.metrics import MetricsLog, is_spike, matrix_rate, step_flops
 from headshare_jax.train.placement import abstract_params, abstract_state, begin, gathered, place, split_names
 from headshare_jax.train.step import Params, StageContext, TrainState, make_step, trainable_names

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from headshare_jax.modeling import Llama, head_logits
+from headshare_jax.parameters import pool_name
 from headshare_jax.sharing import PROJECTIONS, SharingMap
 
 PENALTIES = ("norm", "mse", "kl", "js")
@@ -116,11 +117,6 @@ def pair_cosine(params: Mapping[str, jax.Array], sharing: SharingMap) -> jax.Arr
         square_b_r += jnp.where(tied_r, jnp.sum(jnp.square(b_rgdh), axis=_SLICES), 0.0)
     lengths_r = jnp.sqrt(square_a_r) * jnp.sqrt(square_b_r)
     return jnp.mean(product_r / jnp.maximum(lengths_r, float(np.finfo(np.float32).tiny)))
-
-
-def pool_name(projection: str) -> str:
-    """Parameter that holds the heads of a projection."""
-    return f"{projection}_pool_{'phd' if projection == 'o' else 'pdh'}"
 
 
 # Axes of a unit's slices. They are never merged: a pool is cut along D, and merging would gather its parts.

@@ -17,9 +17,10 @@ from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.mesh import BATCH, batch_sharding
 from headshare_jax.modeling import Llama
+from headshare_jax.parameters import pool_name
 from headshare_jax.sharing import SharingMap
 from headshare_jax.train import recipe as recipes
-from headshare_jax.train.losses import pool_name, similarity_penalty, target_mask, tied_projections, token_losses
+from headshare_jax.train.losses import similarity_penalty, target_mask, tied_projections, token_losses
 
 Params = dict[str, jax.Array]
 

@@ -157,7 +157,7 @@ def test_norm_is_the_mean_length_of_the_difference(tie: str, receivers: dict[str
     model = tiny_model()
     sharing, params, expected = pairs(model, tie), params_of(model), 0.0
     for projection, its_receivers in receivers.items():
-        slices = np.asarray(params[losses.pool_name(projection)], np.float64).reshape(model.config.num_units, -1)
+        slices = np.asarray(params[parameters.pool_name(projection)], np.float64).reshape(model.config.num_units, -1)
         lengths = [np.linalg.norm(slices[unit] - slices[sharing.donor.flat[unit]]) for unit in its_receivers]
         expected += float(np.mean(lengths))
     value = losses.similarity_penalty(params, sharing, "norm")
@@ -220,7 +220,7 @@ def test_cosine_of_the_pairs_is_that_of_their_slices(variant: str, tie: str) -> 
 
     def vector(unit: int) -> np.ndarray:
         rows = {p: slice(unit * size, (unit + 1) * size) for p, size in zip("qkvo", (group, 1, 1, group), strict=True)}
-        return np.concatenate([np.asarray(getattr(model, losses.pool_name(p))[...])[rows[p]].ravel() for p in tie])
+        return np.concatenate([np.asarray(getattr(model, parameters.pool_name(p))[...])[rows[p]].ravel() for p in tie])
 
     expected = [
         vector(a) @ vector(b) / np.linalg.norm(vector(a)) / np.linalg.norm(vector(b))
