@@ -268,12 +268,11 @@ class Llama(nnx.Module):
     def read(self, name: str, layer: int | None = None) -> np.ndarray:
         """One layer's slice of a parameter on the host, as `parameters.WeightSource` has it."""
         value = getattr(self, name)[...]
-        projection = parameters.pooled_projection(name)
-        if projection is not None:
-            value = value.at[getattr(self, index_name(projection))[layer]].get(mode="fill", fill_value=0)
-        elif layer is not None:
-            value = value[layer]
-        return np.asarray(value)
+        if layer is None:
+            return np.asarray(value)
+        if parameters.pooled_projection(name) is None:
+            return np.asarray(value[layer])
+        return parameters.read_heads(self, name, layer, lambda rows: np.asarray(value[rows]))
 
     def _layer_weights(self) -> dict[str, jax.Array]:
         """What the scan over layers slices: everything with a leading layer axis."""
