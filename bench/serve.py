@@ -132,7 +132,6 @@ def in_child(options: Options, kind: str, model: Path) -> dict[str, Any] | None:
 
 def first_tokens(options: Options, models: dict[str, Path], cache: Path) -> dict[str, float]:
     """Wall time of `headshare generate` for one token, imports and loading included: compiling, and compiled before."""
-    runs = 1 if options.quick else options.repeats
 
     def generate(model: Path) -> None:
         arguments = ("generate", model, "--prompt", "The capital of France is", "--max-new-tokens", "1")
@@ -140,8 +139,9 @@ def first_tokens(options: Options, models: dict[str, Path], cache: Path) -> dict
 
     took = {"not compiled before": seconds(lambda: generate(models["dense"]))}
     for name, model in models.items():
-        generate(model)
-        took[name] = min(seconds(lambda model=model: generate(model)) for _ in range(runs))
+        if not options.quick:
+            generate(model)
+        took[name] = min(seconds(lambda model=model: generate(model)) for _ in range(options.repeats))
     return took
 
 
