@@ -19,8 +19,6 @@ from headshare_jax.sharing import PROJECTIONS
 
 # One layer's features: arrays [U, ...].
 Parts = Sequence[np.ndarray]
-# Of a Gram matrix: the first row and the one behind the last, the first column and the one behind the last.
-Tile = tuple[int, int, int, int]
 
 MATCH_FUNCTIONS = ("q", "k", "v", "qk", "qkv", "total", "random")
 # Of one block of layers; two are in memory at a time, the rows and the columns of a block of the Gram matrix.
@@ -159,7 +157,7 @@ def cosine_scores(
     block_bytes: int = BLOCK_BYTES,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
-    """Cosines between the units of all layers, float32 [L * U, L * U]; zero where the donor is not of an earlier layer.
+    """Cosines between the units of all layers, float32 [L * U, L * U], of which some beside those with earlier layers are left zero.
 
     Args:
       read: gives one layer's features in parts [U, ..., X, Y] of any float type; all parts have the same X and Y.
@@ -171,7 +169,6 @@ def cosine_scores(
     starts = range(0, num_layers, block)
     total, done = len(starts) * (len(starts) + 1) // 2, 0
     gram = np.zeros((num_layers * units, num_layers * units), np.float32)
-    squares = np.zeros(num_layers * units, np.float32)
 
     def read_block(start: int) -> list[Parts]:
         return [read(layer) for layer in range(start, min(start + block, num_layers))]
@@ -180,64 +177,51 @@ def cosine_scores(
     for row in starts:
         rows = read_block(row)
         within = slice(row * units, (row + len(rows)) * units)
-        gram[within, within], squares[within] = _products(rows, _earlier_layers(units, 0, len(rows)))
+        gram[within, within] = _products(rows)
         progress(done := done + 1, total)
         for column in reversed(starts[: row // block]):
             # The block before the rows is still held, so it is not read again.
             if column != row - block:
                 columns.clear()
                 columns += read_block(column)
-            left = len(columns) * units
-            tile = (left, left + len(rows) * units, 0, left)
-            product, _ = _products([*columns, *rows], (tile,))
-            gram[within, column * units : column * units + left] = product[left:, :left]
+            gram[within, column * units : (column + len(columns)) * units] = _products(rows, columns)
             progress(done := done + 1, total)
         columns = rows
-    norm = np.sqrt(squares)
+    norm = np.sqrt(np.diagonal(gram))
     return gram / np.maximum(norm[:, None] * norm[None, :], np.finfo(np.float32).tiny)
 
 
-def _earlier_layers(units: int, low: int, high: int) -> tuple[Tile, ...]:
-    """Tiles that cover every pair of units whose column's layer is earlier than its row's, and no other pair."""
-    if high - low < 2:
-        return ()
-    middle = (low + high) // 2
-    tile = (middle * units, high * units, low * units, middle * units)
-    return (tile, *_earlier_layers(units, low, middle), *_earlier_layers(units, middle, high))
-
-
-def _products(layers: list[Parts], tiles: tuple[Tile, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Inner products [R, R] of the layers' units, zero outside the tiles, and their squares [R]; float32.
+def _products(rows: list[Parts], columns: list[Parts] | None = None) -> np.ndarray:
+    """Inner products, float32 [R, C], of the units of some layers with those of others, or with one another.
 
     Every core works on chunks of the features that stay in its cache: the products of one chunk are too small to be
     shared out among cores.
     """
+    layers = [*rows, *(columns or [])]
     first = layers[0][0]
     if first.strides[-1] > first.strides[-2]:
         # Chunks are cut along the axis that is farther apart in memory, or they would be copied value by value.
         layers = [[part.swapaxes(-1, -2) for part in parts] for parts in layers]
-    rows, length = len(layers) * len(first), layers[0][0].shape[-2]
+    count, size, length = len(rows) * len(first), len(layers) * len(first), layers[0][0].shape[-2]
     width = sum(math.prod(part.shape[1:]) for part in layers[0]) // length
-    step = max(1, min(length, CHUNK_BYTES // (4 * rows * width)))
+    step = max(1, min(length, CHUNK_BYTES // (4 * size * width)))
 
-    def add_up(starts: range) -> tuple[np.ndarray, np.ndarray]:
-        buffer = np.empty(rows * step * width, np.float32)
-        products, squares = np.zeros((rows, rows), np.float32), np.zeros(rows, np.float32)
+    def add_up(starts: range) -> np.ndarray:
+        buffer = np.empty(size * step * width, np.float32)
+        products = np.zeros((count, size - count if columns else count), np.float32)
         for start in starts:
             stop = min(start + step, length)
-            chunk = buffer[: rows * (stop - start) * width].reshape(rows, -1)
+            chunk = buffer[: size * (stop - start) * width].reshape(size, -1)
             for features, parts in zip(np.split(chunk, len(layers)), layers, strict=True):
                 _fill(features, [part[..., start:stop, :] for part in parts])
-            for top, bottom, left, right in tiles:
-                products[top:bottom, left:right] += chunk[top:bottom] @ chunk[left:right].T
-            squares += np.einsum("ri,ri->r", chunk, chunk)
-        return products, squares
+            # Of a product with its own transpose, NumPy computes one half.
+            products += chunk[:count] @ (chunk[count:] if columns else chunk).T
+        return products
 
     cores = os.cpu_count() or 1
     shares = [range(core * step, length, cores * step) for core in range(cores)]
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(cores) as threads:
-        products, squares = zip(*threads.map(add_up, shares), strict=True)
-    return np.sum(products, axis=0), np.sum(squares, axis=0)
+        return np.sum(list(threads.map(add_up, shares)), axis=0)
 
 
 def _fill(features: np.ndarray, parts: Parts) -> None:
