@@ -21,6 +21,13 @@ def unit_parameters(config: LlamaConfig) -> dict[str, int]:
     return {p: prod(shape) // config.num_kv_heads for p, shape in shapes.items()}
 
 
+def crossing_parameters(config: LlamaConfig, sharing: SharingMap, shards: int) -> int:
+    """Weights that receivers use and another shard stores, in all layers; shards as in `SharingMap.crossing`."""
+    crossing_lu = sharing.crossing(shards)
+    sizes = unit_parameters(config)
+    return sum(sizes[p] * int(np.count_nonzero(crossing_lu & sharing.tied(p))) for p in PROJECTIONS)
+
+
 def units_to_save(config: LlamaConfig, budget: float, projections: str) -> int:
     """How many units must do without their own weights of some projections for the rest to fit a budget."""
     check_budget(budget)

@@ -16,7 +16,7 @@ from headshare_jax.functional import match_functional
 from headshare_jax.modeling import Llama
 from headshare_jax.parameters import WeightSource
 from headshare_jax.refit import RefitReport, refit
-from headshare_jax.selection import drop_map, receiver_count, sharing_map
+from headshare_jax.selection import drop_map, receiver_count, sharing_map, within_shards
 from headshare_jax.sharing import SharingMap
 from headshare_jax.similarity import MatchResult, magnitudes, match
 from headshare_jax.transform import share
@@ -33,12 +33,14 @@ class MethodSettings:
       seed: of random scores.
       tie: projections that are shared.
       chains: as for `sharing_map`; None for the method's own.
+      shards: chips over which heads are cut; donors are then in their receivers' shards. None for any donors.
     """
 
     match: str | None = None
     seed: int = 0
     tie: str = "qkv"
     chains: str | None = None
+    shards: int | None = None
 
 
 @dataclass(frozen=True)
@@ -207,8 +209,10 @@ def choose(
     """The map that a method makes of its scores, which names the method.
 
     Raises:
-      HeadshareError: as `sharing_map`, `drop_map` and `budget_map`.
+      HeadshareError: as `sharing_map`, `drop_map`, `budget_map` and `within_shards`.
     """
+    if settings.shards is not None and result.scores is not None:
+        result = within_shards(result, settings.shards)
     return replace(method.choose(result, amount, config, settings), method=method.name)
 
 

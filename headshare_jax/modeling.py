@@ -289,7 +289,9 @@ class Llama(nnx.Module):
     def _kernel_mesh(self, length: int) -> Mesh | None:
         """The mesh to run an attention kernel on; None where there is none for its devices or this length."""
         mesh = None if self.batch_sharding is None else self.batch_sharding.mesh
-        return mesh if isinstance(mesh, Mesh) and has_kernel(mesh, length) else None
+        if not isinstance(mesh, Mesh) or not has_kernel(mesh, length, self.config.head_dim, self.compute_dtype):
+            return None
+        return mesh
 
     def _embed(self, tokens_bt: jax.Array) -> jax.Array:
         return self.embed_vd[...][tokens_bt].astype(self.compute_dtype)

@@ -1,9 +1,11 @@
 """Choosing receivers, donors and units to drop from scores."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from headshare_jax.errors import HeadshareError
-from headshare_jax.sharing import DROPPED, SharingMap, check_tie
+from headshare_jax.sharing import DROPPED, SharingMap, check_tie, shard_of_units
 from headshare_jax.similarity import MatchResult
 
 
@@ -49,6 +51,37 @@ def sharing_map(
         ratio=ratio,
         seed=result.seed,
         source=result.source,
+    )
+
+
+def within_shards(result: MatchResult, shards: int) -> MatchResult:
+    """The same scores, of the pairs alone whose two units lie in the same shard of their layers.
+
+    For heads that are cut over chips, unit by unit: a receiver then finds its donor's weights on its own chip.
+
+    Args:
+      result: has the scores of all pairs.
+      shards: how many chips the heads of a layer are cut over.
+
+    Raises:
+      HeadshareError: the shards do not divide a layer's units, or only the best donors are known.
+    """
+    if result.scores is None:
+        raise HeadshareError("Donors within shards are chosen from the scores of all pairs, which this result lacks.")
+    num_layers, units = result.value.shape
+    shard = np.tile(shard_of_units(units, shards), num_layers)
+    together = shard[:, None] == shard[None, :]
+    scores = np.where(together, result.scores, np.float32(-np.inf))
+    best = np.argmax(scores, axis=1)
+    value = np.take_along_axis(scores, best[:, None], axis=1)[:, 0].astype(np.float64)
+    found = np.isfinite(value)
+    return replace(
+        result,
+        donor_layer=np.where(found, best // units, -1).astype(np.int32).reshape(result.value.shape),
+        donor_unit=np.where(found, best % units, -1).astype(np.int32).reshape(result.value.shape),
+        value=np.where(found, value, -np.inf).reshape(result.value.shape),
+        scores=scores,
+        tie_scores={tie: np.where(together, theirs, -np.inf) for tie, theirs in result.tie_scores.items()},
     )
 
 

@@ -114,6 +114,16 @@ class SharingMap:
         stored, slot = self.stored_slots(projection), self.slot_donor(projection)
         return np.where(slot == DROPPED, len(stored), np.searchsorted(stored, slot)).astype(np.int32)
 
+    def crossing(self, shards: int) -> np.ndarray:
+        """bool [L, U]: the receiver's donor lies in another shard, where each layer's units are cut into `shards`.
+
+        Raises:
+          HeadshareError: the shards do not divide a layer's units.
+        """
+        shard_u = shard_of_units(self.donor.shape[1], shards)
+        donor_shard_lu = shard_u[np.where(self.receives, self.donor, 0) % len(shard_u)]
+        return self.receives & (donor_shard_lu != shard_u[None, :])
+
     def check_model(self, config: LlamaConfig) -> None:
         """Raises HeadshareError unless the map has the shape of this model."""
         mine = (*self.donor.shape, self.heads_per_unit)
@@ -331,3 +341,10 @@ def _frozen(array: np.ndarray) -> np.ndarray:
     array = array.copy()
     array.setflags(write=False)
     return array
+
+
+def shard_of_units(units: int, shards: int) -> np.ndarray:
+    """int64 [U], the shard in which each of a layer's units lies; HeadshareError unless they divide evenly."""
+    if shards < 1 or units % shards:
+        raise HeadshareError(f"{units} units of a layer cannot be cut evenly into {shards} shards.")
+    return np.arange(units) * shards // units

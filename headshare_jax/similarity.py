@@ -157,7 +157,7 @@ def cosine_scores(
     block_bytes: int = BLOCK_BYTES,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
-    """Cosines between the units of all layers, float32 [L * U, L * U], of which some beside those with earlier layers are left zero.
+    """Cosines of all units with those of earlier layers, float32 [L * U, L * U]; what else is there means nothing.
 
     Args:
       read: gives one layer's features in parts [U, ..., X, Y] of any float type; all parts have the same X and Y.

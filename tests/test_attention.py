@@ -1,11 +1,15 @@
-"""The TPU's attention kernel, run by its interpreter, against attention in blocks."""
+"""The kernels of TPUs and GPUs, run by an interpreter and by their definition in XLA, against attention in blocks."""
 
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from support import random_tokens, tiny_model
 
 from headshare_jax import Llama, attention, modeling
@@ -31,8 +35,15 @@ def value_and_gradients(attend: Callable[..., jax.Array], of: Heads) -> tuple[ja
     return outputs, pull(jnp.sin(jnp.arange(outputs.size, dtype=jnp.float32)).reshape(outputs.shape))
 
 
+KERNELS = {
+    "splash": partial(attention.splash, interpret=True),
+    "cudnn": partial(attention.cudnn, implementation="xla"),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(("groups", "sizes"), [(2, (1, 2, 2)), (1, (2, 1, 2)), (4, (1, 1, 1))])
-def test_the_kernel_gives_what_blocks_give(groups: int, sizes: tuple[int, int, int]) -> None:
+def test_kernels_give_what_blocks_give(groups: int, sizes: tuple[int, int, int], kernel: str) -> None:
     of = heads(4, groups)
     mask_bts = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))[None] & (SEGMENTS[:, :, None] == SEGMENTS[:, None, :])
     mesh = make_mesh(sizes, jax.devices()[: int(np.prod(sizes))])
@@ -40,7 +51,7 @@ def test_the_kernel_gives_what_blocks_give(groups: int, sizes: tuple[int, int, i
         lambda q, k, v: modeling.attend(q, k, v, mask_bts, causal=True), of
     )
     got, gradients = value_and_gradients(
-        lambda q, k, v: flash_attention(q, k, v, jnp.asarray(SEGMENTS), mesh, interpret=True), of
+        lambda q, k, v: flash_attention(q, k, v, jnp.asarray(SEGMENTS), mesh, kernel=KERNELS[kernel]), of
     )
     for mine, theirs in zip((got, *gradients), (expected, *expected_gradients), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=3e-6 * float(jnp.abs(theirs).max()))
@@ -54,9 +65,9 @@ def test_a_model_runs_the_kernel_where_its_mesh_has_one(monkeypatch: pytest.Monk
 
     def interpreted(*arguments: jax.Array) -> jax.Array:
         used.append(True)
-        return flash_attention(*arguments, interpret=True)
+        return flash_attention(*arguments, kernel=KERNELS["splash"])
 
-    monkeypatch.setattr(modeling, "has_kernel", lambda mesh, length: True)
+    monkeypatch.setattr(modeling, "has_kernel", lambda *of: True)
     monkeypatch.setattr(modeling, "flash_attention", interpreted)
     model.batch_sharding = batch_sharding(make_mesh((2, 1, 1), jax.devices()[:2]))
     got = jax.jit(Llama.__call__)(model, tokens, segments_bt=segments)
@@ -66,7 +77,26 @@ def test_a_model_runs_the_kernel_where_its_mesh_has_one(monkeypatch: pytest.Monk
 
 def test_kernels_are_for_tpus_and_whole_blocks() -> None:
     tpu = make_mesh((1, 4, 1), topology_devices("v5e:2x2"))
-    assert has_kernel(tpu, 4096)
-    assert has_kernel(tpu, 3 * attention.BLOCKS[-1])
-    assert not has_kernel(tpu, 4000)
-    assert not has_kernel(make_mesh((1, 8, 1)), 4096)
+    assert has_kernel(tpu, 4096, 128, "bfloat16")
+    assert has_kernel(tpu, 3 * attention.BLOCKS[-1], 64, "float32")
+    assert not has_kernel(tpu, 4000, 128, "bfloat16")
+    assert not has_kernel(make_mesh((1, 8, 1)), 4096, 128, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("capability", "length", "width", "dtype", "there"),
+    [
+        ("9.0", 4096, 128, "bfloat16", True),
+        ("8.6", 64, 64, "bfloat16", True),
+        ("7.5", 4096, 128, "bfloat16", False),
+        ("9.0", 4096, 256, "bfloat16", False),
+        ("9.0", 4100, 128, "bfloat16", False),
+        ("9.0", 4096, 128, "float32", False),
+    ],
+)
+def test_kernels_are_for_gpus_and_what_cudnn_takes(
+    capability: str, length: int, width: int, dtype: str, there: bool
+) -> None:
+    gpu = SimpleNamespace(platform="gpu", compute_capability=capability)
+    mesh = SimpleNamespace(devices=np.array([[[gpu]]]))
+    assert has_kernel(cast("Mesh", mesh), length, width, dtype) is there

@@ -179,6 +179,24 @@ def test_share_and_refit_keeps_the_record_beside_the_model(
     assert "held out" in headshare("share", model, tmp_path / "printed", *args)
 
 
+def test_donors_within_shards_need_no_weights_of_other_chips(headshare: Any, model: Path, tmp_path: Path) -> None:
+    args = ("--ratio", 0.5, "--match", "random", "--seed", 1)
+    moved = {}
+    for name, more in (("any", ()), ("within", ("--within-shards", 2))):
+        headshare("share", model, tmp_path / name, *args, *more)
+        moved[name] = headshare("inspect", tmp_path / name, "--shards", 2, "--json")["shards"]
+    sharing = hs.open_checkpoint(tmp_path / "any").sharing
+    assert sharing is not None
+    crossing = sum(int(donor) % 2 != place % 2 for place, donor in enumerate(sharing.donor.flat))
+    config = hs.open_checkpoint(model).config
+    # q has the heads of the whole group, k and v one each.
+    unit = config.hidden_size * config.head_dim * (config.heads_per_unit + 2)
+    assert moved["any"] == {"shards": 2, "receivers": crossing, "bytes": 4 * crossing * unit}
+    assert crossing
+    assert moved["within"] == {"shards": 2, "receivers": 0, "bytes": 0}
+    assert "0 of 3 receivers" in headshare("inspect", tmp_path / "within", "--shards", 2)
+
+
 def test_share_by_function(headshare: Any, model: Path, text: Path, tmp_path: Path) -> None:
     calibrate = ("--calibrate", text, "--calibrate-tokens", 640, "--seq-len", 64)
     result = headshare("share", model, tmp_path / "fitted", "--ratio", 0.4, "--method", "fitted", *calibrate, "--json")
@@ -347,6 +365,7 @@ def test_bad_input_is_refused_in_one_sentence(refused: Any, model: Path, tmp_pat
         (("match", "absent", "--plot", tmp_path / "picture.doc"), ".png"),
         (("match", "absent", "-o", tmp_path / "scores.txt"), ".npz"),
         (("share", "absent", out, "--ratio", 0.3, "--plot", tmp_path / "picture.doc"), ".png"),
+        (("share", model, out, "--ratio", 0.3, "--within-shards", 3), "2 units of a layer cannot be cut evenly"),
         (("share", model, out), "--ratio"),
         (("share", model, out, "--ratio", 0.3, "--map", text), "--ratio"),
         (("share", model, out, "--ratio", 1), "below 1"),

@@ -1,5 +1,6 @@
 """Choosing receivers and donors: published results, and what must hold for any scores."""
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from headshare_jax import HeadshareError, MatchResult, SharingMap, sharing_map
+from headshare_jax.selection import within_shards
 
 RATIOS = st.integers(0, 99).map(lambda percent: percent / 100)
 
@@ -145,6 +147,32 @@ def test_forbidding_chains_passes_over_a_pair_only_for_a_better_one(result: Matc
             continue
         blocking = [value for (a, b), value in pairs.items() if receiver in (a, b) or donor == a]
         assert score <= max(blocking, default=least)
+
+
+@given(results(), st.data(), st.sampled_from(["resolve", "forbid"]))
+def test_donors_within_shards_are_the_best_there(result: MatchResult, data: st.DataObject, chains: str) -> None:
+    units = result.value.shape[1]
+    shards = data.draw(st.sampled_from([count for count in range(1, units + 1) if units % count == 0]))
+    local = within_shards(result, shards)
+    size = units // shards
+    assert result.scores is not None
+    for receiver in range(result.value.size):
+        place = receiver % units // size
+        allowed = [donor for donor in range(result.value.size) if donor % units // size == place]
+        best = max(result.scores[receiver, allowed])
+        assert local.value.flat[receiver] == best
+        if np.isfinite(best):
+            assert result.scores[receiver, local.donor.flat[receiver]] == best
+    assert not sharing_map(local, 0.1, chains=chains).crossing(shards).any()
+    assert np.array_equal(within_shards(result, 1).donor, result.donor)
+
+
+def test_units_that_shards_do_not_divide_are_refused() -> None:
+    result = result_of(np.zeros((6, 6)), 3)
+    with pytest.raises(HeadshareError, match="3 units of a layer cannot be cut evenly into 2 shards"):
+        within_shards(result, 2)
+    with pytest.raises(HeadshareError, match="scores of all pairs"):
+        within_shards(replace(result, scores=None), 3)
 
 
 @given(result=results(), tie=st.sampled_from(["q", "qk", "qkv", "qkvo", "o"]))

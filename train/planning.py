@@ -124,7 +124,7 @@ def measured(workload: Workload, layout: Layout, chip: Chip, mesh: Mesh, *, shar
     if memory is None or text is None:
         raise HeadshareError("XLA does not tell what the compiled step needs; use --host for an estimate.")
     costs = (round_costs if workload.stage == "decode" else program_costs)(text)
-    if workload.trains and has_kernel(mesh, workload.length):
+    if workload.trains and has_kernel(mesh, workload.length, workload.config.head_dim, "bfloat16"):
         # A kernel's text does not tell what it computes.
         costs = replace(costs, flops=costs.flops + estimate.attention_flops(workload, layout))
     new_output = memory.output_size_in_bytes - memory.alias_size_in_bytes

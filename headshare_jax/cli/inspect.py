@@ -3,14 +3,17 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
 from rich.console import RenderableType
 from rich.table import Table
 
 from headshare_jax import convert, parameters
+from headshare_jax.budget import crossing_parameters
 from headshare_jax.cli.command import Command, Source, megabytes
 from headshare_jax.ledger import NOT_SAVED, Ledger, ledger
+from headshare_jax.sharing import shard_of_units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +24,10 @@ class Inspect(Command):
     """
 
     src: Source
+    shards: Annotated[
+        int | None,
+        tyro.conf.arg(help="Count what must move if so many chips share out the heads of each layer evenly."),
+    ] = None
 
     def run(self) -> dict[str, Any]:
         path = convert.locate(self.src)
@@ -35,6 +42,19 @@ class Inspect(Command):
             },
             "map": None if sharing is None else json.loads(sharing.to_json()),
             "ledger": ledger_data(ledger(source, path=source.path)),
+            "shards": None if self.shards is None else self._crossing(source, self.shards),
+        }
+
+    def _crossing(self, source: convert.Checkpoint, shards: int) -> dict[str, int]:
+        """What receivers need of other shards in a pass through all layers, in the stored type."""
+        if source.sharing is None:
+            shard_of_units(source.config.num_kv_heads, shards)
+            return {"shards": shards, "receivers": 0, "bytes": 0}
+        itemsize = source.dtype("q_pool_pdh").itemsize
+        return {
+            "shards": shards,
+            "receivers": int(source.sharing.crossing(shards).sum()),
+            "bytes": crossing_parameters(source.config, source.sharing, shards) * itemsize,
         }
 
     def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
@@ -64,6 +84,12 @@ class Inspect(Command):
             score = "" if entry["score"] is None else f"{entry['score']:.4f}"
             units.add_row(f"{entry['layer']}.{entry['unit']}", donor, tie, score)
         yield units
+        crossing = result["shards"]
+        if crossing is not None:
+            yield (
+                f"With heads cut over {crossing['shards']} chips, {crossing['receivers']} of {len(receivers)} "
+                f"receivers have their donor on another chip; {megabytes(crossing['bytes'])} of weights move in a pass."
+            )
         yield NOT_SAVED
 
 

@@ -31,7 +31,7 @@ from headshare_jax.errors import HeadshareError
 from headshare_jax.ledger import NOT_SAVED, ledger
 from headshare_jax.methods import METHODS, Amount, Method, MethodSettings
 from headshare_jax.refit import RefitReport
-from headshare_jax.sharing import SharingMap
+from headshare_jax.sharing import SharingMap, shard_of_units
 
 # What may be done by a map that exists.
 MAP_METHODS = ("direct", "refit")
@@ -67,6 +67,12 @@ class Share(Command):
     seed: Seed = 0
     tie: Tie = "qkv"
     chains: Chains = None
+    within_shards: Annotated[
+        int | None,
+        tyro.conf.arg(
+            help="Choose donors in their receivers' shard only: so many chips share out the heads of a layer evenly."
+        ),
+    ] = None
     to: Annotated[str, tyro.conf.arg(help="Format of the output: native, hf or hf-compact.")] = "native"
     save_map: Annotated[Path | None, tyro.conf.arg(help="Where to write the sharing map (.json) besides.")] = None
     plot: Annotated[Path | None, tyro.conf.arg(help="Where to draw who shares with whom (.png, .svg or .pdf).")] = None
@@ -81,7 +87,7 @@ class Share(Command):
             raise HeadshareError(
                 "Give one of --ratio or --budget, to match and choose, or --map, to use a map that exists."
             )
-        settings = MethodSettings(self.match, self.seed, self.tie, self.chains)
+        settings = MethodSettings(self.match, self.seed, self.tie, self.chains, self.within_shards)
         method = self._checked_method(settings)
         path = convert.locate(self.src)
         source = convert.open_checkpoint(path)
@@ -134,6 +140,8 @@ class Share(Command):
                 f"The method {self.method} "
                 + ("needs a text: --calibrate TEXT." if method.needs_text else "needs no text; leave out --calibrate.")
             )
+        if self.map is not None and self.within_shards is not None:
+            raise HeadshareError("A map has its donors already; leave out --within-shards, or let it choose them.")
         if self.map is not None and self.method not in MAP_METHODS:
             raise HeadshareError(
                 f"A map says who shares with whom, as the method {self.method} would; leave out --map, or use one of "
@@ -151,6 +159,8 @@ class Share(Command):
             return map_file.read(self.map)
         amount = Amount(ratio=self.ratio, budget=self.budget)
         methods.check_amount(amount, source.config)
+        if self.within_shards is not None:
+            shard_of_units(source.config.num_kv_heads, self.within_shards)
         with progress("matching") as step:
             scores = method.scores(source, windows_wt, settings, step)
         return methods.choose(method, scores, amount, source.config, settings)
