@@ -32,6 +32,7 @@ check: .venv/test
 bench: .venv/test
 	$(BIN)/python bench/match.py
 	$(BIN)/python bench/convert.py
+	$(BIN)/python bench/fit.py
 	$(BIN)/python bench/train.py
 	$(BIN)/python bench/serve.py
 

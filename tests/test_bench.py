@@ -49,6 +49,14 @@ def test_conversion_is_compared_with_the_model_and_with_copies(tmp_path: Path) -
         assert row["peak_of_limit"] == pytest.approx(sizes["peak_rss"] / (sizes["model"] + 250e6))
 
 
+def test_fitting_is_measured_at_several_sizes(tmp_path: Path) -> None:
+    one, two = run_quick("fit", tmp_path)["sizes"]
+    assert (one["units"], two["tokens"]) == (3, 2 * one["tokens"])
+    for row in (one, two):
+        assert row["seconds"].keys() == {"match", "refit"}
+        assert row["model_bytes"] < row["rss_before"] <= row["peak_rss"]
+
+
 def test_training_steps_are_compared_with_pytorch(tmp_path: Path) -> None:
     result = run_quick("train", tmp_path)
     rival, dense, tied, align = result["contenders"]
