@@ -103,8 +103,8 @@ def _bucket(length: int) -> int:
 def prefill(
     model: Llama, tokens_bt: jax.Array, cache: KVCache, key: jax.Array, *, sampling: Sampling
 ) -> tuple[jax.Array, KVCache]:
-    """Runs the prompts and draws the first new token of every row."""
-    features_btd, cache = model.extend(tokens_bt, cache)
+    """Runs the prompts, into an empty cache, and draws the first new token of every row."""
+    features_btd, cache = model.extend(tokens_bt, cache, from_empty=True)
     return _draw(model.logits(features_btd[:, -1]), key, sampling), cache
 
 

@@ -199,19 +199,22 @@ class Llama(nnx.Module):
         x_btd, _ = jax.lax.scan(layer, self._placed(self._embed(tokens_bt)), self._layer_weights())
         return self._rms_norm(x_btd, self.final_norm_d[...])
 
-    def extend(self, tokens_bt: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    def extend(
+        self, tokens_bt: jax.Array, cache: KVCache, *, from_empty: bool = False
+    ) -> tuple[jax.Array, KVCache]:
         """Runs T more tokens of every row against the cache.
 
         Args:
           tokens_bt: int32 [B, T]; they take the cache's next T slots.
           cache: has room for T more slots.
+          from_empty: the cache is empty, so that these tokens see nothing else in it.
 
         Returns:
           Normalised output of the last layer, [B, T, D] in the compute dtype, and the cache with T more slots.
         """
         length = tokens_bt.shape[1]
         slot_t = cache.length + jnp.arange(length, dtype=jnp.int32)
-        slot_s = jnp.arange(cache.k_lbskh.shape[2], dtype=jnp.int32)
+        slot_s = jnp.arange(length if from_empty else cache.k_lbskh.shape[2], dtype=jnp.int32)
         cos_bth, sin_bth = rotary_angles(self.config, jnp.maximum(slot_t[None, :] - cache.start_b[:, None], 0))
         seen_ts = slot_s[None, :] <= slot_t[:, None]
         used_bs = slot_s[None, :] >= cache.start_b[:, None]
@@ -228,7 +231,8 @@ class Llama(nnx.Module):
             at = (place, 0, cache.length, 0, 0)
             k_lbskh = jax.lax.dynamic_update_slice(k_lbskh, k_btkh[None], at)
             v_lbskh = jax.lax.dynamic_update_slice(v_lbskh, v_btkh[None], at)
-            heads_btnh = attend(q_btnh, k_lbskh[place], v_lbskh[place], mask_bts, causal=False)
+            seen = (k_btkh, v_btkh) if from_empty else (k_lbskh[place], v_lbskh[place])
+            heads_btnh = attend(q_btnh, *seen, mask_bts, causal=from_empty)
             return (self._layer_output(x_btd, heads_btnh, weights), k_lbskh, v_lbskh), None
 
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
