@@ -1,5 +1,6 @@
 """Tokenizers that travel with checkpoints."""
 
+import json
 import logging
 import shutil
 import tempfile
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Classes that are no more than their tokenizer.json.
+_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -42,17 +45,37 @@ def load(path: Path) -> "PreTrainedTokenizerBase":
 
 
 def _load_folder(path: Path) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer, LlamaConfig
-
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise HeadshareError(f"{path} carries no tokenizer; put its tokenizer.json (or tokenizer.model) there.")
-    # A compact checkpoint's configuration is code, which no tokenizer needs.
-    config = LlamaConfig() if compact.is_compact(path) else None
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
+        return _read(path)
     except Exception as error:  # transformers lets a damaged file show itself in any way
         raise HeadshareError(f"The tokenizer of {path} cannot be read: {error}") from error
+
+
+def _read(path: Path) -> "PreTrainedTokenizerBase":
+    tokenizer: PreTrainedTokenizerBase
+    if (path / "tokenizer.json").is_file() and _class_name(path) in _PLAIN_CLASSES:
+        # What AutoTokenizer would choose; asking it imports PyTorch where there is one, which takes seconds.
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+        return tokenizer
+    from transformers import AutoTokenizer, LlamaConfig
+
+    # A compact checkpoint's configuration is code, which no tokenizer needs.
+    config = LlamaConfig() if compact.is_compact(path) else None
+    tokenizer = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
     return tokenizer
+
+
+def _class_name(path: Path) -> str | None:
+    """The class that a folder's tokenizer_config.json names, if it can be read."""
+    try:
+        name = json.loads((path / "tokenizer_config.json").read_text()).get("tokenizer_class")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return name if isinstance(name, str) else None
 
 
 def carry(source: Path, folder: Path) -> None:

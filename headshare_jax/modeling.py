@@ -199,9 +199,7 @@ class Llama(nnx.Module):
         x_btd, _ = jax.lax.scan(layer, self._placed(self._embed(tokens_bt)), self._layer_weights())
         return self._rms_norm(x_btd, self.final_norm_d[...])
 
-    def extend(
-        self, tokens_bt: jax.Array, cache: KVCache, *, from_empty: bool = False
-    ) -> tuple[jax.Array, KVCache]:
+    def extend(self, tokens_bt: jax.Array, cache: KVCache, *, from_empty: bool = False) -> tuple[jax.Array, KVCache]:
         """Runs T more tokens of every row against the cache.
 
         Args:

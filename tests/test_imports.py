@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_cli_model
 from support import saved_hf_model, tiny_hf_model
 
 import headshare_jax
@@ -35,6 +36,14 @@ def test_importing_loads_no_torch() -> None:
     command = [sys.executable, "-c", "import sys, headshare_jax; print('torch' in sys.modules)"]
     finished = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert finished.stdout == "False\n"
+
+
+def test_generating_loads_no_torch(tmp_path: Path) -> None:
+    code = "import sys; from headshare_jax import cli; cli.run(sys.argv[1:]); print('torch' in sys.modules)"
+    arguments = ["generate", str(tiny_cli_model.saved(tmp_path)), "--prompt", "a", "--max-new-tokens", "1"]
+    command = [sys.executable, "-c", code, *arguments]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert finished.stdout.endswith("False\n")
 
 
 def test_every_exported_name_exists() -> None:
