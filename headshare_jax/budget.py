@@ -70,7 +70,8 @@ def budget_map(
         if result.drop_score is None or action not in (DROP, "qkv", *result.tie_scores):
             raise HeadshareError(f"A budget needs functional scores of {action}; match with it.")
     plan = _Plan(result, config, actions)
-    target = (1 - budget) * plan.size * sum(plan.unit_parameters.values())
+    # The small term keeps a product such as (1 - 0.7) * 90 from rising just above the whole number it stands for.
+    target = (1 - budget) * plan.size * sum(plan.unit_parameters.values()) * (1 - 1e-9)
     while plan.saved.sum() < target:
         if not plan.step():
             raise HeadshareError(

@@ -1,5 +1,6 @@
 """Whether a step fits a TPU that is not at hand, and what bounds its speed: the real step, compiled for the chip."""
 
+import logging
 import re
 import time
 from dataclasses import replace
@@ -27,6 +28,8 @@ from headshare_jax.train.estimate import Layout, Workload
 from headshare_jax.train.placement import abstract_state, bytes_on_device
 from headshare_jax.train.step import StageContext, make_step
 from headshare_jax.train.topology import Chip, chip_of, topology_devices
+
+logger = logging.getLogger(__name__)
 
 # Layouts to compile before giving up.
 MOST_TRIES = 4
@@ -104,8 +107,8 @@ def measured(workload: Workload, layout: Layout, chip: Chip, mesh: Mesh, *, shar
       `temporary_bytes` (of which `activation_bytes` are kept for the backward pass), `needed_bytes` of all,
       `room_bytes` left, and whether it `fits`. A step: `flops`, `hbm_bytes_accessed`, `collective_bytes` that a chip
       sends, by kind, and their largest arrays, `seconds` of each at the chip's published rates, `step_seconds` as the
-      longest of them, and which one it is `bound_by`. And `compile_seconds`. A step that XLA refuses for its memory
-      has no costs.
+      longest of them, and which one it is `bound_by`. And `compile_seconds`. A step that XLA refuses for its memory,
+      or cannot write down once it is compiled, has no costs.
     """
     layout.check(workload)
     start = time.perf_counter()
@@ -120,13 +123,9 @@ def measured(workload: Workload, layout: Layout, chip: Chip, mesh: Mesh, *, shar
         refused = {"argument_bytes": sum(held.values()), **estimate.fit(chip, needed), "compile_seconds": seconds}
         return {**sizes, **unknown, **refused, "fits": False}
     seconds = time.perf_counter() - start
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    if memory is None or text is None:
+    memory = compiled.memory_analysis()
+    if memory is None:
         raise HeadshareError("XLA does not tell what the compiled step needs; use --host for an estimate.")
-    costs = (round_costs if workload.stage == "decode" else program_costs)(text)
-    if workload.trains and has_kernel(mesh, workload.length, workload.config.head_dim, "bfloat16"):
-        # A kernel's text does not tell what it computes.
-        costs = replace(costs, flops=costs.flops + estimate.attention_flops(workload, layout))
     new_output = memory.output_size_in_bytes - memory.alias_size_in_bytes
     needed = memory.argument_size_in_bytes + new_output + memory.temp_size_in_bytes
     return {
@@ -134,9 +133,25 @@ def measured(workload: Workload, layout: Layout, chip: Chip, mesh: Mesh, *, shar
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         **estimate.fit(chip, needed + memory.generated_code_size_in_bytes),
-        **estimate.speed(workload, chip, costs),
+        **_speed(workload, layout, chip, mesh, compiled),
         "compile_seconds": seconds,
     }
+
+
+def _speed(workload: Workload, layout: Layout, chip: Chip, mesh: Mesh, compiled: jax.stages.Compiled) -> dict[str, Any]:
+    """Costs of a compiled step, as `measured` has them; None where XLA cannot write the program down."""
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        logger.warning("XLA compiled the step but cannot say what it does (%s).", str(error).splitlines()[0])
+        text = None
+    if text is None:
+        return {name: None for name in _COSTS if name != "temporary_bytes"}
+    costs = (round_costs if workload.stage == "decode" else program_costs)(text)
+    if workload.trains and has_kernel(mesh, workload.length, workload.config.head_dim, "bfloat16"):
+        # A kernel's text does not tell what it computes.
+        costs = replace(costs, flops=costs.flops + estimate.attention_flops(workload, layout))
+    return estimate.speed(workload, chip, costs)
 
 
 _COSTS = (

@@ -176,7 +176,7 @@ def _curves(points: list[dict[str, Any]], styles: dict[str, tuple[str, str]]) ->
         title_text="perplexity" + " (log scale)" * log, type="log" if log else "linear", range=[low, high], **_axis()
     )
     if log:
-        figure.update_yaxes(tickvals=_round_values(10**low, 10**high), tickformat=",")
+        figure.update_yaxes(tickvals=_round_values(10**low, 10**high), tickformat="~s")
     return figure
 
 

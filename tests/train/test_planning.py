@@ -3,6 +3,7 @@
 from math import prod
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -71,6 +72,20 @@ def test_training_gathers_a_layer_of_weights_at_a_time_and_never_a_pool() -> Non
         assert plan["flops"] > 8 * 128 * stored_bytes(False) / 2 * 0.8
     saved = result["dense"]["parameter_bytes"] - result["shared"]["parameter_bytes"]
     assert saved == 4 * 4 * (2 + 1 + 1) * 256 * 64 // 4
+
+
+def test_memory_is_told_where_costs_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unwritable(self: object) -> str:
+        raise jax.errors.JaxRuntimeError("INTERNAL: no such instruction\nin full")
+
+    known = planned("decode", 1)
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", unwritable)
+    unknown = planned("decode", 1)
+    for name in ("dense", "shared"):
+        assert unknown[name].keys() == known[name].keys()
+        assert unknown[name]["flops"] is unknown[name]["step_seconds"] is None
+        for stated in ("argument_bytes", "temporary_bytes", "room_bytes", "fits"):
+            assert unknown[name][stated] == known[name][stated]
 
 
 def test_what_cannot_fit_is_said_not_to() -> None:
