@@ -3,6 +3,8 @@
 import json
 import os
 import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
@@ -48,6 +50,17 @@ def seconds(function: Callable[[], Any]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
+
+
+def child_result(*command: str) -> dict[str, Any]:
+    """What a Python script prints as JSON on its last line, run in a process of its own.
+
+    Raises:
+      subprocess.CalledProcessError: it failed.
+    """
+    printed = subprocess.run([sys.executable, *command], check=True, stdout=subprocess.PIPE, text=True).stdout
+    result: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    return result
 
 
 def report(

@@ -4,15 +4,13 @@ Run from the repository root: python bench/fit.py
 """
 
 import json
-import subprocess
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tyro
-from common import machine, peak_rss, report, seconds
+from common import child_result, machine, peak_rss, report, seconds
 from rich.table import Table
 
 RATIO = 0.3
@@ -55,11 +53,7 @@ def in_child(options: Options) -> dict[str, Any]:
     shape = [
         f"--{key.replace('_', '-')}={getattr(options, key)}" for key in ("layers", "kv_heads", "windows", "seq_len")
     ]
-    printed = subprocess.run(
-        [sys.executable, __file__, "--only", *shape], check=True, stdout=subprocess.PIPE, text=True
-    )
-    result: dict[str, Any] = json.loads(printed.stdout.splitlines()[-1])
-    return result
+    return child_result(__file__, "--only", *shape)
 
 
 def one_size(options: Options) -> dict[str, Any]:
@@ -68,7 +62,6 @@ def one_size(options: Options) -> dict[str, Any]:
 
     from headshare_jax import Llama, LlamaConfig, match_functional, refit, share, sharing_map
     from headshare_jax.functional import Search
-    from headshare_jax.train.metrics import matrix_rate
 
     heads = GROUP * options.kv_heads
     config = LlamaConfig(
@@ -98,7 +91,6 @@ def one_size(options: Options) -> dict[str, Any]:
         "model_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(model)),
         "peak_rss": peak_rss(),
         "rss_before": before,
-        "matmul_gflops": matrix_rate("float32") / 1e9,
     }
 
 

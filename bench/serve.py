@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from common import RESULTS, cores, machine, peak_rss, report, seconds
+from common import RESULTS, child_result, cores, machine, peak_rss, report, seconds
 from rich.table import Table
 
 RATIO = 0.3
@@ -121,13 +121,14 @@ def output_of(*arguments: str) -> str:
 
 def in_child(options: Options, kind: str, model: Path) -> dict[str, Any] | None:
     """One contender's figures, or None where torch.compile does not work."""
-    command = [sys.executable, __file__, str(model), "--only", kind, "--repeats", str(options.repeats)]
+    command = [__file__, str(model), "--only", kind, "--repeats", str(options.repeats)]
     command += ["--batch", str(options.batch), "--prompt", str(options.prompt), "--new-tokens", str(options.new_tokens)]
-    done = subprocess.run(command, check=kind != "compiled", stdout=subprocess.PIPE, text=True)
-    if done.returncode:
+    try:
+        return child_result(*command)
+    except subprocess.CalledProcessError:
+        if kind != "compiled":
+            raise
         return None
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
 
 
 def first_tokens(options: Options, models: dict[str, Path], cache: Path) -> dict[str, float]:

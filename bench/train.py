@@ -4,8 +4,6 @@ Run from the repository root: python bench/train.py
 """
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import tyro
-from common import cores, machine, peak_rss, report, seconds
+from common import child_result, cores, machine, peak_rss, report, seconds
 from rich.table import Table
 
 # Random weights of SmolLM2-135M's shape: what a step costs does not depend on the values.
@@ -93,12 +91,10 @@ def run(options: Options) -> dict[str, Any]:
 
 
 def in_child(options: Options, key: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--only", key, "--batch", str(options.batch)]
+    command = [__file__, "--only", key, "--batch", str(options.batch)]
     command += ["--seq-len", str(options.seq_len), "--steps", str(options.steps)]
     command += ["--quick"] if options.quick else []
-    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    result: dict[str, Any] = json.loads(printed.splitlines()[-1])
-    return result
+    return child_result(*command)
 
 
 def contender(options: Options) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from math import prod
 
 import numpy as np
@@ -70,8 +71,8 @@ def budget_map(
         if result.drop_score is None or action not in (DROP, "qkv", *result.tie_scores):
             raise HeadshareError(f"A budget needs functional scores of {action}; match with it.")
     plan = _Plan(result, config, actions)
-    # The small term keeps a product such as (1 - 0.7) * 90 from rising just above the whole number it stands for.
-    target = (1 - budget) * plan.size * sum(plan.unit_parameters.values()) * (1 - 1e-9)
+    # Exact: in floating point (1 - 0.7) * 90 lies above 27, and one unit more would go.
+    target = math.ceil((1 - Fraction(str(budget))) * plan.size * sum(plan.unit_parameters.values()))
     while plan.saved.sum() < target:
         if not plan.step():
             raise HeadshareError(

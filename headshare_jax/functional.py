@@ -34,7 +34,7 @@ from headshare_jax.calibration import (
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.parameters import WeightSource, fingerprint
-from headshare_jax.similarity import MatchResult
+from headshare_jax.similarity import MatchResult, best_donors
 
 # Relative to a matrix's trace.
 ROUNDING = 1e-13
@@ -160,14 +160,8 @@ def match_functional(
 def _result(
     scores: np.ndarray, tie_scores: Mapping[str, np.ndarray], drop_score: np.ndarray, config: LlamaConfig, source: str
 ) -> MatchResult:
-    units, shape = config.num_kv_heads, (config.num_layers, config.num_kv_heads)
-    best = np.argmax(scores, axis=1)
-    value = np.take_along_axis(scores, best[:, None], axis=1)[:, 0].astype(np.float64)
-    found = np.isfinite(value)
     return MatchResult(
-        donor_layer=np.where(found, best // units, -1).astype(np.int32).reshape(shape),
-        donor_unit=np.where(found, best % units, -1).astype(np.int32).reshape(shape),
-        value=value.reshape(shape),
+        *best_donors(scores, config.num_kv_heads),
         match="functional",
         heads_per_unit=config.heads_per_unit,
         scores=scores,

@@ -6,7 +6,7 @@ import numpy as np
 
 from headshare_jax.errors import HeadshareError
 from headshare_jax.sharing import DROPPED, SharingMap, check_tie, shard_of_units
-from headshare_jax.similarity import MatchResult
+from headshare_jax.similarity import MatchResult, best_donors
 
 
 def sharing_map(
@@ -72,14 +72,12 @@ def within_shards(result: MatchResult, shards: int) -> MatchResult:
     shard = np.tile(shard_of_units(units, shards), num_layers)
     together = shard[:, None] == shard[None, :]
     scores = np.where(together, result.scores, np.float32(-np.inf))
-    best = np.argmax(scores, axis=1)
-    value = np.take_along_axis(scores, best[:, None], axis=1)[:, 0].astype(np.float64)
-    found = np.isfinite(value)
+    donor_layer, donor_unit, value = best_donors(scores, units)
     return replace(
         result,
-        donor_layer=np.where(found, best // units, -1).astype(np.int32).reshape(result.value.shape),
-        donor_unit=np.where(found, best % units, -1).astype(np.int32).reshape(result.value.shape),
-        value=np.where(found, value, -np.inf).reshape(result.value.shape),
+        donor_layer=donor_layer,
+        donor_unit=donor_unit,
+        value=value,
         scores=scores,
         tie_scores={tie: np.where(together, theirs, -np.inf) for tie, theirs in result.tie_scores.items()},
     )

@@ -346,5 +346,7 @@ def _frozen(array: np.ndarray) -> np.ndarray:
 def shard_of_units(units: int, shards: int) -> np.ndarray:
     """int64 [U], the shard in which each of a layer's units lies; HeadshareError unless they divide evenly."""
     if shards < 1 or units % shards:
-        raise HeadshareError(f"{units} units of a layer cannot be cut evenly into {shards} shards.")
+        raise HeadshareError(
+            f"{units} units of a layer cannot be cut evenly into {shards} shards; give a divisor of {units}."
+        )
     return np.arange(units) * shards // units

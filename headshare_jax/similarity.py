@@ -110,20 +110,23 @@ def match(
         scores = cosine_scores(read, config.num_layers, units, dim, block_bytes=block_bytes, progress=progress)
     layer = np.repeat(np.arange(config.num_layers), units)
     scores = np.where(layer[:, None] > layer[None, :], scores, -np.inf).astype(np.float32)
-    best = np.argmax(scores, axis=1)
-    value = np.take_along_axis(scores, best[:, None], axis=1)[:, 0].astype(np.float64)
-    first = layer == 0
-    shape = (config.num_layers, units)
     return MatchResult(
-        donor_layer=np.where(first, -1, best // units).astype(np.int32).reshape(shape),
-        donor_unit=np.where(first, -1, best % units).astype(np.int32).reshape(shape),
-        value=value.reshape(shape),
+        *best_donors(scores, units),
         match=match,
         heads_per_unit=config.heads_per_unit,
         scores=scores,
         seed=seed if match == "random" else None,
         source=fingerprint(source),
     )
+
+
+def best_donors(scores: np.ndarray, units: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`MatchResult.donor_layer`, `.donor_unit` and `.value` of the scores of all pairs, U units in a layer."""
+    best = np.argmax(scores, axis=1)
+    value = np.take_along_axis(scores, best[:, None], axis=1)[:, 0].astype(np.float64)
+    none = np.isneginf(value)
+    donor_layer, donor_unit = (np.where(none, -1, part).astype(np.int32) for part in np.divmod(best, units))
+    return donor_layer.reshape(-1, units), donor_unit.reshape(-1, units), value.reshape(-1, units)
 
 
 def magnitudes(source: WeightSource, *, progress: Callable[[int, int], None] = lambda done, total: None) -> MatchResult:

@@ -166,9 +166,10 @@ def run_hindered(
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
-def test_killed_and_resumed_is_as_if_never_interrupted(finished: Path, workplace: Path) -> None:
-    run = workplace / "killed"
-    assert run_killed(workplace, run, 7, "SIGKILL").returncode == -signal.SIGKILL
+@pytest.mark.parametrize("step", [1, 7])
+def test_killed_and_resumed_is_as_if_never_interrupted(finished: Path, workplace: Path, step: int) -> None:
+    run = workplace / f"killed-{step}"
+    assert run_killed(workplace, run, step, "SIGKILL").returncode == -signal.SIGKILL
     loop.run(recipe(workplace), run, resume=True)
     assert losses(run) == losses(finished)
     for name, value in final_weights(finished).items():
