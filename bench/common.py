@@ -52,14 +52,20 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def child_result(*command: str) -> dict[str, Any]:
+def child_result(*command: str, **environment: str) -> dict[str, Any]:
     """What a Python script prints as JSON on its last line, run in a process of its own.
+
+    Args:
+      command: the script and its arguments.
+      environment: variables added to this process's own.
 
     Raises:
       subprocess.CalledProcessError: it failed.
     """
-    printed = subprocess.run([sys.executable, *command], check=True, stdout=subprocess.PIPE, text=True).stdout
-    result: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    run = subprocess.run(
+        [sys.executable, *command], check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment
+    )
+    result: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     return result
 
 

@@ -27,6 +27,9 @@ CONTENDERS = {
     DENSE: ("jax", "dense"),
     SHARED: ("jax", "shared"),
 }
+# Blocks of this many bytes go back to the system when they are freed; else glibc keeps more or fewer of them by chance,
+# which is as much as sharing saves.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
 FIND_DEFAULT = "from headshare_jax.cli.demo import smollm2; print(smollm2())"
 
 
@@ -68,7 +71,7 @@ def run(options: Options) -> dict[str, Any]:
             for name, (kind, model) in CONTENDERS.items():
                 if options.quick and kind == "compiled":
                     continue
-                result = in_child(options, kind, models[model])
+                result = in_child(options, kind, models[model], Path(folder) / "cache")
                 measured[name] += [result] if result else []
         first = first_tokens(options, {name: models[name] for name in ("dense", "shared")}, Path(folder))
     rows = {name: summary(options, ones) for name, ones in measured.items() if ones}
@@ -119,12 +122,15 @@ def output_of(*arguments: str) -> str:
     return subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def in_child(options: Options, kind: str, model: Path) -> dict[str, Any] | None:
-    """One contender's figures, or None where torch.compile does not work."""
+def in_child(options: Options, kind: str, model: Path, cache: Path) -> dict[str, Any] | None:
+    """One contender's figures, or None where torch.compile does not work.
+
+    From a contender's second round on, what it compiled in the first is in the cache.
+    """
     command = [__file__, str(model), "--only", kind, "--repeats", str(options.repeats)]
     command += ["--batch", str(options.batch), "--prompt", str(options.prompt), "--new-tokens", str(options.new_tokens)]
     try:
-        return child_result(*command)
+        return child_result(*command, HEADSHARE_CACHE=str(cache), **MALLOC)
     except subprocess.CalledProcessError:
         if kind != "compiled":
             raise
@@ -205,10 +211,12 @@ def torch_model(options: Options) -> tuple[Run, Run, int]:
 
 
 def jax_model(options: Options) -> tuple[Run, Run, int]:
-    """The command's own path from a native checkpoint to tokens."""
+    """The command's own path from a native checkpoint to tokens, with its cache of compiled programs."""
     from headshare_jax import convert, generate
+    from headshare_jax.cli.command import keep_compiled
     from headshare_jax.ledger import ledger
 
+    keep_compiled()
     model = convert.load(options.src)
     many, one = (tokens.tolist() for tokens in prompts(options, model.config.vocab_size))
     return (

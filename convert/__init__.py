@@ -72,7 +72,7 @@ def open_checkpoint(src: str | Path) -> Checkpoint:
 def load(
     src: str | Path | WeightSource, *, dtype: str | None = None, compute_dtype: str = "float32", remat: str = "none"
 ) -> Llama:
-    """Loads a model; peak memory is its own size plus two parameters.
+    """Loads a model; peak memory is its own size plus one parameter.
 
     Args:
       src: native or Hugging Face folder, GGUF file, hub id, or an opened checkpoint.

@@ -126,14 +126,14 @@ class Llama(nnx.Module):
 
     @classmethod
     def of(cls, source: WeightSource, **settings: Any) -> Self:
-        """A source's model in memory; peak memory is its own size plus two parameters.
+        """A source's model in memory; peak memory is its own size plus one parameter.
 
         Args:
           source: a model, or an opened checkpoint.
           settings: keyword arguments of the constructor: `compute_dtype`, `remat`, `batch_sharding`.
         """
         names = parameters.parameter_names(source.config)
-        params = {name: jnp.asarray(parameters.assemble(source, name)) for name in names}
+        params = {name: _held(source, name) for name in names}
         return cls(source.config, params, sharing=source.sharing, **settings)
 
     @classmethod
@@ -361,6 +361,13 @@ class Llama(nnx.Module):
         x_f32 = x_btd.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + self.config.rms_norm_eps)
         return (x_f32 * inverse).astype(x_btd.dtype) * scale_d.astype(x_btd.dtype)[None, None]
+
+
+def _held(source: WeightSource, name: str) -> jax.Array:
+    """A parameter of a source in memory of its own."""
+    value = parameters.assemble(source, name)
+    # Without layers it may be a view of a mapped file or of another model's memory, which must not be taken over.
+    return jax.device_put(value) if parameters.is_layered(name) else jnp.array(value)
 
 
 def index_name(projection: str) -> str:

@@ -5,6 +5,7 @@ A name's suffix spells its axes: `v` vocabulary, `d` width, `f` MLP width, `h` h
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -13,6 +14,9 @@ import numpy as np
 
 from headshare_jax.config import LlamaConfig
 from headshare_jax.sharing import PROJECTIONS, SharingMap
+
+# Bytes; XLA's CPU buffers begin at multiples of it.
+ALIGNMENT = 64
 
 
 class WeightSource(Protocol):
@@ -142,7 +146,8 @@ def read_heads(
 def assemble(source: WeightSource, name: str, part: tuple[slice, ...] = ()) -> np.ndarray:
     """A whole parameter of a source as a model stores it, or a part of it, built layer by layer.
 
-    Peak memory is what is returned plus one layer's slice of the parameter.
+    Peak memory is what is returned plus one layer's slice of the parameter. What is built from layers is aligned, so
+    that a CPU's JAX can take it without a copy (`jax.device_put`).
 
     Args:
       source: the weights.
@@ -154,7 +159,7 @@ def assemble(source: WeightSource, name: str, part: tuple[slice, ...] = ()) -> n
         return source.read(name)[part]
     inner = part[1:]
     shape = (stored_shape(config, name, source.sharing)[0], *_cut(slice_shape(config, name), name, inner))
-    value = np.empty(shape, source.dtype(name))
+    value = _aligned(shape, source.dtype(name))
     start = 0
     for layer in range(config.num_layers):
         rows = source.read(name, layer)
@@ -165,6 +170,14 @@ def assemble(source: WeightSource, name: str, part: tuple[slice, ...] = ()) -> n
         value[start : start + len(kept)] = rows[kept][(slice(None), *inner)]
         start += len(kept)
     return value
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array, not filled, that begins at a multiple of `ALIGNMENT` bytes."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _cut(shape: tuple[int, ...], name: str, inner: tuple[slice, ...]) -> tuple[int, ...]:

@@ -31,6 +31,25 @@ def test_a_model_assembled_from_its_slices_is_the_same() -> None:
             np.testing.assert_array_equal(parameters.assemble(model, name), getattr(model, name)[...])
 
 
+def test_a_loaded_model_takes_over_what_was_built_for_it_and_nothing_of_its_source(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = tiny_model()
+    built: dict[str, np.ndarray] = {}
+    assemble = parameters.assemble
+
+    def noted(source: Llama, name: str) -> np.ndarray:
+        built[name] = assemble(source, name)
+        return built[name]
+
+    monkeypatch.setattr(parameters, "assemble", noted)
+    model = Llama.of(source)
+    for name, value in built.items():
+        held = getattr(model, name)[...].unsafe_buffer_pointer()
+        assert (held == value.ctypes.data) == parameters.is_layered(name)
+        assert held != getattr(source, name)[...].unsafe_buffer_pointer()
+
+
 def changed(model: Llama, name: str) -> Llama:
     """A copy in which one number of a parameter is another."""
     params = {name: getattr(model, name)[...] for name in parameters.parameter_names(model.config)}
