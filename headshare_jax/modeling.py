@@ -1,6 +1,6 @@
 """The LLaMA-family decoder on pooled attention heads, as a Flax NNX module."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -30,7 +30,8 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 # Up to this many tokens a projection reads its heads one by one, which costs no bytes beyond the weights; above it,
-# one gather of the layer's heads is shared by all tokens.
+# one gather of the layer's heads is shared by all tokens. A GPU always gathers: starting a kernel for every head takes it
+# longer than the copy.
 PER_HEAD_TOKENS = 32
 # Queries whose attention scores are in memory at a time, unless that makes more blocks than are good to unroll.
 ATTENTION_BLOCK, MAX_ATTENTION_BLOCKS = 128, 8
@@ -311,11 +312,7 @@ class Llama(nnx.Module):
 
     def _project_in(self, x_btd: jax.Array, projection: str, index_n: jax.Array) -> jax.Array:
         pool_pdh = getattr(self, f"{projection}_pool_pdh")[...]
-        if x_btd.shape[0] * x_btd.shape[1] <= PER_HEAD_TOKENS:
-            heads = [x_btd @ _row(pool_pdh, row).astype(x_btd.dtype) for row in index_n]
-            out_btnh = jnp.stack(heads, axis=2)
-        else:
-            out_btnh = jnp.einsum("btd,ndh->btnh", x_btd, _rows(pool_pdh, index_n).astype(x_btd.dtype))
+        out_btnh = _few_or_many(_heads_in_one_by_one, _heads_in_gathered, x_btd, pool_pdh, index_n)
         if self.config.attention_bias:
             bias_nh = _rows(getattr(self, f"{projection}_bias_ph")[...], index_n)
             out_btnh += bias_nh.astype(x_btd.dtype)[None, None]
@@ -327,15 +324,7 @@ class Llama(nnx.Module):
             # A dropped head has no row: the last one stands in for it, on an output of zero.
             kept_n = (index_n < pool_phd.shape[0]).astype(heads_btnh.dtype)
             heads_btnh = heads_btnh * kept_n[None, None, :, None]
-        if heads_btnh.shape[0] * heads_btnh.shape[1] <= PER_HEAD_TOKENS:
-            heads = [
-                heads_btnh[:, :, n] @ _row(pool_phd, row).astype(heads_btnh.dtype) for n, row in enumerate(index_n)
-            ]
-            return sum(heads[1:], start=heads[0])
-        rows_nhd = _rows(pool_phd, index_n).astype(heads_btnh.dtype)
-        batch, length, count, width = heads_btnh.shape
-        out_md = heads_btnh.reshape(-1, count * width) @ rows_nhd.reshape(count * width, -1)
-        return out_md.reshape(batch, length, -1)
+        return _few_or_many(_heads_out_one_by_one, _heads_out_gathered, heads_btnh, pool_phd, index_n)
 
     def _layer_output(self, x_btd: jax.Array, heads_btnh: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
         """Residual stream after a layer whose attention heads gave `heads_btnh`."""
@@ -429,6 +418,42 @@ def _attend_block(q_bkgth: jax.Array, k_bksh: jax.Array, v_bksh: jax.Array, mask
         "bkgts,bksh->bkgth", weights_bkgts.astype(v_bksh.dtype), v_bksh, preferred_element_type=jnp.float32
     )
     return (out_bkgth / jnp.sum(weights_bkgts, axis=-1)[..., None]).astype(q_bkgth.dtype)
+
+
+def _few_or_many(
+    one_by_one: Callable[..., jax.Array],
+    gathered: Callable[..., jax.Array],
+    x_bt: jax.Array,
+    pool: jax.Array,
+    index_n: jax.Array,
+) -> jax.Array:
+    """A projection [B, T, ...] of x [B, T, ...] by the way that suits the number of tokens and the device."""
+    if x_bt.shape[0] * x_bt.shape[1] > PER_HEAD_TOKENS:
+        return gathered(x_bt, pool, index_n)
+    out_bt: jax.Array = jax.lax.platform_dependent(
+        x_bt, pool, index_n, cuda=gathered, rocm=gathered, default=one_by_one
+    )
+    return out_bt
+
+
+def _heads_in_one_by_one(x_btd: jax.Array, pool_pdh: jax.Array, index_n: jax.Array) -> jax.Array:
+    return jnp.stack([x_btd @ _row(pool_pdh, row).astype(x_btd.dtype) for row in index_n], axis=2)
+
+
+def _heads_in_gathered(x_btd: jax.Array, pool_pdh: jax.Array, index_n: jax.Array) -> jax.Array:
+    return jnp.einsum("btd,ndh->btnh", x_btd, _rows(pool_pdh, index_n).astype(x_btd.dtype))
+
+
+def _heads_out_one_by_one(heads_btnh: jax.Array, pool_phd: jax.Array, index_n: jax.Array) -> jax.Array:
+    heads = [heads_btnh[:, :, n] @ _row(pool_phd, row).astype(heads_btnh.dtype) for n, row in enumerate(index_n)]
+    return sum(heads[1:], start=heads[0])
+
+
+def _heads_out_gathered(heads_btnh: jax.Array, pool_phd: jax.Array, index_n: jax.Array) -> jax.Array:
+    rows_nhd = _rows(pool_phd, index_n).astype(heads_btnh.dtype)
+    batch, length, count, width = heads_btnh.shape
+    out_md = heads_btnh.reshape(-1, count * width) @ rows_nhd.reshape(count * width, -1)
+    return out_md.reshape(batch, length, -1)
 
 
 def _row(pool: jax.Array, row: jax.Array) -> jax.Array:

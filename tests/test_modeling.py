@@ -178,6 +178,16 @@ def test_few_tokens_give_what_many_give(monkeypatch: pytest.MonkeyPatch, tie: st
     assert error(few, many) < 2e-6
 
 
+def test_a_gpu_gathers_heads_for_few_tokens_too() -> None:
+    model, tokens = tiny_model(), jnp.asarray(random_tokens((1, 4)))
+    traced = jax.jit(lambda model, tokens: model(tokens)).trace(model, tokens)
+
+    def slices(platform: str) -> int:
+        return traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.dynamic_slice")
+
+    assert slices("cuda") < slices("cpu") == slices("tpu")
+
+
 @pytest.mark.parametrize("tie", ["qkvo", "mixed"])
 @pytest.mark.parametrize("length", [8, 40])
 def test_the_gradient_of_a_shared_row_is_the_sum_over_its_users(tie: str, length: int) -> None:
