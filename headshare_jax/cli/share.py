@@ -27,6 +27,7 @@ from headshare_jax.cli.sharing import (
 )
 from headshare_jax.convert import map_file
 from headshare_jax.convert.atomic import check_output, new_file
+from headshare_jax.convert.journal_folder import JournalFolder
 from headshare_jax.errors import HeadshareError
 from headshare_jax.ledger import NOT_SAVED, ledger
 from headshare_jax.methods import METHODS, Amount, Method, MethodSettings
@@ -74,6 +75,13 @@ class Share(Command):
         ),
     ] = None
     to: Annotated[str, tyro.conf.arg(help="Format of the output: native, hf or hf-compact.")] = "native"
+    work: Annotated[
+        Path | None,
+        tyro.conf.arg(
+            help="Keep what is computed on the text in this folder, layer by layer, to go on from there after a stop, "
+            "and to match no second time for another ratio, budget or method."
+        ),
+    ] = None
     save_map: Annotated[Path | None, tyro.conf.arg(help="Where to write the sharing map (.json) besides.")] = None
     plot: Annotated[Path | None, tyro.conf.arg(help="Where to draw who shares with whom (.png, .svg or .pdf).")] = None
     overwrite: Overwrite = False
@@ -87,6 +95,7 @@ class Share(Command):
             raise HeadshareError(
                 "Give one of --ratio or --budget, to match and choose, or --map, to use a map that exists."
             )
+        journals = None if self.work is None else JournalFolder(self.work)
         settings = MethodSettings(self.match, self.seed, self.tie, self.chains, self.within_shards)
         method = self._checked_method(settings)
         path = convert.locate(self.src)
@@ -95,9 +104,9 @@ class Share(Command):
         if self.calibrate is not None:
             calibration = calibration_text(path, source, self.calibrate, self.calibrate_tokens, self.seq_len)
         windows_wt = None if calibration is None else calibration.windows_wt
-        sharing = self._map(source, windows_wt, method, settings)
+        sharing = self._map(source, windows_wt, method, settings, journals)
         with progress("refitting" if method.refits else "sharing") as step:
-            model, report = methods.apply(method, source, sharing, windows_wt, progress=step)
+            model, report = methods.apply(method, source, sharing, windows_wt, journals=journals, progress=step)
         convert.save(
             model,
             self.dst,
@@ -140,6 +149,12 @@ class Share(Command):
                 f"The method {self.method} "
                 + ("needs a text: --calibrate TEXT." if method.needs_text else "needs no text; leave out --calibrate.")
             )
+        if self.work is not None and not method.needs_text:
+            users = ", ".join(other.name for other in METHODS.values() if other.needs_text)
+            raise HeadshareError(
+                f"The method {self.method} computes nothing on a text that --work could keep; leave it out (it is for "
+                f"{users})."
+            )
         if self.map is not None and self.within_shards is not None:
             raise HeadshareError("A map has its donors already; leave out --within-shards, or let it choose them.")
         if self.map is not None and self.method not in MAP_METHODS:
@@ -153,7 +168,12 @@ class Share(Command):
         return {"calibrate": self.calibrate, **asdict(report)}
 
     def _map(
-        self, source: convert.Checkpoint, windows_wt: np.ndarray | None, method: Method, settings: MethodSettings
+        self,
+        source: convert.Checkpoint,
+        windows_wt: np.ndarray | None,
+        method: Method,
+        settings: MethodSettings,
+        journals: JournalFolder | None,
     ) -> SharingMap:
         if self.map is not None:
             return map_file.read(self.map)
@@ -162,7 +182,7 @@ class Share(Command):
         if self.within_shards is not None:
             shard_of_units(source.config.num_kv_heads, self.within_shards)
         with progress("matching") as step:
-            scores = method.scores(source, windows_wt, settings, step)
+            scores = method.scores(source, windows_wt, settings, step, journals)
         return methods.choose(method, scores, amount, source.config, settings)
 
     def _write_extras(self, sharing: SharingMap) -> None:
