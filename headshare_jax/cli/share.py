@@ -95,9 +95,9 @@ class Share(Command):
             raise HeadshareError(
                 "Give one of --ratio or --budget, to match and choose, or --map, to use a map that exists."
             )
-        journals = None if self.work is None else JournalFolder(self.work)
         settings = MethodSettings(self.match, self.seed, self.tie, self.chains, self.within_shards)
         method = self._checked_method(settings)
+        journals = self._journals(method)
         path = convert.locate(self.src)
         source = convert.open_checkpoint(path)
         calibration = None
@@ -149,12 +149,6 @@ class Share(Command):
                 f"The method {self.method} "
                 + ("needs a text: --calibrate TEXT." if method.needs_text else "needs no text; leave out --calibrate.")
             )
-        if self.work is not None and not method.needs_text:
-            users = ", ".join(other.name for other in METHODS.values() if other.needs_text)
-            raise HeadshareError(
-                f"The method {self.method} computes nothing on a text that --work could keep; leave it out (it is for "
-                f"{users})."
-            )
         if self.map is not None and self.within_shards is not None:
             raise HeadshareError("A map has its donors already; leave out --within-shards, or let it choose them.")
         if self.map is not None and self.method not in MAP_METHODS:
@@ -163,6 +157,21 @@ class Share(Command):
                 f"the methods {' and '.join(MAP_METHODS)}."
             )
         return method
+
+    def _journals(self, method: Method) -> JournalFolder | None:
+        if self.work is None:
+            return None
+        if not method.needs_text:
+            users = ", ".join(other.name for other in METHODS.values() if other.needs_text)
+            raise HeadshareError(
+                f"The method {self.method} has no use for --work, which keeps what others ({users}) compute on a text; "
+                "leave it out."
+            )
+        journals = JournalFolder(self.work)
+        work, output = self.work.resolve(), Path(self.dst).resolve()
+        if output in (work, *work.parents):
+            raise HeadshareError(f"The folder {self.work} lies in the output {self.dst}; choose another for --work.")
+        return journals
 
     def _record(self, report: RefitReport) -> dict[str, Any]:
         return {"calibrate": self.calibrate, **asdict(report)}
