@@ -20,7 +20,10 @@ FLOATS: dict[str, np.dtype[Any]] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_NAMES = {dtype: name for name, dtype in FLOATS.items()} | {np.dtype(np.int32): "I32"}
+_NAMES = {dtype: name for name, dtype in FLOATS.items()} | {
+    np.dtype(np.int32): "I32",
+    np.dtype(np.uint8): "U8",
+}
 
 
 class SafetensorsReader:
@@ -78,7 +81,7 @@ def write_safetensors(
 
     Args:
       path: the file.
-      layout: shape and type (float32, float16, bfloat16 or int32) of every tensor, by name, in file order.
+      layout: shape and type (float32, float16, bfloat16, int32 or uint8) of every tensor, by name, in file order.
       values: the tensors themselves, in that order.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -4,6 +4,7 @@ from headshare_jax.budget import budget_map
 from headshare_jax.calibration import calibration_windows
 from headshare_jax.config import LlamaConfig, RopeScaling
 from headshare_jax.convert import load, open_checkpoint, save
+from headshare_jax.convert.journal_folder import JournalFolder
 from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluation import Perplexity, perplexity
 from headshare_jax.functional import Search, match_functional
@@ -20,6 +21,7 @@ from headshare_jax.transform import share, unshare
 __all__ = [
     "BlockFit",
     "HeadshareError",
+    "JournalFolder",
     "Ledger",
     "Llama",
     "LlamaConfig",

@@ -1,5 +1,7 @@
 """Calibration text run through a model layer by layer: what its blocks compute, and what its predictions depend on."""
 
+import hashlib
+import json
 import math
 import os
 import tempfile
@@ -55,6 +57,11 @@ def calibration_windows(tokens: Sequence[int] | np.ndarray, count: int, seq_len:
     return windows.astype(np.int32)
 
 
+def tokens_digest(tokens: np.ndarray) -> str:
+    """SHA-256 of token ids, int32 [...], as a model reads them: of how they are cut, too."""
+    return f"sha256:{hashlib.sha256(json.dumps(tokens.shape).encode() + tokens.tobytes()).hexdigest()}"
+
+
 def layer_weights(source: WeightSource, layer: int) -> dict[str, jax.Array]:
     """One layer's parameters by name, in float32 whatever the stored type; shapes as `parameters.slice_shape` has."""
     names = (name for name in parameters.parameter_names(source.config) if name not in _LAYERLESS)
@@ -74,11 +81,18 @@ def output_bias(weights: dict[str, jax.Array], block: str) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames=("config", "block"))
-def advance(config: LlamaConfig, weights: dict[str, jax.Array], x_btd: jax.Array, block: str) -> jax.Array:
-    """The residual stream behind a block, [B, T, D]."""
+def run_block(
+    config: LlamaConfig, weights: dict[str, jax.Array], x_btd: jax.Array, block: str
+) -> tuple[jax.Array, jax.Array]:
+    """A block's output without its bias, and the residual stream behind it, [B, T, D] each."""
     with jax.default_matmul_precision("highest"):
         y_btd = features(config, weights, x_btd, block) @ output_weight(weights, block)
-        return x_btd + y_btd + output_bias(weights, block)[None, None]
+        return y_btd, x_btd + y_btd + output_bias(weights, block)[None, None]
+
+
+def advance(config: LlamaConfig, weights: dict[str, jax.Array], x_btd: jax.typing.ArrayLike, block: str) -> jax.Array:
+    """The residual stream behind a block, [B, T, D]."""
+    return run_block(config, weights, x_btd, block)[1]
 
 
 def residual_weights(x_btd: jax.Array) -> jax.Array:

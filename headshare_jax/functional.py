@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import jax
@@ -30,10 +30,12 @@ from headshare_jax.calibration import (
     on_disk,
     output_weight,
     residual_weights,
+    tokens_digest,
 )
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
-from headshare_jax.parameters import WeightSource, fingerprint
+from headshare_jax.journal import Journal, Journals, NoJournal
+from headshare_jax.parameters import WeightSource, fingerprint, whole_fingerprint
 from headshare_jax.similarity import MatchResult, best_donors
 
 # Relative to a matrix's trace.
@@ -42,6 +44,8 @@ TINY = float(np.finfo(np.float32).tiny)
 Weights = dict[str, jax.Array]
 # Float64 sums over tokens: the layer's own features [I, I], those with each donor's [C, I, J], each donor's [C, J, J].
 Sums = tuple[np.ndarray, np.ndarray, np.ndarray]
+# A layer's costs, float32: of dropping its units [U] by the name `drop`, of its pairs [U, L * U] by their tie.
+Costs = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ def match_functional(
     search: Search | None = None,
     *,
     ties: Sequence[str] = (),
+    journals: Journals | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> MatchResult:
     """Scores the units of the nearest earlier layers as donors of every unit, by what they compute on a text.
@@ -105,20 +110,54 @@ def match_functional(
       windows_wt: int32 [W, T], the calibration text.
       search: by default `Search()`.
       ties: subsets of `qkv` to score besides it, with every unit's best donors of `qkv`.
+      journals: where finished layers are kept, as the steps of a work `match`; those that are there already, for this
+        model, text and settings, are not scored again.
       progress: called with the steps done and in all; a layer is three.
 
     Raises:
-      HeadshareError: fewer than two layers, or no room for the streams.
+      HeadshareError: fewer than two layers, or no room for the streams or the journal.
     """
     search = search or Search()
     config = source.config
     if config.num_layers < 2:
         raise HeadshareError("Matching needs at least two layers: donors come from earlier layers.")
-    layers, windows_wt = config.num_layers, windows_wt[: search.windows]
-    drop = np.zeros((layers, config.num_kv_heads), np.float32)
-    share = {
-        tie: np.full((config.num_units, config.num_units), np.inf, np.float32) for tie in dict.fromkeys(("qkv", *ties))
+    windows_wt, ties = windows_wt[: search.windows], tuple(dict.fromkeys(("qkv", *ties)))
+    journal = _journal(journals, source, windows_wt, search, ties)
+    found = {layer: journal.read(_step(layer)) for layer in range(config.num_layers)}
+    finished = {layer: costs for layer, costs in found.items() if costs is not None}
+    if len(finished) < config.num_layers:
+        finished |= _match_layers(source, windows_wt, search, ties, finished, journal, progress)
+    scores = {
+        name: -np.concatenate([finished[layer][name] for layer in range(config.num_layers)]) for name in ("drop", *ties)
     }
+    drop_score = scores.pop("drop").reshape(config.num_layers, -1)
+    return _result(scores.pop("qkv"), scores, drop_score, config, fingerprint(source))
+
+
+def _journal(
+    journals: Journals | None, source: WeightSource, windows_wt: np.ndarray, search: Search, ties: tuple[str, ...]
+) -> Journal:
+    if journals is None:
+        return NoJournal()
+    key = {"model": whole_fingerprint(source), "text": tokens_digest(windows_wt)}
+    return journals.of("match", key | {"settings": asdict(search), "ties": ties})
+
+
+def _step(layer: int) -> str:
+    return f"layer-{layer}"
+
+
+def _match_layers(
+    source: WeightSource,
+    windows_wt: np.ndarray,
+    search: Search,
+    ties: tuple[str, ...],
+    finished: Mapping[int, Costs],
+    journal: Journal,
+    progress: Callable[[int, int], None],
+) -> dict[int, Costs]:
+    """Costs of all layers but those that are finished; each goes to the journal as soon as it is there."""
+    config, layers, found = source.config, source.config.num_layers, dict[int, Costs]()
     near: dict[int, Weights] = {}
     with ExitStack() as files:
         gradients_lwtd = files.enter_context(
@@ -133,28 +172,14 @@ def match_functional(
         for layer in range(layers):
             weights = layer_weights(source, layer)
             near = {below: near[below] for below in range(max(0, layer - search.span), layer)} | {layer: weights}
-            scorer = _LayerScorer(config, near, x_wtd, gradients_lwtd[layer], search)
-            own, (donors, sums) = scorer.own_units(), scorer.kept_donors()
-            rank_us = np.full((len(own), config.num_units), np.inf)
-            rank_us[:, donors] = scorer.ranks(donors, sums)
-            receivers, best = scorer.best_pairs(rank_us)
-            places = np.searchsorted(donors, best)
-            chosen = sums[0], sums[1][places], sums[2][places]
-            drop[layer], costs = scorer.costs(receivers, best, "qkv", chosen)
-            first = {unit: place for place, unit in reversed(list(enumerate(receivers)))}
-            for unit in first:
-                place = unit - own[0], best[first[unit]]
-                share["qkv"][unit] = rank_us[place[0]] * (costs[first[unit]] / max(rank_us[place], TINY))
-            share["qkv"][receivers, best] = costs
-            for tie in share.keys() - {"qkv"} if len(receivers) else ():
-                sums = scorer.sums(receivers, best, tie, scorer.all_windows())
-                share[tie][receivers, best] = scorer.costs(receivers, best, tie, sums)[1]
-            for part in scorer.all_windows():
+            if layer not in finished:
+                found[layer] = _LayerScorer(config, near, x_wtd, gradients_lwtd[layer], search).layer_costs(ties)
+                journal.write(_step(layer), found[layer])
+            for part in batches(slice(0, len(x_wtd)), search.batch_tokens, x_wtd.shape[1]):
                 for block in BLOCKS:
                     x_wtd[part] = advance(config, weights, x_wtd[part], block)
             progress(2 * layers + layer + 1, 3 * layers)
-    scores = {tie: -costs for tie, costs in share.items()}
-    return _result(scores.pop("qkv"), scores, -drop, config, fingerprint(source))
+    return found
 
 
 def _result(
@@ -194,6 +219,23 @@ class _LayerScorer:
         """Flat indices of the layer's units."""
         units = self.config.num_kv_heads
         return np.arange(self.layer * units, (self.layer + 1) * units)
+
+    def layer_costs(self, ties: Sequence[str]) -> Costs:
+        """Costs of all units, infinite for pairs that are not tried; `qkv` is among the ties."""
+        own, (donors, sums) = self.own_units(), self.kept_donors()
+        rank_us = np.full((len(own), self.config.num_units), np.inf)
+        rank_us[:, donors] = self.ranks(donors, sums)
+        receivers, best = self.best_pairs(rank_us)
+        places, rows = np.searchsorted(donors, best), receivers - own[0]
+        drop, costs = self.costs(receivers, best, "qkv", (sums[0], sums[1][places], sums[2][places]))
+        share = {tie: np.full(rank_us.shape, np.inf, np.float32) for tie in ties}
+        for row, place in {row: place for place, row in reversed(list(enumerate(rows)))}.items():
+            share["qkv"][row] = rank_us[row] * (costs[place] / max(rank_us[row, best[place]], TINY))
+        share["qkv"][rows, best] = costs
+        for tie in share.keys() - {"qkv"} if len(receivers) else ():
+            sums = self.sums(receivers, best, tie, self.all_windows())
+            share[tie][rows, best] = self.costs(receivers, best, tie, sums)[1]
+        return {"drop": drop.astype(np.float32), **share}
 
     def all_windows(self) -> list[slice]:
         """Batches of all windows."""

@@ -1,6 +1,7 @@
 """Methods of sharing: each is a way to score units, a way to choose among them, and perhaps a refit.
 
-Scoring is what costs, and its result serves every ratio and budget: score once, then choose and apply for each.
+Scoring is what costs, and its result serves every ratio and budget: score once, then choose and apply for each. What
+takes text can be kept in journals, layer by layer.
 """
 
 import math
@@ -13,6 +14,7 @@ from headshare_jax.budget import budget_map, check_budget, units_to_save
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.functional import match_functional
+from headshare_jax.journal import Journals
 from headshare_jax.modeling import Llama
 from headshare_jax.parameters import WeightSource
 from headshare_jax.refit import RefitReport, refit
@@ -59,34 +61,50 @@ class Amount:
         return f"{self.ratio:g}" if self.budget is None else f"budget {self.budget:g}"
 
 
-Scorer = Callable[[WeightSource, np.ndarray | None, MethodSettings, Progress], MatchResult]
+Scorer = Callable[[WeightSource, np.ndarray | None, MethodSettings, Progress, Journals | None], MatchResult]
 Chooser = Callable[[MatchResult, Amount, LlamaConfig, MethodSettings], SharingMap]
 
 
 def weight_scores(
-    source: WeightSource, windows_wt: np.ndarray | None, settings: MethodSettings, progress: Progress
+    source: WeightSource,
+    windows_wt: np.ndarray | None,
+    settings: MethodSettings,
+    progress: Progress,
+    journals: Journals | None = None,
 ) -> MatchResult:
     """Cosines of weights."""
     return match(source, settings.match or "qk", seed=settings.seed, progress=progress)
 
 
 def random_scores(
-    source: WeightSource, windows_wt: np.ndarray | None, settings: MethodSettings, progress: Progress
+    source: WeightSource,
+    windows_wt: np.ndarray | None,
+    settings: MethodSettings,
+    progress: Progress,
+    journals: Journals | None = None,
 ) -> MatchResult:
     """Scores drawn at random."""
     return match(source, "random", seed=settings.seed, progress=progress)
 
 
 def functional_scores(
-    source: WeightSource, windows_wt: np.ndarray | None, settings: MethodSettings, progress: Progress
+    source: WeightSource,
+    windows_wt: np.ndarray | None,
+    settings: MethodSettings,
+    progress: Progress,
+    journals: Journals | None = None,
 ) -> MatchResult:
     """What units compute on the text, and donors in their place."""
     assert windows_wt is not None
-    return match_functional(source, windows_wt, progress=progress)
+    return match_functional(source, windows_wt, journals=journals, progress=progress)
 
 
 def magnitude_scores(
-    source: WeightSource, windows_wt: np.ndarray | None, settings: MethodSettings, progress: Progress
+    source: WeightSource,
+    windows_wt: np.ndarray | None,
+    settings: MethodSettings,
+    progress: Progress,
+    journals: Journals | None = None,
 ) -> MatchResult:
     """How small a unit's weights are."""
     return magnitudes(source, progress=progress)
@@ -222,6 +240,7 @@ def apply(
     sharing: SharingMap,
     windows_wt: np.ndarray | None = None,
     *,
+    journals: Journals | None = None,
     progress: Progress = lambda done, total: None,
 ) -> tuple[Llama, RefitReport | None]:
     """The model shared by a map and, if the method does so, refitted; with the record of the fit.
@@ -231,6 +250,7 @@ def apply(
       source: the dense model, or an opened checkpoint.
       sharing: the method's choice, or any other map.
       windows_wt: int32 [W, T], calibration text, if the method refits.
+      journals: as for `refit`.
       progress: called with the layers refitted and in all.
 
     Raises:
@@ -240,4 +260,4 @@ def apply(
     if not method.refits:
         return shared, None
     assert windows_wt is not None
-    return refit(source, shared, windows_wt, progress=progress)
+    return refit(source, shared, windows_wt, journals=journals, progress=progress)

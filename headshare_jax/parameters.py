@@ -5,8 +5,9 @@ A name's suffix spells its axes: `v` vocabulary, `d` width, `f` MLP width, `h` h
 """
 
 import hashlib
+import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -195,20 +196,38 @@ def fingerprint(source: WeightSource) -> str:
     four projections of a layer are in memory at a time.
     """
     digest = hashlib.sha256()
-    with ThreadPoolExecutor(len(PROJECTIONS)) as threads:
-        for layer in range(source.config.num_layers):
-            weights = [source.read(pool_name(projection), layer) for projection in PROJECTIONS]
-            for part in threads.map(_checksums, weights):
-                digest.update(part)
+    for part in _layer_checksums(source, [pool_name(projection) for projection in PROJECTIONS]):
+        digest.update(part)
     return f"sha256:{digest.hexdigest()}"
 
 
-def _checksums(values: np.ndarray) -> bytes:
-    """Sums modulo 2^32 of the bits of every head's rows and columns; a cryptographic hash of them all takes 4 times it.
+def whole_fingerprint(source: WeightSource) -> str:
+    """As `fingerprint`, but of the architecture and all weights; one layer's are in memory at a time."""
+    names = parameter_names(source.config)
+    digest = hashlib.sha256(json.dumps(source.config.to_json(), sort_keys=True).encode())
+    for name in names:
+        if not is_layered(name):
+            digest.update(_checksums(source.read(name)))
+    for part in _layer_checksums(source, [name for name in names if is_layered(name)]):
+        digest.update(part)
+    return f"sha256:{digest.hexdigest()}"
 
-    Exchanging, moving or changing values changes them.
+
+def _layer_checksums(source: WeightSource, names: Sequence[str]) -> Iterator[bytes]:
+    """Checksums of some parameters, layer by layer."""
+    with ThreadPoolExecutor(len(PROJECTIONS)) as threads:
+        for layer in range(source.config.num_layers):
+            yield from threads.map(_checksums, [source.read(name, layer) for name in names])
+
+
+def _checksums(values: np.ndarray) -> bytes:
+    """Sums modulo 2^32 of the bits of every matrix's rows and columns; all bits of a vector.
+
+    Exchanging, moving or changing values changes them. A cryptographic hash of all bits takes 4 times as long.
     """
     bits = np.asarray(values, np.float32).view(np.uint32)
+    if bits.ndim == 1:
+        return bits.tobytes()
     return b"".join(np.add.reduce(bits, axis=axis, dtype=np.uint32).tobytes() for axis in (-1, -2))
 
 

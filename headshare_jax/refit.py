@@ -5,11 +5,11 @@ adds H W + b to the residual stream, H [M, I] being what its output weight W [I,
 model's own input x', W is fitted to what brings its stream back to the dense one.
 """
 
+import json
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,18 +26,22 @@ from headshare_jax.calibration import (
     features,
     layer_weights,
     on_disk,
-    output_bias,
     output_weight,
     residual_weights,
+    run_block,
+    tokens_digest,
 )
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
+from headshare_jax.journal import Journal, Journals, NoJournal
 from headshare_jax.modeling import Llama
-from headshare_jax.parameters import WeightSource
+from headshare_jax.parameters import WeightSource, whole_fingerprint
 
 SCOPES = ("receivers", "attention", "all")
 # Where a ridge is too small for the system to be solved, it is raised tenfold until it is not, from this least value.
 LEAST_RIDGE = 1e-12
+# What a journal keeps of a block: its `BlockFit` as JSON, and its new output weight if that changed.
+_FIT, _WEIGHT = "fit", "weight"
 
 
 @dataclass(frozen=True)
@@ -179,6 +183,7 @@ def refit(
     windows_wt: np.ndarray,
     settings: RefitSettings | None = None,
     *,
+    journals: Journals | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Llama, RefitReport]:
     """Fits the output weights of a shared model to the dense one.
@@ -196,10 +201,13 @@ def refit(
       shared: the model to repair; it is left as it is.
       windows_wt: int32 [W, T], the calibration text.
       settings: by default `RefitSettings()`.
+      journals: where finished blocks are kept, as the steps of a work `refit`; those that are there already, for these
+        models, this text and these settings, are not fitted again.
       progress: called with the layers done and in all.
 
     Raises:
-      HeadshareError: too few windows to hold any out, two models of different shape, or no room for the streams.
+      HeadshareError: too few windows to hold any out, two models of different shape, or no room for the streams or the
+        journal.
     """
     settings = settings or RefitSettings()
     if len(windows_wt) < 2:
@@ -209,6 +217,7 @@ def refit(
         )
     if shared.sharing is None or dense.config != shared.config:
         raise HeadshareError("A refit needs a shared model and the dense model that it was made from.")
+    journal = _journal(journals, dense, shared, windows_wt, settings)
     fitted = _Fitted(shared)
     blocks: list[BlockFit] = []
     with ExitStack() as files:
@@ -220,14 +229,41 @@ def refit(
                 if not walk.parted or not _in_scope(settings.scope, block, changed):
                     walk.advance(block)
                     continue
-                rows = fitted.free_rows(layer, block)
-                change, fit = _fit(*walk.moments(block), rows, layer, block, settings)
-                if fit.drift is not None:
-                    walk.compressed[OUTPUT[block]] = fitted.change(layer, block, change)
+                name = f"layer-{layer}-{block}"
+                step = journal.read(name)
+                if step is None:
+                    step = _fit_block(walk, fitted, layer, block, settings)
+                    journal.write(name, step)
+                else:
+                    walk.advance_dense(block)
+                fit = BlockFit(**json.loads(step[_FIT].tobytes()))
+                if _WEIGHT in step:
+                    walk.compressed[OUTPUT[block]] = fitted.put(layer, block, step[_WEIGHT])
                 walk.advance_compressed(block)
                 blocks.append(fit)
             progress(layer + 1, dense.config.num_layers)
     return fitted.model(), RefitReport(tuple(blocks), walk.windows, walk.seq_len, settings)
+
+
+def _journal(
+    journals: Journals | None, dense: WeightSource, shared: Llama, windows_wt: np.ndarray, settings: RefitSettings
+) -> Journal:
+    if journals is None:
+        return NoJournal()
+    assert shared.sharing is not None
+    assert shared.sharing.unit_tie is not None
+    return journals.of(
+        "refit",
+        {
+            "model": whole_fingerprint(dense),
+            "shared model": whole_fingerprint(shared),
+            "types": {name: str(shared.dtype(name)) for name in OUTPUT.values()},
+            "donor": shared.sharing.donor.tolist(),
+            "tie": shared.sharing.unit_tie.tolist(),
+            "text": tokens_digest(windows_wt),
+            "settings": asdict(settings),
+        },
+    )
 
 
 class _Walk:
@@ -236,8 +272,13 @@ class _Walk:
     def __init__(self, dense: WeightSource, windows_wt: np.ndarray, settings: RefitSettings, files: ExitStack):
         self.source, self.config, self.files = dense, dense.config, files
         self.windows, self.seq_len = windows_wt.shape
-        self.held_out = min(max(1, round(settings.held_out * self.windows)), self.windows - 1)
-        self.batch_tokens = settings.batch_tokens
+        kept = self.windows - min(max(1, round(settings.held_out * self.windows)), self.windows - 1)
+        self.fit_to, self.held_out = (
+            list(batches(part, settings.batch_tokens, self.seq_len))
+            for part in (slice(0, kept), slice(kept, self.windows))
+        )
+        # The streams run in these batches alone, so that they have the same bits whether or not a block is fitted.
+        self.parts = self.fit_to + self.held_out
         self.x_wtd = self.compressed_wtd = files.enter_context(on_disk(embedded(dense, windows_wt)))
         self.compressed: dict[str, jax.Array] = {}
 
@@ -253,53 +294,54 @@ class _Walk:
             return
         self.compressed = compressed
         if not self.parted:
-            self.compressed_wtd = self.files.enter_context(on_disk(self.x_wtd[part] for part in self._batches()))
+            self.compressed_wtd = self.files.enter_context(on_disk(self.x_wtd[part] for part in self.parts))
 
     def moments(self, block: str) -> tuple[Moments, Moments]:
         """Sums over the windows to fit to, and over those held out; the dense stream is then behind the block."""
-        kept = self.windows - self.held_out
-        return self._moments(block, 0, kept), self._moments(block, kept, self.windows)
+        return self._moments(block, self.fit_to), self._moments(block, self.held_out)
 
     def advance(self, block: str) -> None:
         """Takes both streams behind a block."""
         if self.parted:
             self.advance_compressed(block)
-        for part in self._batches():
+        self.advance_dense(block)
+
+    def advance_dense(self, block: str) -> None:
+        """Takes the dense stream alone behind a block."""
+        for part in self.parts:
             self.x_wtd[part] = advance(self.config, self.dense, self.x_wtd[part], block)
 
     def advance_compressed(self, block: str) -> None:
         """Takes the compressed stream alone behind a block."""
-        for part in self._batches():
+        for part in self.parts:
             self.compressed_wtd[part] = advance(self.config, self.compressed, self.compressed_wtd[part], block)
 
-    def _moments(self, block: str, start: int, stop: int) -> Moments:
+    def _moments(self, block: str, parts: list[slice]) -> Moments:
         width = output_weight(self.dense, block).shape[0]
         shape = (2, width, self.config.hidden_size)
         total = Moments(np.zeros((width, width)), np.zeros(shape), np.zeros((2, 2)), 0)
-        for part in self._batches(start, stop):
+        for part in parts:
             x_btd, compressed_btd = self.x_wtd[part], self.compressed_wtd[part]
-            sums, self.x_wtd[part] = _moments(self.config, self.dense, self.compressed, x_btd, compressed_btd, block)
+            y_btd, after_btd = run_block(self.config, self.dense, x_btd, block)
+            sums = _moments(self.config, self.compressed, x_btd, y_btd, after_btd, compressed_btd, block)
             gram, cross, energy = (np.asarray(value, np.float64) for value in sums)
             total += Moments(gram, cross, energy, x_btd.shape[0] * x_btd.shape[1])
+            self.x_wtd[part] = after_btd
         return total
-
-    def _batches(self, start: int = 0, stop: int | None = None) -> Any:
-        return batches(slice(start, self.windows if stop is None else stop), self.batch_tokens, self.seq_len)
 
 
 @partial(jax.jit, static_argnames=("config", "block"))
 def _moments(
     config: LlamaConfig,
-    dense: dict[str, jax.Array],
     compressed: dict[str, jax.Array],
     x_btd: jax.Array,
+    y_btd: jax.Array,
+    after_btd: jax.Array,
     compressed_btd: jax.Array,
     block: str,
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """`Moments.gram`, `.cross` and `.energy` of a batch, float32; and the dense stream behind the block."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`Moments.gram`, `.cross` and `.energy` of a batch, float32; y and the stream behind the block are the dense's."""
     with jax.default_matmul_precision("highest"):
-        y_btd = features(config, dense, x_btd, block) @ output_weight(dense, block)
-        after_btd = x_btd + y_btd + output_bias(dense, block)[None, None]
         w_bt1 = residual_weights(after_btd)
         h_bti = features(config, compressed, compressed_btd, block)
         error_btd = y_btd - h_bti @ output_weight(compressed, block)
@@ -308,7 +350,7 @@ def _moments(
         targets_rmd = targets_rbtd.reshape(2, -1, x_btd.shape[-1])
         cross_rid = jnp.einsum("mi,rmd->rid", h_mi, targets_rmd)
         energy_rs = jnp.einsum("rmd,smd->rs", targets_rmd, targets_rmd)
-        return (h_mi.T @ h_mi, cross_rid, energy_rs), after_btd
+        return h_mi.T @ h_mi, cross_rid, energy_rs
 
 
 def _in_scope(scope: str, block: str, changed: bool) -> bool:
@@ -340,9 +382,9 @@ def _fit(
     if chosen is not None:
         (for_error, for_drift), used = _solutions(everything, chosen[0])
         candidate = for_error + chosen[1] * for_drift
-        raised = used > chosen[0]
+        raised = bool(used > chosen[0])
         if everything.error(candidate) < everything.error(change):
-            change, chosen = candidate, (used, chosen[1])
+            change, chosen = candidate, (float(used), float(chosen[1]))
         else:
             best, chosen = before, None
     whole = np.zeros_like(fit.cross[0])
@@ -362,6 +404,17 @@ def _fit(
     )
 
 
+def _fit_block(
+    walk: _Walk, fitted: "_Fitted", layer: int, block: str, settings: RefitSettings
+) -> dict[str, np.ndarray]:
+    """What a journal keeps of a block, which is fitted for it; the dense stream is then behind the block."""
+    change, fit = _fit(*walk.moments(block), fitted.free_rows(layer, block), layer, block, settings)
+    step = {_FIT: np.frombuffer(json.dumps(asdict(fit)).encode(), np.uint8)}
+    if fit.drift is not None:
+        step[_WEIGHT] = fitted.changed(layer, block, change)
+    return step
+
+
 class _Fitted:
     """Output weights of a shared model, copied to the host where they change."""
 
@@ -379,19 +432,22 @@ class _Fitted:
         heads = np.flatnonzero((users[index_n] == 1) & stored_n)
         return (heads[:, None] * config.head_dim + np.arange(config.head_dim)).ravel()
 
-    def change(self, layer: int, block: str, change: np.ndarray) -> jax.Array:
-        """Adds a change [I, D]; returns the block's new output weight as `layer_weights` would."""
+    def changed(self, layer: int, block: str, change: np.ndarray) -> np.ndarray:
+        """The block's output weight and a change [I, D], in the weight's own shape and type."""
+        before = self.shared.read(OUTPUT[block], layer)
+        return (before.astype(np.float64) + change.reshape(before.shape)).astype(before.dtype)
+
+    def put(self, layer: int, block: str, weight: np.ndarray) -> jax.Array:
+        """Takes over what `changed` gave; returns it as `layer_weights` would."""
         name = OUTPUT[block]
         if name not in self.values:
             self.values[name] = np.array(getattr(self.shared, name)[...])
-        before = self.shared.read(name, layer)
-        after = (before.astype(np.float64) + change.reshape(before.shape)).astype(before.dtype)
         if block == "mlp":
-            self.values[name][layer] = after
+            self.values[name][layer] = weight
         else:
             index_n, stored_n = self._heads(layer)
-            self.values[name][index_n[stored_n]] = after[stored_n]
-        return jnp.asarray(after, jnp.float32)
+            self.values[name][index_n[stored_n]] = weight[stored_n]
+        return jnp.asarray(weight, jnp.float32)
 
     def _heads(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Row of the output pool of every head of a layer, and whether it is stored: dropped heads' are not."""

@@ -1,6 +1,7 @@
 """The command `headshare`: every command's result, its JSON, and what it says of bad input."""
 
 import hashlib
+import importlib
 import json
 import os
 import signal
@@ -212,6 +213,30 @@ def test_share_by_function(headshare: Any, model: Path, text: Path, tmp_path: Pa
     assert {fit["block"] for fit in result["fit"]["blocks"]} == {"attention"}
 
 
+def test_what_share_keeps_serves_another_ratio(
+    headshare: Any, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ("--calibrate", text, "--calibrate-tokens", 640, "--seq-len", 64, "--method", "fitted", "--ratio")
+    headshare("share", model, tmp_path / "first", *args, 0.2, "--work", tmp_path / "work")
+
+    def again(*args: Any) -> Any:
+        raise AssertionError("This was computed before.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("headshare_jax.functional.attention_gradients", again)
+        headshare("share", model, tmp_path / "second", *args, 0.4, "--work", tmp_path / "work")
+        patch.setattr(importlib.import_module("headshare_jax.refit"), "_fit", again)
+        result = headshare("share", model, tmp_path / "third", *args, 0.4, "--work", tmp_path / "work", "--json")
+    expected = headshare("share", model, tmp_path / "expected", *args, 0.4, "--json")
+    assert result["fit"] == expected["fit"]
+    models = [hs.load(tmp_path / name) for name in ("second", "third", "expected")]
+    assert models[0].sharing == models[1].sharing == models[2].sharing
+    for found in models[:2]:
+        assert np.array_equal(found.o_pool_phd[...], models[2].o_pool_phd[...])
+    kinds = [path.name.split("-")[0] for path in (tmp_path / "work").iterdir()]
+    assert sorted(kinds) == ["match", "refit", "refit"]
+
+
 def test_share_with_random_pairs_follows_its_seed(headshare: Any, model: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         headshare("share", model, tmp_path / name, "--ratio", 0.5, "--match", "random", "--seed", seed)
@@ -382,6 +407,11 @@ def test_bad_input_is_refused_in_one_sentence(refused: Any, model: Path, tmp_pat
         (("share", model, out, "--ratio", 0.3, "--calibrate", text), "--calibrate"),
         ((*refit, "--calibrate", tmp_path / "absent.txt"), "absent.txt"),
         ((*fitted, "--match", "v"), "no match function"),
+        ((*fitted, "--work", text), "is a file"),
+        ((*fitted, "--work", tmp_path), "is no journal"),
+        ((*fitted, "--work", tmp_path / "absent" / "work"), "does not exist"),
+        ((*fitted, "--work", out), "lies in the output"),
+        (("share", model, out, "--ratio", 0.3, "--work", tmp_path / "work"), "no use for --work"),
         ((*fitted[:3], "--map", text, *fitted[5:]), "leave out --map"),
         ((*fitted, "--chains", "resolve"), "forbid"),
         ((*refit, "--calibrate", text), "need 12288"),

@@ -22,6 +22,7 @@ import headshare_jax as hs
 from headshare_jax import cli, methods
 from headshare_jax.cli import sweep
 from headshare_jax.convert import scores_file
+from headshare_jax.functional import _LayerScorer
 
 CALIBRATION = "The quick brown fox jumps over the lazy dog. " * 40
 HELD_OUT = "A slow green turtle creeps under the busy cat. " * 8
@@ -132,6 +133,25 @@ def test_a_stopped_sweep_goes_on_where_it_was(
             assert one.get(name) == other.get(name)
         if other["perplexity"] is not None:
             assert one["perplexity"] == pytest.approx(other["perplexity"], rel=1e-5)
+
+
+def test_matching_that_was_stopped_in_a_sweep_goes_on_where_it_was(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[int] = []
+    layer_costs = _LayerScorer.layer_costs
+
+    def counting(scorer: _LayerScorer, ties: Any) -> Any:
+        scored.append(scorer.layer)
+        if scored == [0, 1]:
+            raise KeyboardInterrupt
+        return layer_costs(scorer, ties)
+
+    monkeypatch.setattr(_LayerScorer, "layer_costs", counting)
+    command = [*arguments(workplace, methods="fitted"), "-o", str(tmp_path / "report")]
+    assert cli.run(command) == 130
+    assert cli.run([*command, "--resume"]) == 0
+    assert scored == [0, 1, 1, 2]
 
 
 def test_a_finished_sweep_measures_nothing_again_and_takes_further_points(

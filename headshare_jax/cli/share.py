@@ -27,6 +27,7 @@ from headshare_jax.cli.sharing import (
 )
 from headshare_jax.convert import map_file
 from headshare_jax.convert.atomic import check_output, new_file
+from headshare_jax.convert.journal_folder import JournalFolder
 from headshare_jax.errors import HeadshareError
 from headshare_jax.ledger import NOT_SAVED, ledger
 from headshare_jax.methods import METHODS, Amount, Method, MethodSettings
@@ -74,6 +75,13 @@ class Share(Command):
         ),
     ] = None
     to: Annotated[str, tyro.conf.arg(help="Format of the output: native, hf or hf-compact.")] = "native"
+    work: Annotated[
+        Path | None,
+        tyro.conf.arg(
+            help="Keep what is computed on the text in this folder, layer by layer, to go on from there after a stop, "
+            "and to match no second time for another ratio, budget or method."
+        ),
+    ] = None
     save_map: Annotated[Path | None, tyro.conf.arg(help="Where to write the sharing map (.json) besides.")] = None
     plot: Annotated[Path | None, tyro.conf.arg(help="Where to draw who shares with whom (.png, .svg or .pdf).")] = None
     overwrite: Overwrite = False
@@ -89,15 +97,16 @@ class Share(Command):
             )
         settings = MethodSettings(self.match, self.seed, self.tie, self.chains, self.within_shards)
         method = self._checked_method(settings)
+        journals = self._journals(method)
         path = convert.locate(self.src)
         source = convert.open_checkpoint(path)
         calibration = None
         if self.calibrate is not None:
             calibration = calibration_text(path, source, self.calibrate, self.calibrate_tokens, self.seq_len)
         windows_wt = None if calibration is None else calibration.windows_wt
-        sharing = self._map(source, windows_wt, method, settings)
+        sharing = self._map(source, windows_wt, method, settings, journals)
         with progress("refitting" if method.refits else "sharing") as step:
-            model, report = methods.apply(method, source, sharing, windows_wt, progress=step)
+            model, report = methods.apply(method, source, sharing, windows_wt, journals=journals, progress=step)
         convert.save(
             model,
             self.dst,
@@ -149,11 +158,31 @@ class Share(Command):
             )
         return method
 
+    def _journals(self, method: Method) -> JournalFolder | None:
+        if self.work is None:
+            return None
+        if not method.needs_text:
+            users = ", ".join(other.name for other in METHODS.values() if other.needs_text)
+            raise HeadshareError(
+                f"The method {self.method} has no use for --work, which keeps what others ({users}) compute on a text; "
+                "leave it out."
+            )
+        journals = JournalFolder(self.work)
+        work, output = self.work.resolve(), Path(self.dst).resolve()
+        if output in (work, *work.parents):
+            raise HeadshareError(f"The folder {self.work} lies in the output {self.dst}; choose another for --work.")
+        return journals
+
     def _record(self, report: RefitReport) -> dict[str, Any]:
         return {"calibrate": self.calibrate, **asdict(report)}
 
     def _map(
-        self, source: convert.Checkpoint, windows_wt: np.ndarray | None, method: Method, settings: MethodSettings
+        self,
+        source: convert.Checkpoint,
+        windows_wt: np.ndarray | None,
+        method: Method,
+        settings: MethodSettings,
+        journals: JournalFolder | None,
     ) -> SharingMap:
         if self.map is not None:
             return map_file.read(self.map)
@@ -162,7 +191,7 @@ class Share(Command):
         if self.within_shards is not None:
             shard_of_units(source.config.num_kv_heads, self.within_shards)
         with progress("matching") as step:
-            scores = method.scores(source, windows_wt, settings, step)
+            scores = method.scores(source, windows_wt, settings, step, journals)
         return methods.choose(method, scores, amount, source.config, settings)
 
     def _write_extras(self, sharing: SharingMap) -> None:

@@ -1,7 +1,6 @@
 """`headshare sweep`."""
 
 import csv
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -18,6 +17,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from headshare_jax import convert, methods
+from headshare_jax.calibration import tokens_digest
 from headshare_jax.cli import report
 from headshare_jax.cli.command import Command, Source, megabytes, plain, progress_with_text
 from headshare_jax.cli.inspect import ledger_data
@@ -185,8 +185,8 @@ class _Run:
         self.windows_wt = None if calibration is None else calibration.windows_wt
         self.identity = {
             "model": fingerprint(source),
-            "calibration text": None if self.windows_wt is None else _sha256(self.windows_wt),
-            "held-out text": _sha256(held_out),
+            "calibration text": None if self.windows_wt is None else tokens_digest(self.windows_wt),
+            "held-out text": tokens_digest(held_out),
             "settings": {
                 **asdict(self.settings),
                 "seq_len": sweep.seq_len,
@@ -239,7 +239,9 @@ class _Run:
         if name not in self._scores:
             scores = self.folder.scores(name)
             if scores is None:
-                scores = method.scores(self.source, self.windows_wt, self.settings, _counted(tell, "matching"))
+                scores = method.scores(
+                    self.source, self.windows_wt, self.settings, _counted(tell, "matching"), self.folder.journals
+                )
                 self.folder.keep_scores(name, scores)
             self._scores[name] = scores
         return self._scores[name]
@@ -289,11 +291,6 @@ def _told(show: Callable[[int, int, str], None], done: int, total: int, name: st
 
 def _counted(tell: Tell, label: str) -> methods.Progress:
     return lambda done, total: tell(f"{label} {done}/{total}")
-
-
-def _sha256(tokens: np.ndarray) -> str:
-    """Hash of a text as the model reads it, and of how it is cut."""
-    return f"sha256:{hashlib.sha256(json.dumps(tokens.shape).encode() + tokens.tobytes()).hexdigest()}"
 
 
 def _row(point: dict[str, Any]) -> dict[str, Any]:

@@ -9,11 +9,13 @@ from typing import Any
 
 from headshare_jax.convert import scores_file
 from headshare_jax.convert.atomic import new_directory, new_file
+from headshare_jax.convert.journal_folder import JournalFolder
 from headshare_jax.errors import HeadshareError
 from headshare_jax.similarity import MatchResult
 
 # Inside the sweep's folder; needed only to go on.
 CACHE = "cache"
+_JOURNALS = "scoring"
 _IDENTITY = "identity.json"
 
 
@@ -67,6 +69,11 @@ class SweepFolder:
         """Keeps scores, which serve every ratio."""
         with new_file(self._file(name, "npz"), overwrite=True) as path:
             scores_file.write(scores, path)
+
+    @property
+    def journals(self) -> JournalFolder:
+        """Where the layers of scores are kept until all are there."""
+        return JournalFolder(self.path / CACHE / _JOURNALS)
 
     @contextmanager
     def result(self, name: str) -> Iterator[Path]:

@@ -1,0 +1,86 @@
+"""Journals on disk: a folder for each piece of work, and in it a file for each finished step."""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from headshare_jax.convert.atomic import check_output, new_directory, new_file
+from headshare_jax.convert.safetensors_files import SafetensorsReader, write_safetensors
+from headshare_jax.errors import HeadshareError
+
+logger = logging.getLogger(__name__)
+
+# In each journal: what it belongs to, for those who read it; its folder's name is what tells journals apart.
+KEY = "key.json"
+
+
+class JournalFolder:
+    """A folder of journals, a `journal.Journals`; work of another key or another release has a journal of its own.
+
+    Args:
+      path: the folder; made with its first journal.
+
+    Raises:
+      HeadshareError: it cannot be made, is a file, or holds something else than journals.
+    """
+
+    def __init__(self, path: str | Path):
+        path = Path(path)
+        check_output(path, overwrite=True)
+        if path.exists() and not path.is_dir():
+            raise HeadshareError(f"{path} is a file, not a folder for journals; choose another name.")
+        foreign = next((entry for entry in path.glob("[!.]*") if not (entry / KEY).is_file()), None)
+        if foreign is not None:
+            raise HeadshareError(
+                f"{foreign} is no journal, and nothing else may lie beside them; choose another folder."
+            )
+        self.path = path
+
+    def of(self, work: str, key: Mapping[str, Any]) -> "_FolderJournal":
+        """The journal of a kind of work and of what it depends on, made if it does not exist.
+
+        Raises:
+          HeadshareError: it cannot be written.
+        """
+        text = json.dumps({"release": importlib.metadata.version("headshare-jax"), **key}, sort_keys=True, indent=1)
+        folder = self.path / f"{work}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        if not self.path.exists():
+            with new_directory(self.path):
+                pass
+        if not folder.exists():
+            with new_directory(folder) as partial:
+                (partial / KEY).write_text(text)
+        return _FolderJournal(folder)
+
+
+class _FolderJournal:
+    """A `journal.Journal` whose steps are safetensors files."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def read(self, step: str) -> dict[str, np.ndarray] | None:
+        file = self._file(step)
+        if not file.is_file():
+            return None
+        reader = SafetensorsReader([file])
+        try:
+            infos, _ = reader.infos()
+            return {name: reader.read(info, name) for name, info in infos.items()}
+        except HeadshareError:
+            logger.warning("%s is damaged; what it held is computed again.", file)
+            return None
+
+    def write(self, step: str, arrays: Mapping[str, np.ndarray]) -> None:
+        layout = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+        with new_file(self._file(step), overwrite=True) as partial:
+            write_safetensors(partial, layout, arrays.values())
+
+    def _file(self, step: str) -> Path:
+        return self.folder / f"{step}.safetensors"
