@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from headshare_jax.errors import HeadshareError
-from headshare_jax.modeling import KVCache, Llama
+from headshare_jax.modeling import KVCache, LayerWeights, Llama, unstacked
 
 # Prompts and answers are padded to multiples of this, so that nearby lengths share one compilation.
 BUCKET = 64
+# Each head of each projection is a product of its own in layers that are written out, and takes 5 ms to compile.
+MAX_HEADS_UNSTACKED = 2048
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,16 @@ def generate(
         jnp.asarray(stops, jnp.int32),
         room=new,
         sampling=sampling,
+        layers=unstacked(model) if _better_unstacked(model) else None,
     )
     return [row[:length].tolist() for row, length in zip(np.asarray(out_bt), np.asarray(length_b), strict=True)]
+
+
+def _better_unstacked(model: Llama) -> bool:
+    """Whether decoding is faster with layers written out: XLA's CPU backend copies what it slices from a stack."""
+    places = {device for leaf in jax.tree.leaves(model) for device in leaf.devices()}
+    heads = 2 * (model.config.num_heads + model.config.num_kv_heads) * model.config.num_layers
+    return heads <= MAX_HEADS_UNSTACKED and len(places) == 1 and places.pop().platform == "cpu"
 
 
 def _bucket(length: int) -> int:
@@ -119,8 +129,20 @@ def decode(
     *,
     room: int,
     sampling: Sampling,
+    layers: tuple[LayerWeights, ...] | None = None,
 ) -> tuple[jax.Array, jax.Array, KVCache]:
     """Adds tokens until every row has met a stop token or `limit` is reached.
+
+    Args:
+      model: dense or shared.
+      token_b: int32 [B], the first new tokens.
+      cache: holds the prompts.
+      key: of the draws.
+      limit: int32 scalar, most new tokens.
+      stop_tokens: int32 [any number].
+      room: at least `limit`.
+      sampling: how tokens are drawn.
+      layers: as for `Llama.extend`.
 
     Returns:
       Tokens, int32 [B, room]; how many of each row come before its stop token, int32 [B]; and the cache, so that the
@@ -134,7 +156,7 @@ def decode(
         return (rows.count < limit) & ~jnp.all(rows.done_b)
 
     def step(rows: _Rows) -> _Rows:
-        features_btd, cache = model.extend(rows.token_b[:, None], rows.cache)
+        features_btd, cache = model.extend(rows.token_b[:, None], rows.cache, layers=layers)
         draw_key = jax.random.fold_in(key, rows.count - 1)
         return placed(_draw(model.logits(features_btd[:, -1]), draw_key, sampling), rows, cache)
 

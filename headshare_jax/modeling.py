@@ -1,6 +1,6 @@
 """The LLaMA-family decoder on pooled attention heads, as a Flax NNX module."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -15,7 +15,7 @@ from headshare_jax import parameters
 from headshare_jax.attention import flash_attention, has_kernel
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
-from headshare_jax.parameters import WeightSource
+from headshare_jax.parameters import WeightSource, pool_name
 from headshare_jax.rope import rotary_angles, rotate
 from headshare_jax.sharing import PROJECTIONS, SharingMap
 
@@ -30,11 +30,14 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 # Up to this many tokens a projection reads its heads one by one, which costs no bytes beyond the weights; above it,
-# one gather of the layer's heads is shared by all tokens. A GPU always gathers: starting a kernel for every head takes it
-# longer than the copy.
+# one gather of the layer's heads is shared by all tokens. A GPU always gathers: starting a kernel for every head takes
+# it longer than the copy.
 PER_HEAD_TOKENS = 32
 # Queries whose attention scores are in memory at a time, unless that makes more blocks than are good to unroll.
 ATTENTION_BLOCK, MAX_ATTENTION_BLOCKS = 128, 8
+
+# A layer's weights by name; in what `unstacked` gives, a pool's name has the layer's heads, one by one.
+LayerWeights = Mapping[str, Any]
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -200,13 +203,22 @@ class Llama(nnx.Module):
         x_btd, _ = jax.lax.scan(layer, self._placed(self._embed(tokens_bt)), self._layer_weights())
         return self._rms_norm(x_btd, self.final_norm_d[...])
 
-    def extend(self, tokens_bt: jax.Array, cache: KVCache, *, from_empty: bool = False) -> tuple[jax.Array, KVCache]:
+    def extend(
+        self,
+        tokens_bt: jax.Array,
+        cache: KVCache,
+        *,
+        from_empty: bool = False,
+        layers: Sequence[LayerWeights] | None = None,
+    ) -> tuple[jax.Array, KVCache]:
         """Runs T more tokens of every row against the cache.
 
         Args:
           tokens_bt: int32 [B, T]; they take the cache's next T slots.
           cache: has room for T more slots.
           from_empty: the cache is empty, so that these tokens see nothing else in it.
+          layers: what `unstacked` gave for this model, to use instead of the stacked weights; layers are then written
+            out one after another.
 
         Returns:
           Normalised output of the last layer, [B, T, D] in the compute dtype, and the cache with T more slots.
@@ -222,7 +234,7 @@ class Llama(nnx.Module):
         mask_bts = (seen_ts[None] & used_bs[:, None]) | itself_ts[None]
 
         def layer(
-            carry: tuple[jax.Array, jax.Array, jax.Array], scanned: tuple[jax.Array, dict[str, jax.Array]]
+            carry: tuple[jax.Array, jax.Array, jax.Array], scanned: tuple[jax.Array | int, LayerWeights]
         ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
             x_btd, k_lbskh, v_lbskh = carry
             place, weights = scanned
@@ -234,9 +246,14 @@ class Llama(nnx.Module):
             heads_btnh = attend(q_btnh, *seen, mask_bts, causal=from_empty)
             return (self._layer_output(x_btd, heads_btnh, weights), k_lbskh, v_lbskh), None
 
-        layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         carry = (self._embed(tokens_bt), cache.k_lbskh, cache.v_lbskh)
-        (x_btd, k_lbskh, v_lbskh), _ = jax.lax.scan(layer, carry, (layers, self._layer_weights()))
+        if layers is None:
+            places = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+            carry, _ = jax.lax.scan(layer, carry, (places, self._layer_weights()))
+        else:
+            for scanned in enumerate(layers):
+                carry, _ = layer(carry, scanned)
+        x_btd, k_lbskh, v_lbskh = carry
         return self._rms_norm(x_btd, self.final_norm_d[...]), KVCache(
             k_lbskh, v_lbskh, cache.length + length, cache.start_b
         )
@@ -300,41 +317,47 @@ class Llama(nnx.Module):
         return self.embed_vd[...][tokens_bt].astype(self.compute_dtype)
 
     def _qkv(
-        self, x_btd: jax.Array, weights: dict[str, jax.Array], cos_bth: jax.Array, sin_bth: jax.Array
+        self, x_btd: jax.Array, weights: LayerWeights, cos_bth: jax.Array, sin_bth: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, N, H], keys and values [B, T, K, H] of one layer, rotary embedding applied."""
         normed_btd = self._rms_norm(x_btd, weights["attn_norm_ld"])
-        q_btnh = self._project_in(normed_btd, "q", weights["q_index_ln"])
-        k_btkh = self._project_in(normed_btd, "k", weights["k_index_lk"])
-        v_btkh = self._project_in(normed_btd, "v", weights["v_index_lk"])
+        q_btnh = self._project_in(normed_btd, "q", weights)
+        k_btkh = self._project_in(normed_btd, "k", weights)
+        v_btkh = self._project_in(normed_btd, "v", weights)
         q_btnh, k_btkh = rotate(q_btnh, cos_bth, sin_bth), rotate(k_btkh, cos_bth, sin_bth)
         return checkpoint_name(q_btnh, "query"), checkpoint_name(k_btkh, "key"), checkpoint_name(v_btkh, "value")
 
-    def _project_in(self, x_btd: jax.Array, projection: str, index_n: jax.Array) -> jax.Array:
-        pool_pdh = getattr(self, f"{projection}_pool_pdh")[...]
-        out_btnh = _few_or_many(_heads_in_one_by_one, _heads_in_gathered, x_btd, pool_pdh, index_n)
+    def _project_in(self, x_btd: jax.Array, projection: str, weights: LayerWeights) -> jax.Array:
+        name, index_n = pool_name(projection), weights[index_name(projection)]
+        if name in weights:
+            out_btnh = _heads_in(x_btd, weights[name])
+        else:
+            pool_pdh = getattr(self, name)[...]
+            out_btnh = _few_or_many(_heads_in_one_by_one, _heads_in_gathered, x_btd, pool_pdh, index_n)
         if self.config.attention_bias:
             bias_nh = _rows(getattr(self, f"{projection}_bias_ph")[...], index_n)
             out_btnh += bias_nh.astype(x_btd.dtype)[None, None]
         return out_btnh
 
-    def _project_out(self, heads_btnh: jax.Array, index_n: jax.Array) -> jax.Array:
-        pool_phd = self.o_pool_phd[...]
+    def _project_out(self, heads_btnh: jax.Array, weights: LayerWeights) -> jax.Array:
+        pool_phd, index_n = self.o_pool_phd[...], weights["o_index_ln"]
         if self.sharing is not None and self.sharing.dropped.any():
             # A dropped head has no row: the last one stands in for it, on an output of zero.
             kept_n = (index_n < pool_phd.shape[0]).astype(heads_btnh.dtype)
             heads_btnh = heads_btnh * kept_n[None, None, :, None]
+        if "o_pool_phd" in weights:
+            return _heads_out(heads_btnh, weights["o_pool_phd"])
         return _few_or_many(_heads_out_one_by_one, _heads_out_gathered, heads_btnh, pool_phd, index_n)
 
-    def _layer_output(self, x_btd: jax.Array, heads_btnh: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
+    def _layer_output(self, x_btd: jax.Array, heads_btnh: jax.Array, weights: LayerWeights) -> jax.Array:
         """Residual stream after a layer whose attention heads gave `heads_btnh`."""
-        attention_btd = self._project_out(checkpoint_name(heads_btnh, "heads"), weights["o_index_ln"])
+        attention_btd = self._project_out(checkpoint_name(heads_btnh, "heads"), weights)
         if self.config.attention_bias:
             attention_btd += weights["o_bias_ld"].astype(x_btd.dtype)[None, None]
         x_btd = checkpoint_name(x_btd + attention_btd, "middle")
         return x_btd + self._mlp(self._rms_norm(x_btd, weights["mlp_norm_ld"]), weights)
 
-    def _mlp(self, x_btd: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
+    def _mlp(self, x_btd: jax.Array, weights: LayerWeights) -> jax.Array:
         def linear(x: jax.Array, name: str, bias: str) -> jax.Array:
             y = x @ weights[name].astype(x.dtype)
             return y + weights[bias].astype(x.dtype)[None] if self.config.mlp_bias else y
@@ -350,6 +373,26 @@ class Llama(nnx.Module):
         x_f32 = x_btd.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + self.config.rms_norm_eps)
         return (x_f32 * inverse).astype(x_btd.dtype) * scale_d.astype(x_btd.dtype)[None, None]
+
+
+def unstacked(model: Llama) -> tuple[LayerWeights, ...]:
+    """Every layer's weights in arrays of their own, for `Llama.extend`; on a CPU they are views of the model's memory.
+
+    A dropped head has the last one's weights.
+    """
+    stacked = {name: np.asarray(value) for name, value in model._layer_weights().items()}
+    pools = {name: np.asarray(getattr(model, name)[...]) for name in map(pool_name, PROJECTIONS)}
+    heads = {name: [jax.device_put(head) for head in pool] for name, pool in pools.items()}
+
+    def layer(place: int) -> LayerWeights:
+        weights: dict[str, Any] = {name: jax.device_put(value[place]) for name, value in stacked.items()}
+        for projection in PROJECTIONS:
+            name = pool_name(projection)
+            rows = np.minimum(stacked[index_name(projection)][place], len(heads[name]) - 1)
+            weights[name] = tuple(heads[name][row] for row in rows)
+        return weights
+
+    return tuple(layer(place) for place in range(model.config.num_layers))
 
 
 def _held(source: WeightSource, name: str) -> jax.Array:
@@ -436,17 +479,25 @@ def _few_or_many(
     return out_bt
 
 
+def _heads_in(x_btd: jax.Array, heads: Iterable[jax.Array]) -> jax.Array:
+    return jnp.stack([x_btd @ head_dh.astype(x_btd.dtype) for head_dh in heads], axis=2)
+
+
 def _heads_in_one_by_one(x_btd: jax.Array, pool_pdh: jax.Array, index_n: jax.Array) -> jax.Array:
-    return jnp.stack([x_btd @ _row(pool_pdh, row).astype(x_btd.dtype) for row in index_n], axis=2)
+    return _heads_in(x_btd, (_row(pool_pdh, row) for row in index_n))
 
 
 def _heads_in_gathered(x_btd: jax.Array, pool_pdh: jax.Array, index_n: jax.Array) -> jax.Array:
     return jnp.einsum("btd,ndh->btnh", x_btd, _rows(pool_pdh, index_n).astype(x_btd.dtype))
 
 
+def _heads_out(heads_btnh: jax.Array, heads: Iterable[jax.Array]) -> jax.Array:
+    parts = [heads_btnh[:, :, n] @ head_hd.astype(heads_btnh.dtype) for n, head_hd in enumerate(heads)]
+    return sum(parts[1:], start=parts[0])
+
+
 def _heads_out_one_by_one(heads_btnh: jax.Array, pool_phd: jax.Array, index_n: jax.Array) -> jax.Array:
-    heads = [heads_btnh[:, :, n] @ _row(pool_phd, row).astype(heads_btnh.dtype) for n, row in enumerate(index_n)]
-    return sum(heads[1:], start=heads[0])
+    return _heads_out(heads_btnh, (_row(pool_phd, row) for row in index_n))
 
 
 def _heads_out_gathered(heads_btnh: jax.Array, pool_phd: jax.Array, index_n: jax.Array) -> jax.Array:
