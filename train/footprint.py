@@ -22,7 +22,8 @@ def footprint(recipe: recipes.Recipe) -> dict[str, Any]:
     and read as far as the first block, or all that a refit takes, so that a run does not fail for what could be known.
 
     Raises:
-      HeadshareError: model, map or texts cannot be read, or mesh and batch do not fit this machine's devices.
+      HeadshareError: model, map or texts cannot be read, a text is too short, or mesh and batch do not fit this
+        machine's devices.
     """
     mesh = check_devices(recipe)
     source, words, _ = open_inputs(recipe)

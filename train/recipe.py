@@ -36,8 +36,8 @@ class Sharing:
 
     Attributes:
       start: a shared model made from `model`, such as one that was fitted: its map is used, and a first `tied` stage
-        begins with its weights; the other fields are not used then, and `refit_windows` is 0.
-      map: file of a sharing map; the other fields are not used then.
+        begins with its weights; no other field is used then, and `refit_windows` must be 0.
+      map: file of a sharing map; `ratio`, `match`, `tie` and `chains` are not used then.
       ratio, match, tie, chains: as of `headshare share`.
       refit_windows: windows of `data.seq_len` tokens of the training text, its first ones, that output weights are
         fitted on wherever a dense model becomes a shared one for good; 0 for no refit.

@@ -401,6 +401,7 @@ def test_postshare_command(workplace: Path, tmp_path: Path, capsys: pytest.Captu
         "-o",
         str(tmp_path / "run"),
         "--set",
+        "sharing.refit_windows=304",
         "stages.0.steps=1",
         "stages.1.steps=1",
     ]
@@ -408,6 +409,7 @@ def test_postshare_command(workplace: Path, tmp_path: Path, capsys: pytest.Captu
     planned = json.loads(capsys.readouterr().out)
     assert [stage["kind"] for stage in planned["stages"]] == ["align", "tied"]
     assert planned["recipe"]["stages"][0]["steps"] == 1
+    assert planned["recipe"]["sharing"]["refit_windows"] == 304
     tied, align = planned["stages"][1], planned["stages"][0]
     assert tied["optimizer"] < align["optimizer"]
     assert not (tmp_path / "run").exists()
