@@ -14,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
@@ -36,7 +37,7 @@ from headshare_jax.train import recipe as recipes
 from headshare_jax.train.checkpoints import RunCheckpoints
 from headshare_jax.train.losses import pair_cosine, tied_projections
 from headshare_jax.train.metrics import MetricsLog, is_spike, matrix_rate, step_flops
-from headshare_jax.train.placement import abstract_params, abstract_state, begin, gathered, place, split_names
+from headshare_jax.train.placement import abstract_params, abstract_state, begin, gathered, place
 from headshare_jax.train.step import Params, StageContext, TrainState, make_step, trainable_names
 from headshare_jax.transform import share
 
@@ -432,6 +433,8 @@ class _Trainer:
             "recipe": recipes.to_yaml(self.task.recipe),
             "map": self.task.sharing.to_json(),
             "data": self.task.blocks.digest,
+            # What an earlier stage trained is float32, whatever the model is stored in.
+            "frozen": {name: str(value.dtype) for name, value in self.frozen.items()},
         }
 
     def _abstract(self, document: Mapping[str, Any]) -> Any:
@@ -440,10 +443,10 @@ class _Trainer:
             raise HeadshareError("The checkpoint was trained on other data: the text or the tokenizer has changed.")
         if SharingMap.from_json(document["map"]) != self.task.sharing:
             raise HeadshareError(f"The checkpoint was trained with another map than the run's {MAP}.")
-        context, source, mesh = self.task.context(document["stage"]), self.task.source, self.task.mesh
+        context, mesh = self.task.context(document["stage"]), self.task.mesh
         frozen: dict[str, Any] = {}
-        for name in split_names(context)[1]:
-            frozen |= abstract_params(context, [name], mesh, source.dtype(name))
+        for name, dtype in document["frozen"].items():
+            frozen |= abstract_params(context, [name], mesh, jnp.dtype(dtype))
         return {"state": vars(abstract_state(context, mesh)), "frozen": frozen}
 
 
