@@ -117,15 +117,26 @@ def prepare(
     return Blocks(tokens, segments, digest)
 
 
-def check(source: str, tokenizer: "PreTrainedTokenizerBase", *, seq_len: int, text_field: str = "text") -> None:
-    """Raises HeadshareError unless a text gives at least one block; reads little further than that, and writes nothing.
+def count_blocks(
+    source: str, tokenizer: "PreTrainedTokenizerBase", *, seq_len: int, text_field: str = "text", most: int = 1
+) -> int:
+    """Counts the blocks that a text gives; reads little further than the first `most`, and writes nothing.
 
     Args:
       source, tokenizer, seq_len, text_field: as for `prepare`.
+      most: blocks that matter; a text that has more is not counted to its end.
+
+    Raises:
+      HeadshareError: a text that cannot be read or is shorter than a block.
     """
     corpus = text.open_corpus(source, field=text_field)
     encoded = _encoded(corpus, tokenizer, 1, lambda done, total: None)
-    any(len(tokens) for tokens, _ in _packed(encoded, seq_len, source))
+    count = 0
+    for tokens, _ in _packed(encoded, seq_len, source):
+        count += len(tokens)
+        if count >= most:
+            break
+    return count
 
 
 def _tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -10,7 +10,7 @@ from headshare_jax.mesh import batch_sharding
 from headshare_jax.parameters import parameter_names
 from headshare_jax.train import data
 from headshare_jax.train import recipe as recipes
-from headshare_jax.train.loop import check_devices, choose_pairs, open_inputs
+from headshare_jax.train.loop import check_devices, check_windows, choose_pairs, open_inputs
 from headshare_jax.train.placement import abstract_params, abstract_state, bytes_on_device, split_names
 from headshare_jax.train.step import StageContext, make_step
 
@@ -19,14 +19,22 @@ def footprint(recipe: recipes.Recipe) -> dict[str, Any]:
     """Bytes of parameters, optimizer state and temporaries (activations, gradients) on a device, stage by stage.
 
     Without a map in the recipe, one is drawn at random: sizes depend on its ratio and tie alone. The texts are opened,
-    and read as far as the first block, so that a run does not fail for what could be known.
+    and read as far as the first block, or all that a refit takes, so that a run does not fail for what could be known.
 
     Raises:
-      HeadshareError: model, map or texts cannot be read, or mesh and batch do not fit this machine's devices.
+      HeadshareError: model, map or texts cannot be read, a text is too short, or mesh and batch do not fit this
+        machine's devices.
     """
     mesh = check_devices(recipe)
     source, words, _ = open_inputs(recipe)
-    data.check(recipe.data.train, words, seq_len=recipe.data.seq_len, text_field=recipe.data.text_field)
+    blocks = data.count_blocks(
+        recipe.data.train,
+        words,
+        seq_len=recipe.data.seq_len,
+        text_field=recipe.data.text_field,
+        most=max(1, recipe.sharing.refit_windows),
+    )
+    check_windows(recipe, blocks)
     sharing = choose_pairs(recipe, source, "random")
     stages = []
     for stage in recipe.stages:

@@ -1,18 +1,20 @@
 """A PostShare run: stages, steps, evaluation, checkpoints and metrics. The work itself is done in `step`."""
 
+import json
 import logging
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
@@ -26,6 +28,7 @@ from headshare_jax.evaluation import perplexity
 from headshare_jax.mesh import batch_sharding, make_mesh, replicated
 from headshare_jax.modeling import Llama
 from headshare_jax.parameters import WeightSource, fingerprint, parameter_names, pool_name
+from headshare_jax.refit import refit
 from headshare_jax.selection import sharing_map
 from headshare_jax.sharing import SharingMap
 from headshare_jax.similarity import match
@@ -34,7 +37,7 @@ from headshare_jax.train import recipe as recipes
 from headshare_jax.train.checkpoints import RunCheckpoints
 from headshare_jax.train.losses import pair_cosine, tied_projections
 from headshare_jax.train.metrics import MetricsLog, is_spike, matrix_rate, step_flops
-from headshare_jax.train.placement import abstract_params, abstract_state, begin, gathered, place, split_names
+from headshare_jax.train.placement import abstract_params, abstract_state, begin, gathered, place
 from headshare_jax.train.step import Params, StageContext, TrainState, make_step, trainable_names
 from headshare_jax.transform import share
 
@@ -43,7 +46,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CONFIG, MAP, FINAL, CHECKPOINTS = "config.yaml", "map.json", "final", "checkpoints"
+CONFIG, MAP, REFIT, FINAL, CHECKPOINTS = "config.yaml", "map.json", "refit.json", "final", "checkpoints"
 
 Report = Callable[[dict[str, Any]], None]
 Progress = Callable[[str, int, int], None]
@@ -76,17 +79,20 @@ def run(
 ) -> dict[str, Any] | None:
     """Trains as the recipe says; returns the metrics of the last step, or None if it was stopped before that.
 
-    Those metrics are joined by `spikes`, the steps whose loss stood out.
+    Those metrics are joined by `spikes`, the steps whose loss stood out; where the last stage is `align` and the recipe
+    refits, `shared_perplexity` is the refitted model's.
 
-    The folder `output` gets `config.yaml`, `map.json`, `metrics.jsonl` (a line a step), `checkpoints/`, and `final/`,
-    the shared model. On SIGTERM it saves a checkpoint and stops. Every process of a distributed run calls this.
+    The folder `output` gets `config.yaml`, `map.json`, `metrics.jsonl` (a line a step), `checkpoints/`, `refit.json`
+    (a `RefitReport`) if the recipe refits, and `final/`, the shared model. On SIGTERM it saves a checkpoint and stops.
+    Every process of a distributed run calls this.
 
     Args:
       recipe: the run.
       output: folder of the run; new unless `resume`.
       resume: go on after the newest checkpoint in `output`, whose recipe must be the same but for the mesh.
       report: called with every step's metrics.
-      progress: called before the first step, with what is being prepared, how much of it is done, and the whole.
+      progress: called before the first step and during a refit, with what is being done, how much of it is, and the
+        whole.
 
     Raises:
       HeadshareError: the recipe cannot be run, or `output` is not a run to be resumed.
@@ -97,7 +103,7 @@ def run(
     if not resume:
         _begin_folder(task)
     with RunCheckpoints(output / CHECKPOINTS, recipe.checkpoints.keep) as checkpoints, _told_to_stop() as stopping:
-        trainer = _Trainer(task, checkpoints, stopping, report)
+        trainer = _Trainer(task, checkpoints, stopping, report, progress)
         trainer.start(resume)
         return trainer.export() if trainer.train() else None
 
@@ -111,6 +117,15 @@ def check_devices(recipe: recipes.Recipe) -> Mesh:
             f"batch_size / accumulate ({rows}) must be a multiple of the mesh's data x fsdp ({parts}); change either."
         )
     return mesh
+
+
+def check_windows(recipe: recipes.Recipe, blocks: int) -> None:
+    """Raises HeadshareError if the recipe refits on more windows than its training text has blocks."""
+    if recipe.sharing.refit_windows > blocks:
+        raise HeadshareError(
+            f"sharing.refit_windows ({recipe.sharing.refit_windows}) is more than the {blocks} blocks of seq_len "
+            f"{recipe.data.seq_len} that {recipe.data.train} has; lower it, or give more text."
+        )
 
 
 def prepare(recipe: recipes.Recipe, output: Path, progress: Progress) -> Run:
@@ -130,6 +145,7 @@ def prepare(recipe: recipes.Recipe, output: Path, progress: Progress) -> Run:
         cache=cache_directory() / "blocks",
         progress=partial(progress, "tokenising"),
     )
+    check_windows(recipe, blocks.count)
     return Run(recipe, output, source, sharing, check_devices(recipe), blocks, eval_tokens)
 
 
@@ -226,8 +242,11 @@ class _Trainer:
     losses: list[float]
     log: MetricsLog
 
-    def __init__(self, task: Run, checkpoints: RunCheckpoints, stopping: Callable[[], bool], report: Report):
-        self.task, self.checkpoints, self.stopping, self.report = task, checkpoints, stopping, report
+    def __init__(
+        self, task: Run, checkpoints: RunCheckpoints, stopping: Callable[[], bool], report: Report, progress: Progress
+    ):
+        self.task, self.checkpoints, self.stopping = task, checkpoints, stopping
+        self.report, self.progress = report, progress
         self.limit = matrix_rate(task.recipe.compute_dtype)
         cosine = partial(pair_cosine, sharing=task.sharing)
         self.pair_cosine = jax.jit(cosine, out_shardings=replicated(task.mesh))
@@ -258,27 +277,32 @@ class _Trainer:
             return convert.open_checkpoint(start)
         if self.task.recipe.stages[0].kind == "align":
             return source
-        return share(convert.load(source), self.task.sharing)
+        dense = convert.load(source)
+        return self._refitted(dense, share(dense, self.task.sharing))
 
     def train(self) -> bool:
         """Runs every stage that is left; False if it was told to stop before the end."""
         stages = self.task.recipe.stages
         for number in range(self.number, len(stages)):
             if number > self.number:
-                self._enter(number, self._trained(stages[number].kind))
+                self._enter(number, self._trained(stages[number].kind, for_good=True))
             if not self._train_stage():
                 return False
         return True
 
     def export(self) -> dict[str, Any]:
         """Writes the shared model, in the source's own types, with its tokenizer; returns the last step's metrics."""
-        model, source = gathered(self._trained("tied")), self.task.source
+        model, source = self._trained("tied", for_good=True), self.task.source
         self.log.close()
         lines = self.log.lines()
         last = (lines[-1] if lines else {}) | {"spikes": [line["step"] for line in lines if line.get("spike")]}
+        refitted = self.context.stage.kind == "align" and self.task.recipe.sharing.refit_windows
+        if refitted and "shared_perplexity" in last:
+            last["shared_perplexity"] = self._perplexity(model)
+        whole = gathered(model)
         if jax.process_index() == 0:
             convert.save(
-                cast(model, str(source.dtype("embed_vd"))),
+                cast(whole, str(source.dtype("embed_vd"))),
                 self.task.output / FINAL,
                 tokenizer_from=source.path,
                 overwrite=True,
@@ -374,12 +398,31 @@ class _Trainer:
         tokens, windows = self.task.eval_tokens, settings.eval_windows
         return perplexity(model, tokens, seq_len=settings.seq_len, max_windows=windows).token_perplexity
 
-    def _trained(self, kind: str) -> Llama:
-        """The model as trained so far: dense for an align stage, shared for a tied one."""
+    def _trained(self, kind: str, *, for_good: bool = False) -> Llama:
+        """The model as trained so far: dense for an align stage, shared for a tied one, and refitted if `for_good`."""
         model = self.context.model({**self.frozen, **self.state.params})
-        if kind == "tied" and model.sharing is None:
-            return share(model, self.task.sharing, check_source=False)
-        return model
+        if kind == "align" or model.sharing is not None:
+            return model
+        shared = share(model, self.task.sharing, check_source=False)
+        return self._refitted(model, shared) if for_good else shared
+
+    def _refitted(self, dense: Llama, shared: Llama) -> Llama:
+        """A model that has become shared, its output weights fitted to the dense one if the recipe says so."""
+        windows = self.task.recipe.sharing.refit_windows
+        if not windows:
+            return shared
+        fitted, report = refit(
+            gathered(dense),
+            gathered(shared),
+            self.task.blocks.tokens[:windows],
+            progress=partial(self.progress, "refitting"),
+        )
+        if jax.process_index() == 0:
+            (self.task.output / REFIT).write_text(json.dumps(asdict(report), indent=1))
+        params = place(fitted, parameter_names(fitted.config), self.task.mesh)
+        return Llama(
+            fitted.config, params, sharing=fitted.sharing, compute_dtype=fitted.compute_dtype, remat=fitted.remat
+        )
 
     def _arrays(self) -> dict[str, Any]:
         return {"state": vars(self.state), "frozen": self.frozen}
@@ -390,6 +433,8 @@ class _Trainer:
             "recipe": recipes.to_yaml(self.task.recipe),
             "map": self.task.sharing.to_json(),
             "data": self.task.blocks.digest,
+            # What an earlier stage trained is float32, whatever the model is stored in.
+            "frozen": {name: str(value.dtype) for name, value in self.frozen.items()},
         }
 
     def _abstract(self, document: Mapping[str, Any]) -> Any:
@@ -398,10 +443,10 @@ class _Trainer:
             raise HeadshareError("The checkpoint was trained on other data: the text or the tokenizer has changed.")
         if SharingMap.from_json(document["map"]) != self.task.sharing:
             raise HeadshareError(f"The checkpoint was trained with another map than the run's {MAP}.")
-        context, source, mesh = self.task.context(document["stage"]), self.task.source, self.task.mesh
+        context, mesh = self.task.context(document["stage"]), self.task.mesh
         frozen: dict[str, Any] = {}
-        for name in split_names(context)[1]:
-            frozen |= abstract_params(context, [name], mesh, source.dtype(name))
+        for name, dtype in document["frozen"].items():
+            frozen |= abstract_params(context, [name], mesh, jnp.dtype(dtype))
         return {"state": vars(abstract_state(context, mesh)), "frozen": frozen}
 
 

@@ -22,10 +22,10 @@ def place(source: WeightSource, names: Iterable[str], mesh: Mesh, dtype: str | N
     for name in names:
         target = jnp.dtype(dtype or source.dtype(name))
         array = getattr(source, name)[...] if isinstance(source, Llama) else None
-        if array is None or array.is_fully_addressable:
-            placed[name] = _read_onto(source, name, mesh, target)
-        else:
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
             placed[name] = _moved(array, parameter_sharding(mesh, source.config, name, array.shape), target)
+        else:
+            placed[name] = _read_onto(source, name, mesh, target)
     return placed
 
 
@@ -74,13 +74,17 @@ def bytes_on_device(tree: Any) -> int:
 
 
 def gathered(model: Llama) -> Llama:
-    """The model with whole arrays on every host, where they lie on several; all processes must call it together."""
+    """The model with whole arrays in every host's memory, where they lie on several; all processes must call it."""
     if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(model)):
         return model
     from jax.experimental.multihost_utils import process_allgather
 
-    whole: Llama = jax.tree.map(lambda leaf: process_allgather(leaf, tiled=True), model)
-    return whole
+    # The heads' indices are every host's own already: gathered, they would stand there once for each process.
+    whole = {
+        name: process_allgather(getattr(model, name)[...], tiled=True)
+        for name in parameters.parameter_names(model.config)
+    }
+    return Llama(model.config, whole, sharing=model.sharing, compute_dtype=model.compute_dtype, remat=model.remat)
 
 
 def _moved(array: jax.Array, sharding: NamedSharding, dtype: np.dtype[Any]) -> jax.Array:

@@ -36,9 +36,11 @@ class Sharing:
 
     Attributes:
       start: a shared model made from `model`, such as one that was fitted: its map is used, and a first `tied` stage
-        begins with its weights; the other fields are not used then.
-      map: file of a sharing map; the other fields are not used then.
+        begins with its weights; no other field is used then, and `refit_windows` must be 0.
+      map: file of a sharing map; `ratio`, `match`, `tie` and `chains` are not used then.
       ratio, match, tie, chains: as of `headshare share`.
+      refit_windows: windows of `data.seq_len` tokens of the training text, its first ones, that output weights are
+        fitted on wherever a dense model becomes a shared one for good; 0 for no refit.
     """
 
     start: str | None = None
@@ -47,6 +49,7 @@ class Sharing:
     match: str = "qk"
     tie: str = "qkv"
     chains: str = "resolve"
+    refit_windows: int = 0
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,10 @@ class Recipe:
         check_tie(self.sharing.tie)
         if self.sharing.start is not None and self.sharing.map is not None:
             raise HeadshareError("sharing.start has a map of its own; leave sharing.map out.")
+        if self.sharing.start is not None and self.sharing.refit_windows:
+            raise HeadshareError(
+                "sharing.start is a shared model already, so that none is refitted; leave sharing.refit_windows out."
+            )
         kinds = [stage.kind for stage in self.stages]
         if not kinds or kinds != sorted(kinds):
             raise HeadshareError("stages must name at least one stage, and align before tied.")
@@ -214,6 +221,7 @@ _WEIGHTS = "lm_weight sim_weight z_weight distill_weight weight_decay warmup see
 _LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (_COUNTS, lambda value: value >= 1, "at least 1"),
     ("seq_len", lambda value: value >= 2, "at least 2"),
+    ("refit_windows", lambda value: value == 0 or value >= 2, "0, or at least 2, as one is held out"),
     ("learning_rate temperature clip eps", lambda value: value > 0, "positive"),
     (_WEIGHTS, lambda value: value >= 0, "at least 0"),
     ("end_rate", lambda value: 0 <= value <= 1, "from 0 to 1"),

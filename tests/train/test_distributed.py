@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from headshare_jax.train import recipe as recipes
 RECIPE = """
 model: {folder}/model
 data: {{train: {folder}/train.txt, eval: {folder}/train.txt, seq_len: 32, eval_windows: 2}}
-sharing: {{ratio: 0.5}}
+sharing: {{ratio: 0.5, refit_windows: 96}}
 stages:
   - {{kind: align, steps: 2, learning_rate: 1.0e-3}}
   - {{kind: tied, steps: 2, learning_rate: 1.0e-3}}
@@ -33,7 +34,7 @@ checkpoints: {{every: 2, keep: 2, eval_every: 2}}
 def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADSHARE_CACHE", str(tmp_path / "cache"))
     tiny_cli_model.saved(tmp_path / "model")
-    (tmp_path / "train.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 200)
+    (tmp_path / "train.txt").write_text(topics["strings"])
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(folder=tmp_path))
     loop.run(recipes.load(tmp_path / "recipe.yaml"), tmp_path / "one")
     outputs = together(["--config", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "two")])

@@ -7,19 +7,23 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tiny_cli_model
 import yaml
 
 import headshare_jax as hs
 from headshare_jax import cli
-from headshare_jax.convert import map_file
+from headshare_jax.convert import map_file, tokenizer
+from headshare_jax.convert.cast import cast
 from headshare_jax.errors import HeadshareError
 from headshare_jax.parameters import parameter_names
+from headshare_jax.refit import refit
 from headshare_jax.train import loop
 from headshare_jax.train import recipe as recipes
 from headshare_jax.train.footprint import footprint
@@ -93,6 +97,84 @@ def test_a_tied_stage_begins_with_a_shared_models_weights(workplace: Path, tmp_p
         with pytest.raises(HeadshareError, match=message):
             loop.run(recipe(workplace, **changes), tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+REFIT = {"sharing": {"ratio": 0.5, "refit_windows": 6}}
+
+
+def refitted(dense: hs.Llama, run: Path) -> hs.Llama:
+    """A dense model shared by a run's map, its output weights fitted on the first six windows of the run's text."""
+    windows = np.array(tokenizer.load(run / "final")(TEXT).input_ids[: 6 * 32], np.int32).reshape(6, 32)
+    shared = hs.share(dense, map_file.read(run / "map.json"), check_source=False)
+    return refit(dense, shared, windows)[0]
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_a_run_that_ends_with_align_exports_the_refitted_model(workplace: Path, tmp_path: Path) -> None:
+    run, short = tmp_path / "run", recipe(workplace, stages=[ALIGN | {"steps": 2}], **REFIT)
+    last = loop.run(short, run)
+    aligned = ocp.PyTreeCheckpointer().restore(run / "checkpoints" / "2" / "arrays")["state"]["params"]
+    final, dense = hs.load(run / "final"), hs.load(workplace / "model")
+    assert not np.array_equal(aligned["o_pool_phd"], dense.o_pool_phd[...])
+    expected = refitted(hs.Llama(dense.config, aligned), run)
+    for name, value in final_weights(run).items():
+        assert np.array_equal(value, getattr(expected, name)[...]), name
+    report = json.loads((run / "refit.json").read_text())
+    assert report["windows"] == 6
+    assert any(block["held_out_after"] < block["held_out_before"] for block in report["blocks"])
+    tokens = tokenizer.load(run / "final")((workplace / "held-out.txt").read_text()).input_ids
+    (line,) = [line for line in metrics(run) if "shared_perplexity" in line]
+    found = hs.perplexity(final, np.array(tokens), seq_len=32, max_windows=16).token_perplexity
+    assert last is not None
+    assert last["shared_perplexity"] == pytest.approx(found, rel=1e-5)
+    assert last["shared_perplexity"] != line["shared_perplexity"]
+
+
+def told(short: recipes.Recipe, run: Path, *, until: str | int | None = None, resume: bool = False) -> list[str | int]:
+    """The kinds of work and the steps that a run tells of, in order; it is interrupted at one of them, or never."""
+    seen: list[str | int] = []
+
+    def note(place: str | int) -> None:
+        seen.append(place)
+        if place == until:
+            raise KeyboardInterrupt
+
+    with suppress(KeyboardInterrupt):
+        loop.run(
+            short,
+            run,
+            resume=resume,
+            report=lambda line: note(line["step"]),
+            progress=lambda what, done, total: note(what),
+        )
+    return list(dict.fromkeys(seen))
+
+
+def test_a_tied_stage_begins_with_the_refitted_model(workplace: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    short = recipe(workplace, stages=[TIED | {"steps": 1, "trainable": "final_norm_d"}], **REFIT)
+    assert told(short, run, until=1)[-2:] == ["refitting", 1]
+    assert told(short, run, resume=True) == ["refitting", 1]
+    expected = refitted(hs.load(workplace / "model"), run)
+    for name, value in final_weights(run).items():
+        assert np.array_equal(value, getattr(expected, name)[...]) == (name != "final_norm_d"), name
+
+
+def test_a_stage_change_with_a_refit_is_resumed_exactly(workplace: Path, tmp_path: Path) -> None:
+    # What was trained and fitted in float32 is frozen then, and stays so for a model that is stored in 16 bits.
+    half = tmp_path / "half"
+    hs.save(cast(hs.load(workplace / "model"), "bfloat16"), half, tokenizer_from=workplace / "model")
+    stages = [ALIGN | {"steps": 2}, TIED | {"steps": 2, "trainable": "q_pool_pdh, *norm*"}]
+    checkpoints = {"every": 1, "eval_every": 9}
+    short = recipe(workplace, model=str(half), stages=stages, checkpoints=checkpoints, **REFIT)
+    loop.run(short, tmp_path / "whole")
+    run = tmp_path / "run"
+    assert told(short, run, until="refitting")[-3:] == [1, 2, "refitting"]
+    assert told(short, run, until=4, resume=True) == ["refitting", 3, 4]
+    assert told(short, run, resume=True) == [4]
+    assert losses(run) == losses(tmp_path / "whole")
+    for name, value in final_weights(tmp_path / "whole").items():
+        assert np.array_equal(value, final_weights(run)[name]), name
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +348,7 @@ def test_checkpoint_of_other_data_is_refused(finished: Path, workplace: Path) ->
         ({"data": {"train": "absent.txt", "seq_len": 32}}, "no file absent.txt"),
         ({"sharing": {"ratio": 0.0}}, "no receivers"),
         ({"sharing": {"map": "absent.json"}}, "absent.json"),
+        ({"sharing": {"refit_windows": 305}}, r"refit_windows \(305\) is more than the 304 blocks of seq_len 32"),
         ({"stages": [ALIGN | {"trainable": "nothing"}]}, "nothing"),
     ],
 )
@@ -323,6 +406,7 @@ def test_postshare_command(workplace: Path, tmp_path: Path, capsys: pytest.Captu
         "-o",
         str(tmp_path / "run"),
         "--set",
+        "sharing.refit_windows=304",
         "stages.0.steps=1",
         "stages.1.steps=1",
     ]
@@ -330,6 +414,7 @@ def test_postshare_command(workplace: Path, tmp_path: Path, capsys: pytest.Captu
     planned = json.loads(capsys.readouterr().out)
     assert [stage["kind"] for stage in planned["stages"]] == ["align", "tied"]
     assert planned["recipe"]["stages"][0]["steps"] == 1
+    assert planned["recipe"]["sharing"]["refit_windows"] == 304
     tied, align = planned["stages"][1], planned["stages"][0]
     assert tied["optimizer"] < align["optimizer"]
     assert not (tmp_path / "run").exists()

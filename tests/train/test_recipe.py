@@ -15,7 +15,7 @@ SMALL: dict[str, Any] = {"model": "tiny", "data": {"train": "text.txt"}}
 FULL: dict[str, Any] = {
     "model": "tiny",
     "data": {"train": "text.txt", "eval": "held-out.txt", "text_field": "body", "seq_len": 128, "workers": 2},
-    "sharing": {"map": "map.json", "ratio": 0.1, "match": "q", "tie": "qkvo", "chains": "forbid"},
+    "sharing": {"map": "map.json", "ratio": 0.1, "match": "q", "tie": "qkvo", "chains": "forbid", "refit_windows": 8},
     "stages": [{"penalty": "js", "steps": 3}, {"kind": "tied", "trainable": "[qkv]_pool_*, *_norm_*"}],
     "optimizer": {"schedule": "wsd", "warmup": 2, "end_rate": 0.1, "clip": 0.5},
     "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
@@ -139,6 +139,9 @@ def with_value(key: str, value: Any) -> dict[str, Any]:
         ("sharing.chains", "keep", "sharing.chains must be one of resolve, forbid"),
         ("sharing.tie", "kq", "tie must name some of q, k, v, o"),
         ("sharing.ratio", 1.0, "sharing.ratio must be at least 0 and below 1"),
+        ("sharing.refit_windows", -2, "sharing.refit_windows must be 0, or at least 2, as one is held out, not -2"),
+        ("sharing.refit_windows", 1, "sharing.refit_windows must be 0, or at least 2, as one is held out, not 1"),
+        ("sharing", {"start": "small", "refit_windows": 2}, "shared model already, .* leave sharing.refit_windows out"),
         ("stage.steps", 0, "stages.0.steps must be at least 1, not 0"),
         ("stage.temperature", 0, "stages.0.temperature must be positive"),
         ("stage.sim_weight", -1.0, "stages.0.sim_weight must be at least 0"),
