@@ -9,12 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from headshare_jax.errors import HeadshareError
-from headshare_jax.modeling import KVCache, LayerWeights, Llama, unstacked
+from headshare_jax.modeling import KVCache, Llama, Matrices, unstacked
 
 # Prompts and answers are padded to multiples of this, so that nearby lengths share one compilation.
 BUCKET = 64
-# Each head of each projection is a product of its own in layers that are written out, and takes 5 ms to compile.
-MAX_HEADS_UNSTACKED = 2048
 
 
 @dataclass(frozen=True)
@@ -93,16 +91,14 @@ def generate(
         jnp.asarray(stops, jnp.int32),
         room=new,
         sampling=sampling,
-        layers=unstacked(model) if _better_unstacked(model) else None,
+        # XLA's CPU backend copies what it slices from a stack.
+        layers=unstacked(model) if _on_cpu(model) else None,
     )
     return [row[:length].tolist() for row, length in zip(np.asarray(out_bt), np.asarray(length_b), strict=True)]
 
 
-def _better_unstacked(model: Llama) -> bool:
-    """Whether decoding is faster with layers written out: XLA's CPU backend copies what it slices from a stack."""
-    places = {device for leaf in jax.tree.leaves(model) for device in leaf.devices()}
-    heads = 2 * (model.config.num_heads + model.config.num_kv_heads) * model.config.num_layers
-    return heads <= MAX_HEADS_UNSTACKED and len(places) == 1 and places.pop().platform == "cpu"
+def _on_cpu(model: Llama) -> bool:
+    return {device.platform for leaf in jax.tree.leaves(model) for device in leaf.devices()} == {"cpu"}
 
 
 def _bucket(length: int) -> int:
@@ -129,7 +125,7 @@ def decode(
     *,
     room: int,
     sampling: Sampling,
-    layers: tuple[LayerWeights, ...] | None = None,
+    layers: Matrices | None = None,
 ) -> tuple[jax.Array, jax.Array, KVCache]:
     """Adds tokens until every row has met a stop token or `limit` is reached.
 

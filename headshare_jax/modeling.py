@@ -1,7 +1,9 @@
 """The LLaMA-family decoder on pooled attention heads, as a Flax NNX module."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import jax
@@ -36,8 +38,9 @@ PER_HEAD_TOKENS = 32
 # Queries whose attention scores are in memory at a time, unless that makes more blocks than are good to unroll.
 ATTENTION_BLOCK, MAX_ATTENTION_BLOCKS = 128, 8
 
-# A layer's weights by name; in what `unstacked` gives, a pool's name has the layer's heads, one by one.
 LayerWeights = Mapping[str, Any]
+# By parameter and layer: the layer's matrix, or its heads one by one.
+Matrices = dict[str, tuple[tuple[jax.Array, ...], ...]]
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -209,7 +212,7 @@ class Llama(nnx.Module):
         cache: KVCache,
         *,
         from_empty: bool = False,
-        layers: Sequence[LayerWeights] | None = None,
+        layers: Matrices | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Runs T more tokens of every row against the cache.
 
@@ -217,8 +220,7 @@ class Llama(nnx.Module):
           tokens_bt: int32 [B, T]; they take the cache's next T slots.
           cache: has room for T more slots.
           from_empty: the cache is empty, so that these tokens see nothing else in it.
-          layers: what `unstacked` gave for this model, to use instead of the stacked weights; layers are then written
-            out one after another.
+          layers: what `unstacked` gave for this model, to use instead of its stacked matrices.
 
         Returns:
           Normalised output of the last layer, [B, T, D] in the compute dtype, and the cache with T more slots.
@@ -234,10 +236,12 @@ class Llama(nnx.Module):
         mask_bts = (seen_ts[None] & used_bs[:, None]) | itself_ts[None]
 
         def layer(
-            carry: tuple[jax.Array, jax.Array, jax.Array], scanned: tuple[jax.Array | int, LayerWeights]
+            carry: tuple[jax.Array, jax.Array, jax.Array], scanned: tuple[jax.Array, LayerWeights]
         ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
             x_btd, k_lbskh, v_lbskh = carry
             place, weights = scanned
+            if layers is not None:
+                weights = {**weights, **{name: _LayerOf(matrices, place) for name, matrices in layers.items()}}
             q_btnh, k_btkh, v_btkh = self._qkv(x_btd, weights, cos_bth, sin_bth)
             at = (place, 0, cache.length, 0, 0)
             k_lbskh = jax.lax.dynamic_update_slice(k_lbskh, k_btkh[None], at)
@@ -246,14 +250,10 @@ class Llama(nnx.Module):
             heads_btnh = attend(q_btnh, *seen, mask_bts, causal=from_empty)
             return (self._layer_output(x_btd, heads_btnh, weights), k_lbskh, v_lbskh), None
 
+        places = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        stacked = {name: value for name, value in self._layer_weights().items() if name not in (layers or {})}
         carry = (self._embed(tokens_bt), cache.k_lbskh, cache.v_lbskh)
-        if layers is None:
-            places = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-            carry, _ = jax.lax.scan(layer, carry, (places, self._layer_weights()))
-        else:
-            for scanned in enumerate(layers):
-                carry, _ = layer(carry, scanned)
-        x_btd, k_lbskh, v_lbskh = carry
+        (x_btd, k_lbskh, v_lbskh), _ = jax.lax.scan(layer, carry, (places, stacked))
         return self._rms_norm(x_btd, self.final_norm_d[...]), KVCache(
             k_lbskh, v_lbskh, cache.length + length, cache.start_b
         )
@@ -330,7 +330,7 @@ class Llama(nnx.Module):
     def _project_in(self, x_btd: jax.Array, projection: str, weights: LayerWeights) -> jax.Array:
         name, index_n = pool_name(projection), weights[index_name(projection)]
         if name in weights:
-            out_btnh = _heads_in(x_btd, weights[name])
+            out_btnh = jnp.stack(weights[name].products([x_btd] * len(index_n)), axis=2)
         else:
             pool_pdh = getattr(self, name)[...]
             out_btnh = _few_or_many(_heads_in_one_by_one, _heads_in_gathered, x_btd, pool_pdh, index_n)
@@ -346,7 +346,8 @@ class Llama(nnx.Module):
             kept_n = (index_n < pool_phd.shape[0]).astype(heads_btnh.dtype)
             heads_btnh = heads_btnh * kept_n[None, None, :, None]
         if "o_pool_phd" in weights:
-            return _heads_out(heads_btnh, weights["o_pool_phd"])
+            parts = weights["o_pool_phd"].products(list(jnp.unstack(heads_btnh, axis=2)))
+            return sum(parts[1:], start=parts[0])
         return _few_or_many(_heads_out_one_by_one, _heads_out_gathered, heads_btnh, pool_phd, index_n)
 
     def _layer_output(self, x_btd: jax.Array, heads_btnh: jax.Array, weights: LayerWeights) -> jax.Array:
@@ -359,7 +360,8 @@ class Llama(nnx.Module):
 
     def _mlp(self, x_btd: jax.Array, weights: LayerWeights) -> jax.Array:
         def linear(x: jax.Array, name: str, bias: str) -> jax.Array:
-            y = x @ weights[name].astype(x.dtype)
+            weight = weights[name]
+            y = weight.products([x])[0] if isinstance(weight, _LayerOf) else x @ weight.astype(x.dtype)
             return y + weights[bias].astype(x.dtype)[None] if self.config.mlp_bias else y
 
         # Tokens along one axis: the gradient of a weight sums over them, and over two axes XLA would first copy.
@@ -375,24 +377,42 @@ class Llama(nnx.Module):
         return (x_f32 * inverse).astype(x_btd.dtype) * scale_d.astype(x_btd.dtype)[None, None]
 
 
-def unstacked(model: Llama) -> tuple[LayerWeights, ...]:
-    """Every layer's weights in arrays of their own, for `Llama.extend`; on a CPU they are views of the model's memory.
+def unstacked(model: Llama) -> Matrices:
+    """Matrices of all layers in arrays of their own, for `Llama.extend`; on a CPU they are views of the model's memory.
 
     A dropped head has the last one's weights.
     """
-    stacked = {name: np.asarray(value) for name, value in model._layer_weights().items()}
-    pools = {name: np.asarray(getattr(model, name)[...]) for name in map(pool_name, PROJECTIONS)}
-    heads = {name: [jax.device_put(head) for head in pool] for name, pool in pools.items()}
+    matrices: Matrices = {}
+    for name in ("gate_ldf", "up_ldf", "down_lfd"):
+        matrices[name] = tuple((jax.device_put(matrix),) for matrix in np.asarray(getattr(model, name)[...]))
+    for projection in PROJECTIONS:
+        name = pool_name(projection)
+        heads = [jax.device_put(head) for head in np.asarray(getattr(model, name)[...])]
+        index_ln = np.minimum(np.asarray(getattr(model, index_name(projection))[...]), len(heads) - 1)
+        matrices[name] = tuple(tuple(heads[row] for row in index_n) for index_n in index_ln)
+    return matrices
 
-    def layer(place: int) -> LayerWeights:
-        weights: dict[str, Any] = {name: jax.device_put(value[place]) for name, value in stacked.items()}
-        for projection in PROJECTIONS:
-            name = pool_name(projection)
-            rows = np.minimum(stacked[index_name(projection)][place], len(heads[name]) - 1)
-            weights[name] = tuple(heads[name][row] for row in rows)
-        return weights
 
-    return tuple(layer(place) for place in range(model.config.num_layers))
+@dataclass(frozen=True)
+class _LayerOf:
+    """A layer's matrices: one place's among those of all layers, chosen when the program runs."""
+
+    matrices: tuple[tuple[jax.Array, ...], ...]
+    place: jax.Array
+
+    def products(self, parts: Sequence[jax.Array]) -> list[jax.Array]:
+        """A part [..., I], all of one shape, times each of the layer's matrices [I, J]."""
+        shape = parts[0].shape[:-1]
+        rows = [part.reshape(-1, part.shape[-1]) for part in parts]
+        if len(rows[0]) == 1:
+            # XLA's CPU backend calls a library for two rows; for one it compiles a program for every matrix.
+            rows = [jnp.concatenate([row, row]) for row in rows]
+
+        def of_layer(matrices: tuple[jax.Array, ...], rows: list[jax.Array]) -> list[jax.Array]:
+            return [row @ matrix.astype(row.dtype) for row, matrix in zip(rows, matrices, strict=True)]
+
+        out = jax.lax.switch(self.place, [partial(of_layer, layer) for layer in self.matrices], rows)
+        return [one[: math.prod(shape)].reshape(*shape, -1) for one in out]
 
 
 def _held(source: WeightSource, name: str) -> jax.Array:
@@ -479,25 +499,17 @@ def _few_or_many(
     return out_bt
 
 
-def _heads_in(x_btd: jax.Array, heads: Iterable[jax.Array]) -> jax.Array:
-    return jnp.stack([x_btd @ head_dh.astype(x_btd.dtype) for head_dh in heads], axis=2)
-
-
 def _heads_in_one_by_one(x_btd: jax.Array, pool_pdh: jax.Array, index_n: jax.Array) -> jax.Array:
-    return _heads_in(x_btd, (_row(pool_pdh, row) for row in index_n))
+    return jnp.stack([x_btd @ _row(pool_pdh, row).astype(x_btd.dtype) for row in index_n], axis=2)
 
 
 def _heads_in_gathered(x_btd: jax.Array, pool_pdh: jax.Array, index_n: jax.Array) -> jax.Array:
     return jnp.einsum("btd,ndh->btnh", x_btd, _rows(pool_pdh, index_n).astype(x_btd.dtype))
 
 
-def _heads_out(heads_btnh: jax.Array, heads: Iterable[jax.Array]) -> jax.Array:
-    parts = [heads_btnh[:, :, n] @ head_hd.astype(heads_btnh.dtype) for n, head_hd in enumerate(heads)]
-    return sum(parts[1:], start=parts[0])
-
-
 def _heads_out_one_by_one(heads_btnh: jax.Array, pool_phd: jax.Array, index_n: jax.Array) -> jax.Array:
-    return _heads_out(heads_btnh, (_row(pool_phd, row) for row in index_n))
+    heads = [heads_btnh[:, :, n] @ _row(pool_phd, row).astype(heads_btnh.dtype) for n, row in enumerate(index_n)]
+    return sum(heads[1:], start=heads[0])
 
 
 def _heads_out_gathered(heads_btnh: jax.Array, pool_phd: jax.Array, index_n: jax.Array) -> jax.Array:

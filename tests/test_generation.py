@@ -46,12 +46,12 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, name: str) -> N
     )
 
 
-@pytest.mark.parametrize("unstacked_heads", [0, generation.MAX_HEADS_UNSTACKED], ids=["scanned", "unstacked"])
+@pytest.mark.parametrize("on_cpu", [False, True], ids=["stacked", "unstacked"])
 @pytest.mark.parametrize("tie", ["qkvo", "mixed"])
 def test_a_shared_model_continues_as_one_edited_by_hand_does_in_transformers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tie: str, unstacked_heads: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tie: str, on_cpu: bool
 ) -> None:
-    monkeypatch.setattr(generation, "MAX_HEADS_UNSTACKED", unstacked_heads)
+    monkeypatch.setattr(generation, "_on_cpu", lambda model: on_cpu)
     hf = tiny_hf_model(eos_token_id=None)
     hf.save_pretrained(tmp_path / "dense")
     model = headshare_jax.load(tmp_path / "dense")
@@ -65,11 +65,9 @@ def test_a_shared_model_continues_as_one_edited_by_hand_does_in_transformers(
 def test_unstacked_layers_are_views_of_the_model() -> None:
     model = tiny_model(hidden_size=64, head_dim=16, intermediate_size=128)
     model = share(model, sharing_by_hand(model, "qkv", {2: 0, 5: 1}))
-    for weights in modeling.unstacked(model):
-        for name, value in weights.items():
-            if not name.endswith("index_ln") and not name.endswith("index_lk"):
-                whole = np.asarray(getattr(model, name)[...])
-                assert all(np.shares_memory(np.asarray(part), whole) for part in jax.tree.leaves(value)), name
+    for name, matrices in modeling.unstacked(model).items():
+        whole = np.asarray(getattr(model, name)[...])
+        assert all(np.shares_memory(np.asarray(part), whole) for part in jax.tree.leaves(matrices)), name
 
 
 @pytest.fixture(scope="module")
