@@ -1,6 +1,5 @@
 """The LLaMA-family decoder on pooled attention heads, as a Flax NNX module."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +38,7 @@ PER_HEAD_TOKENS = 32
 ATTENTION_BLOCK, MAX_ATTENTION_BLOCKS = 128, 8
 
 LayerWeights = Mapping[str, Any]
-# By parameter and layer: the layer's matrix, or its heads one by one.
+# By parameter and layer: the layer's matrix, or its heads in runs that lie side by side in their pool.
 Matrices = dict[str, tuple[tuple[jax.Array, ...], ...]]
 
 _ACTIVATIONS = {
@@ -330,7 +329,7 @@ class Llama(nnx.Module):
     def _project_in(self, x_btd: jax.Array, projection: str, weights: LayerWeights) -> jax.Array:
         name, index_n = pool_name(projection), weights[index_name(projection)]
         if name in weights:
-            out_btnh = jnp.stack(weights[name].products([x_btd] * len(index_n)), axis=2)
+            out_btnh = weights[name].applied(_runs_in, x_btd)
         else:
             pool_pdh = getattr(self, name)[...]
             out_btnh = _few_or_many(_heads_in_one_by_one, _heads_in_gathered, x_btd, pool_pdh, index_n)
@@ -346,8 +345,7 @@ class Llama(nnx.Module):
             kept_n = (index_n < pool_phd.shape[0]).astype(heads_btnh.dtype)
             heads_btnh = heads_btnh * kept_n[None, None, :, None]
         if "o_pool_phd" in weights:
-            parts = weights["o_pool_phd"].products(list(jnp.unstack(heads_btnh, axis=2)))
-            return sum(parts[1:], start=parts[0])
+            return weights["o_pool_phd"].applied(_runs_out, heads_btnh)
         return _few_or_many(_heads_out_one_by_one, _heads_out_gathered, heads_btnh, pool_phd, index_n)
 
     def _layer_output(self, x_btd: jax.Array, heads_btnh: jax.Array, weights: LayerWeights) -> jax.Array:
@@ -361,7 +359,7 @@ class Llama(nnx.Module):
     def _mlp(self, x_btd: jax.Array, weights: LayerWeights) -> jax.Array:
         def linear(x: jax.Array, name: str, bias: str) -> jax.Array:
             weight = weights[name]
-            y = weight.products([x])[0] if isinstance(weight, _LayerOf) else x @ weight.astype(x.dtype)
+            y = weight.applied(_product, x) if isinstance(weight, _LayerOf) else _product([weight], x)
             return y + weights[bias].astype(x.dtype)[None] if self.config.mlp_bias else y
 
         # Tokens along one axis: the gradient of a weight sums over them, and over two axes XLA would first copy.
@@ -386,11 +384,18 @@ def unstacked(model: Llama) -> Matrices:
     for name in ("gate_ldf", "up_ldf", "down_lfd"):
         matrices[name] = tuple((jax.device_put(matrix),) for matrix in np.asarray(getattr(model, name)[...]))
     for projection in PROJECTIONS:
-        name = pool_name(projection)
-        heads = [jax.device_put(head) for head in np.asarray(getattr(model, name)[...])]
-        index_ln = np.minimum(np.asarray(getattr(model, index_name(projection))[...]), len(heads) - 1)
-        matrices[name] = tuple(tuple(heads[row] for row in index_n) for index_n in index_ln)
+        pool = np.asarray(getattr(model, pool_name(projection))[...])
+        index_ln = np.minimum(np.asarray(getattr(model, index_name(projection))[...]), len(pool) - 1)
+        matrices[pool_name(projection)] = tuple(
+            tuple(map(jax.device_put, _runs(pool, index_n))) for index_n in index_ln
+        )
     return matrices
+
+
+def _runs(pool: np.ndarray, index_n: np.ndarray) -> list[np.ndarray]:
+    """A layer's heads [n, X, Y] in as few views of the pool as there are."""
+    runs = np.split(index_n, np.flatnonzero(np.diff(index_n) != 1) + 1)
+    return [pool[run[0] : run[-1] + 1] for run in runs]
 
 
 @dataclass(frozen=True)
@@ -400,19 +405,36 @@ class _LayerOf:
     matrices: tuple[tuple[jax.Array, ...], ...]
     place: jax.Array
 
-    def products(self, parts: Sequence[jax.Array]) -> list[jax.Array]:
-        """A part [..., I], all of one shape, times each of the layer's matrices [I, J]."""
-        shape = parts[0].shape[:-1]
-        rows = [part.reshape(-1, part.shape[-1]) for part in parts]
-        if len(rows[0]) == 1:
-            # XLA's CPU backend calls a library for two rows; for one it compiles a program for every matrix.
-            rows = [jnp.concatenate([row, row]) for row in rows]
+    def applied(self, function: Callable[[Sequence[jax.Array], jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+        """The function of the layer's matrices and x."""
+        out: jax.Array = jax.lax.switch(self.place, [partial(function, layer) for layer in self.matrices], x)
+        return out
 
-        def of_layer(matrices: tuple[jax.Array, ...], rows: list[jax.Array]) -> list[jax.Array]:
-            return [row @ matrix.astype(row.dtype) for row, matrix in zip(rows, matrices, strict=True)]
 
-        out = jax.lax.switch(self.place, [partial(of_layer, layer) for layer in self.matrices], rows)
-        return [one[: math.prod(shape)].reshape(*shape, -1) for one in out]
+def _product(matrices: Sequence[jax.Array], x: jax.Array) -> jax.Array:
+    return x @ matrices[0].astype(x.dtype)
+
+
+def _runs_in(runs: Sequence[jax.Array], x_btd: jax.Array) -> jax.Array:
+    """Heads [B, T, N, H] of x; one product a run, of a batch of heads."""
+    batch, length, width = x_btd.shape
+    x_md = x_btd.reshape(-1, width)
+    out = [
+        jnp.einsum("nmd,ndh->nmh", jnp.broadcast_to(x_md, (len(run), *x_md.shape)), run.astype(x_md.dtype))
+        for run in runs
+    ]
+    return jnp.concatenate(out).swapaxes(0, 1).reshape(batch, length, -1, out[0].shape[-1])
+
+
+def _runs_out(runs: Sequence[jax.Array], heads_btnh: jax.Array) -> jax.Array:
+    """Output [B, T, D] of heads side by side; one product a run."""
+    ends = np.cumsum([len(run) for run in runs])
+    parts = jnp.split(heads_btnh, ends[:-1], axis=2)
+    out = [
+        part.reshape(*part.shape[:2], -1) @ run.reshape(-1, run.shape[-1]).astype(part.dtype)
+        for part, run in zip(parts, runs, strict=True)
+    ]
+    return sum(out[1:], start=out[0])
 
 
 def _held(source: WeightSource, name: str) -> jax.Array:
