@@ -49,10 +49,14 @@ class Options:
     """Timed repetitions in a round, after a first one that is not timed."""
     rounds: int = 2
     """Rounds of all contenders; the best of all repetitions counts."""
+    memory_rounds: int = 6
+    """Rounds in which the dense and the shared model only load and decode once; the smallest peak of each counts."""
     quick: bool = False
     """Short prompts once, to test this benchmark; its figures mean nothing."""
     only: str | None = None
     """One contender in this process, its result printed as JSON: what this benchmark starts itself with."""
+    memory: bool = False
+    """Of that contender measure memory alone."""
     json: Path | None = None
     """Where to write the result; bench/results/serve.json by default."""
 
@@ -61,41 +65,62 @@ def run(options: Options) -> dict[str, Any]:
     """Every contender in processes of its own, in turns."""
     src = options.src or Path(output_of("-c", FIND_DEFAULT).strip())
     RESULTS.mkdir(exist_ok=True)
-    measured: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
     with tempfile.TemporaryDirectory(dir=RESULTS) as folder:
         models = {name: Path(folder) / name for name in ("dense", "shared", "hf")}
         headshare("convert", src, models["dense"], "--to", "native")
         headshare("convert", src, models["hf"], "--to", "hf")
         headshare("share", src, models["shared"], "--ratio", str(RATIO), "--match", "qk")
-        for _ in range(options.rounds):
-            for name, (kind, model) in CONTENDERS.items():
-                if options.quick and kind == "compiled":
-                    continue
-                result = in_child(options, kind, models[model], Path(folder) / "cache")
-                measured[name] += [result] if result else []
+        measured = timed(options, models, Path(folder) / "cache")
+        peaks = memory(options, models, Path(folder) / "cache")
         first = first_tokens(options, {name: models[name] for name in ("dense", "shared")}, Path(folder))
     rows = {name: summary(options, ones) for name, ones in measured.items() if ones}
+    rate = max(one["matmul_flops"] for ones in measured.values() for one in ones)
     for row in rows.values():
         for stage in ("prefill", "decode"):
             row[f"{stage}_speedup"] = rows[RIVAL][f"{stage}_seconds"] / row[f"{stage}_seconds"]
-    dense, shared = rows[DENSE], rows[SHARED]
-    rate = max(one["matmul_flops"] for ones in measured.values() for one in ones)
-    for row in rows.values():
         row["of_matrix_rate"] = row["prefill_flops"] / row["prefill_seconds"] / rate
-    saved = dense["stored_bytes"] - shared["stored_bytes"]
+    saved = rows[DENSE]["stored_bytes"] - rows[SHARED]["stored_bytes"]
+    rss_saved = min(peaks[DENSE]) - min(peaks[SHARED])
+    told = {key: value for key, value in asdict(options).items() if key not in ("json", "only", "memory", "src")}
     return {
         "machine": machine("jax", "flax", "torch", "transformers"),
-        "options": {key: value for key, value in asdict(options).items() if key not in ("json", "only", "src")},
+        "options": told,
         "source": src.name,
         "matmul_gflops": rate / 1e9,
         "contenders": rows,
         "first_token_seconds": first,
         "memory": {
+            "peak_rss": peaks,
             "bytes_saved": saved,
-            "rss_saved": dense["serving_rss"] - shared["serving_rss"],
-            "fraction": (dense["serving_rss"] - shared["serving_rss"]) / saved,
+            "rss_saved": rss_saved,
+            "fraction": rss_saved / saved,
         },
     }
+
+
+def timed(options: Options, models: dict[str, Path], cache: Path) -> dict[str, list[dict[str, Any]]]:
+    """What every contender measures in each round; nothing of torch.compile where it does not work."""
+    measured: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+    for _ in range(options.rounds):
+        for name, (kind, model) in CONTENDERS.items():
+            if options.quick and kind == "compiled":
+                continue
+            try:
+                measured[name].append(in_child(options, kind, models[model], cache))
+            except subprocess.CalledProcessError:
+                if kind != "compiled":
+                    raise
+    return measured
+
+
+def memory(options: Options, models: dict[str, Path], cache: Path) -> dict[str, list[int]]:
+    """Peak RSS of loading and decoding once, in a process of its own each time."""
+    peaks: dict[str, list[int]] = {DENSE: [], SHARED: []}
+    for _ in range(options.memory_rounds):
+        for name, sizes in peaks.items():
+            kind, model = CONTENDERS[name]
+            sizes.append(in_child(options, kind, models[model], cache, "--memory")["serving_rss"])
+    return peaks
 
 
 def summary(options: Options, measured: list[dict[str, Any]]) -> dict[str, Any]:
@@ -122,19 +147,11 @@ def output_of(*arguments: str) -> str:
     return subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def in_child(options: Options, kind: str, model: Path, cache: Path) -> dict[str, Any] | None:
-    """One contender's figures, or None where torch.compile does not work.
-
-    From a contender's second round on, what it compiled in the first is in the cache.
-    """
-    command = [__file__, str(model), "--only", kind, "--repeats", str(options.repeats)]
+def in_child(options: Options, kind: str, model: Path, cache: Path, *more: str) -> dict[str, Any]:
+    """One contender's figures; from its second round on, what it compiled in the first is in the cache."""
+    command = [__file__, str(model), "--only", kind, "--repeats", str(options.repeats), *more]
     command += ["--batch", str(options.batch), "--prompt", str(options.prompt), "--new-tokens", str(options.new_tokens)]
-    try:
-        return child_result(*command, HEADSHARE_CACHE=str(cache), **MALLOC)
-    except subprocess.CalledProcessError:
-        if kind != "compiled":
-            raise
-        return None
+    return child_result(*command, HEADSHARE_CACHE=str(cache), **MALLOC)
 
 
 def first_tokens(options: Options, models: dict[str, Path], cache: Path) -> dict[str, float]:
@@ -158,6 +175,8 @@ def contender(options: Options) -> dict[str, Any]:
     prefill, decode, stored_bytes = (jax_model if options.only == "jax" else torch_model)(options)
     decode()
     serving_rss = peak_rss()
+    if options.memory:
+        return {"serving_rss": serving_rss}
     decoded = [seconds(decode) for _ in range(options.repeats)]
     prefill()
     result = {
@@ -257,16 +276,17 @@ def tables(result: dict[str, Any]) -> list[Table]:
 def notes(result: dict[str, Any]) -> list[str]:
     memory = result["memory"]
     stored, resident = memory["bytes_saved"] / 1e6, memory["rss_saved"] / 1e6
+    rounds = result["options"]["memory_rounds"]
     return [
         f"matrix rate measured beside it: {result['matmul_gflops']:.0f} GFLOP/s",
-        f"sharing stores {stored:.1f} MB less; peak RSS falls by {resident:.1f} MB",
+        f"sharing stores {stored:.1f} MB less; peak RSS, the least of {rounds} processes, falls by {resident:.1f} MB",
     ]
 
 
 if __name__ == "__main__":
     options = tyro.cli(Options)
     if options.quick:
-        options = replace(options, batch=2, prompt=64, new_tokens=4, repeats=1, rounds=1)
+        options = replace(options, batch=2, prompt=64, new_tokens=4, repeats=1, rounds=1, memory_rounds=1)
     if options.only:
         print(json.dumps(contender(options)))
     else:

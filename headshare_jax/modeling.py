@@ -1,7 +1,7 @@
 """The LLaMA-family decoder on pooled attention heads, as a Flax NNX module."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
 
@@ -38,8 +38,8 @@ PER_HEAD_TOKENS = 32
 ATTENTION_BLOCK, MAX_ATTENTION_BLOCKS = 128, 8
 
 LayerWeights = Mapping[str, Any]
-# By parameter and layer: the layer's matrix, or its heads in runs that lie side by side in their pool.
-Matrices = dict[str, tuple[tuple[jax.Array, ...], ...]]
+# By parameter and layer: the layer's matrix or heads, as `unstacked` gives them.
+Matrices = dict[str, tuple[Any, ...]]
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -359,7 +359,7 @@ class Llama(nnx.Module):
     def _mlp(self, x_btd: jax.Array, weights: LayerWeights) -> jax.Array:
         def linear(x: jax.Array, name: str, bias: str) -> jax.Array:
             weight = weights[name]
-            y = weight.applied(_product, x) if isinstance(weight, _LayerOf) else _product([weight], x)
+            y = weight.applied(_product, x) if isinstance(weight, _LayerOf) else _product(weight, x)
             return y + weights[bias].astype(x.dtype)[None] if self.config.mlp_bias else y
 
         # Tokens along one axis: the gradient of a weight sums over them, and over two axes XLA would first copy.
@@ -375,6 +375,28 @@ class Llama(nnx.Module):
         return (x_f32 * inverse).astype(x_btd.dtype) * scale_d.astype(x_btd.dtype)[None, None]
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Heads:
+    """A layer's heads: rows of a pool, in runs of rows that lie side by side, [n, X, Y] each.
+
+    Attributes:
+      runs: the lowest rows first.
+      order: which head of the layer each row of the runs is.
+    """
+
+    runs: tuple[jax.Array, ...]
+    order: tuple[int, ...] = field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, pool: np.ndarray, index_n: np.ndarray) -> Self:
+        """Heads by pool row; arrays are views of the pool on a CPU."""
+        order = np.argsort(index_n, kind="stable")
+        runs = np.split(index_n[order], np.flatnonzero(np.diff(index_n[order]) != 1) + 1)
+        views = (jax.device_put(pool[run[0] : run[-1] + 1]) for run in runs)
+        return cls(tuple(views), tuple(order.tolist()))
+
+
 def unstacked(model: Llama) -> Matrices:
     """Matrices of all layers in arrays of their own, for `Llama.extend`; on a CPU they are views of the model's memory.
 
@@ -382,57 +404,55 @@ def unstacked(model: Llama) -> Matrices:
     """
     matrices: Matrices = {}
     for name in ("gate_ldf", "up_ldf", "down_lfd"):
-        matrices[name] = tuple((jax.device_put(matrix),) for matrix in np.asarray(getattr(model, name)[...]))
+        matrices[name] = tuple(jax.device_put(matrix) for matrix in np.asarray(getattr(model, name)[...]))
     for projection in PROJECTIONS:
         pool = np.asarray(getattr(model, pool_name(projection))[...])
         index_ln = np.minimum(np.asarray(getattr(model, index_name(projection))[...]), len(pool) - 1)
-        matrices[pool_name(projection)] = tuple(
-            tuple(map(jax.device_put, _runs(pool, index_n))) for index_n in index_ln
-        )
+        matrices[pool_name(projection)] = tuple(_Heads.of(pool, index_n) for index_n in index_ln)
     return matrices
-
-
-def _runs(pool: np.ndarray, index_n: np.ndarray) -> list[np.ndarray]:
-    """A layer's heads [n, X, Y] in as few views of the pool as there are."""
-    runs = np.split(index_n, np.flatnonzero(np.diff(index_n) != 1) + 1)
-    return [pool[run[0] : run[-1] + 1] for run in runs]
 
 
 @dataclass(frozen=True)
 class _LayerOf:
-    """A layer's matrices: one place's among those of all layers, chosen when the program runs."""
+    """A layer's matrix or heads: one place's among those of all layers, chosen when the program runs."""
 
-    matrices: tuple[tuple[jax.Array, ...], ...]
+    layers: Sequence[Any]
     place: jax.Array
 
-    def applied(self, function: Callable[[Sequence[jax.Array], jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-        """The function of the layer's matrices and x."""
-        out: jax.Array = jax.lax.switch(self.place, [partial(function, layer) for layer in self.matrices], x)
+    def applied(self, function: Callable[[Any, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+        """The function of the layer's matrix or heads and x."""
+        out: jax.Array = jax.lax.switch(self.place, [partial(function, layer) for layer in self.layers], x)
         return out
 
 
-def _product(matrices: Sequence[jax.Array], x: jax.Array) -> jax.Array:
-    return x @ matrices[0].astype(x.dtype)
+def _product(matrix: jax.Array, x: jax.Array) -> jax.Array:
+    return x @ matrix.astype(x.dtype)
 
 
-def _runs_in(runs: Sequence[jax.Array], x_btd: jax.Array) -> jax.Array:
+def _runs_in(heads: _Heads, x_btd: jax.Array) -> jax.Array:
     """Heads [B, T, N, H] of x; one product a run, of a batch of heads."""
     batch, length, width = x_btd.shape
     x_md = x_btd.reshape(-1, width)
-    out = [
-        jnp.einsum("nmd,ndh->nmh", jnp.broadcast_to(x_md, (len(run), *x_md.shape)), run.astype(x_md.dtype))
-        for run in runs
-    ]
-    return jnp.concatenate(out).swapaxes(0, 1).reshape(batch, length, -1, out[0].shape[-1])
+
+    def of_run(run_ndh: jax.Array) -> jax.Array:
+        x_nmd = jnp.broadcast_to(x_md, (len(run_ndh), *x_md.shape))
+        return jnp.einsum("nmd,ndh->nmh", x_nmd, run_ndh.astype(x_md.dtype))
+
+    out_nmh = jnp.concatenate([of_run(run) for run in heads.runs])
+    if heads.order != tuple(range(len(heads.order))):
+        out_nmh = out_nmh[np.argsort(heads.order)]
+    return out_nmh.swapaxes(0, 1).reshape(batch, length, len(heads.order), -1)
 
 
-def _runs_out(runs: Sequence[jax.Array], heads_btnh: jax.Array) -> jax.Array:
-    """Output [B, T, D] of heads side by side; one product a run."""
-    ends = np.cumsum([len(run) for run in runs])
+def _runs_out(heads: _Heads, heads_btnh: jax.Array) -> jax.Array:
+    """Output [B, T, D] of head outputs; one product a run."""
+    if heads.order != tuple(range(len(heads.order))):
+        heads_btnh = heads_btnh[:, :, np.array(heads.order)]
+    ends = np.cumsum([len(run) for run in heads.runs])
     parts = jnp.split(heads_btnh, ends[:-1], axis=2)
     out = [
         part.reshape(*part.shape[:2], -1) @ run.reshape(-1, run.shape[-1]).astype(part.dtype)
-        for part, run in zip(parts, runs, strict=True)
+        for part, run in zip(parts, heads.runs, strict=True)
     ]
     return sum(out[1:], start=out[0])
 
