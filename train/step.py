@@ -148,9 +148,9 @@ def make_step(context: StageContext, *, state_sharding: Any = None) -> jax.stage
     """The jitted step `(state, frozen, teacher, tokens, segments) -> (state, metrics)`.
 
     `frozen` holds the parameters that do not train, `teacher` the dense model's (empty without distillation);
-    `tokens` and `segments` are int32 [A, B, T]: accumulated parts, sequences, positions; segment 0 is padding, from which
-    nothing is learnt. The state is donated. A step whose loss or gradients are not finite changes nothing but the
-    counters.
+    `tokens` and `segments` are int32 [A, B, T]: accumulated parts, sequences, positions; segment 0 is padding,
+    from which nothing is learnt. The state is donated. A step whose loss or gradients are not finite changes nothing
+    but the counters.
 
     Metrics, float32 scalars: `loss`, `lm_loss` (nats per token), `sim_loss`, `distill_loss`, `gradient_norm`,
     `learning_rate`, `sim_weight`, `tokens` (predicted), `skipped` (1 for a skipped step), `bad_in_row` (steps skipped
