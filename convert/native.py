@@ -23,8 +23,7 @@ from orbax.checkpoint import type_handlers
 from headshare_jax import parameters
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
-from headshare_jax.modeling import index_name
-from headshare_jax.parameters import WeightSource
+from headshare_jax.parameters import WeightSource, index_name
 from headshare_jax.sharing import PROJECTIONS, SharingMap
 
 DOCUMENT, WEIGHTS = "headshare.json", "weights"

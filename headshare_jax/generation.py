@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from headshare_jax.errors import HeadshareError
-from headshare_jax.modeling import KVCache, Llama, Matrices, unstacked
+from headshare_jax.modeling import KVCache, Llama
+from headshare_jax.projection import Matrices, unstacked
 
 # Prompts and answers are padded to multiples of this, so that nearby lengths share one compilation.
 BUCKET = 64

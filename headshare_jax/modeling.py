@@ -1,8 +1,7 @@
 """The LLaMA-family decoder on pooled attention heads, as a Flax NNX module."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Self
 
 import jax
@@ -16,7 +15,8 @@ from headshare_jax import parameters
 from headshare_jax.attention import flash_attention, has_kernel
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
-from headshare_jax.parameters import WeightSource, pool_name
+from headshare_jax.parameters import WeightSource, index_name, pool_name
+from headshare_jax.projection import LayerOf, Matrices, heads_in, heads_out, product, rows, runs_in, runs_out
 from headshare_jax.rope import rotary_angles, rotate
 from headshare_jax.sharing import PROJECTIONS, SharingMap
 
@@ -30,16 +30,10 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-# Up to this many tokens a projection reads its heads one by one, which costs no bytes beyond the weights; above it,
-# one gather of the layer's heads is shared by all tokens. A GPU always gathers: starting a kernel for every head takes
-# it longer than the copy.
-PER_HEAD_TOKENS = 32
 # Queries whose attention scores are in memory at a time, unless that makes more blocks than are good to unroll.
 ATTENTION_BLOCK, MAX_ATTENTION_BLOCKS = 128, 8
 
 LayerWeights = Mapping[str, Any]
-# By parameter and layer: the layer's matrix or heads, as `unstacked` gives them.
-Matrices = dict[str, tuple[Any, ...]]
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -240,7 +234,7 @@ class Llama(nnx.Module):
             x_btd, k_lbskh, v_lbskh = carry
             place, weights = scanned
             if layers is not None:
-                weights = {**weights, **{name: _LayerOf(matrices, place) for name, matrices in layers.items()}}
+                weights = {**weights, **{name: LayerOf(each, place) for name, each in layers.items()}}
             q_btnh, k_btkh, v_btkh = self._qkv(x_btd, weights, cos_bth, sin_bth)
             at = (place, 0, cache.length, 0, 0)
             k_lbskh = jax.lax.dynamic_update_slice(k_lbskh, k_btkh[None], at)
@@ -329,12 +323,11 @@ class Llama(nnx.Module):
     def _project_in(self, x_btd: jax.Array, projection: str, weights: LayerWeights) -> jax.Array:
         name, index_n = pool_name(projection), weights[index_name(projection)]
         if name in weights:
-            out_btnh = weights[name].applied(_runs_in, x_btd)
+            out_btnh = weights[name].applied(runs_in, x_btd)
         else:
-            pool_pdh = getattr(self, name)[...]
-            out_btnh = _few_or_many(_heads_in_one_by_one, _heads_in_gathered, x_btd, pool_pdh, index_n)
+            out_btnh = heads_in(x_btd, getattr(self, name)[...], index_n)
         if self.config.attention_bias:
-            bias_nh = _rows(getattr(self, f"{projection}_bias_ph")[...], index_n)
+            bias_nh = rows(getattr(self, f"{projection}_bias_ph")[...], index_n)
             out_btnh += bias_nh.astype(x_btd.dtype)[None, None]
         return out_btnh
 
@@ -345,8 +338,8 @@ class Llama(nnx.Module):
             kept_n = (index_n < pool_phd.shape[0]).astype(heads_btnh.dtype)
             heads_btnh = heads_btnh * kept_n[None, None, :, None]
         if "o_pool_phd" in weights:
-            return weights["o_pool_phd"].applied(_runs_out, heads_btnh)
-        return _few_or_many(_heads_out_one_by_one, _heads_out_gathered, heads_btnh, pool_phd, index_n)
+            return weights["o_pool_phd"].applied(runs_out, heads_btnh)
+        return heads_out(heads_btnh, pool_phd, index_n)
 
     def _layer_output(self, x_btd: jax.Array, heads_btnh: jax.Array, weights: LayerWeights) -> jax.Array:
         """Residual stream after a layer whose attention heads gave `heads_btnh`."""
@@ -359,7 +352,7 @@ class Llama(nnx.Module):
     def _mlp(self, x_btd: jax.Array, weights: LayerWeights) -> jax.Array:
         def linear(x: jax.Array, name: str, bias: str) -> jax.Array:
             weight = weights[name]
-            y = weight.applied(_product, x) if isinstance(weight, _LayerOf) else _product(weight, x)
+            y = weight.applied(product, x) if isinstance(weight, LayerOf) else product(weight, x)
             return y + weights[bias].astype(x.dtype)[None] if self.config.mlp_bias else y
 
         # Tokens along one axis: the gradient of a weight sums over them, and over two axes XLA would first copy.
@@ -375,98 +368,11 @@ class Llama(nnx.Module):
         return (x_f32 * inverse).astype(x_btd.dtype) * scale_d.astype(x_btd.dtype)[None, None]
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _Heads:
-    """A layer's heads: rows of a pool, in runs of rows that lie side by side, [n, X, Y] each.
-
-    Attributes:
-      runs: the lowest rows first.
-      order: which head of the layer each row of the runs is.
-    """
-
-    runs: tuple[jax.Array, ...]
-    order: tuple[int, ...] = field(metadata={"static": True})
-
-    @classmethod
-    def of(cls, pool: np.ndarray, index_n: np.ndarray) -> Self:
-        """Heads by pool row; arrays are views of the pool on a CPU."""
-        order = np.argsort(index_n, kind="stable")
-        runs = np.split(index_n[order], np.flatnonzero(np.diff(index_n[order]) != 1) + 1)
-        views = (jax.device_put(pool[run[0] : run[-1] + 1]) for run in runs)
-        return cls(tuple(views), tuple(order.tolist()))
-
-
-def unstacked(model: Llama) -> Matrices:
-    """Matrices of all layers in arrays of their own, for `Llama.extend`; on a CPU they are views of the model's memory.
-
-    A dropped head has the last one's weights.
-    """
-    matrices: Matrices = {}
-    for name in ("gate_ldf", "up_ldf", "down_lfd"):
-        matrices[name] = tuple(jax.device_put(matrix) for matrix in np.asarray(getattr(model, name)[...]))
-    for projection in PROJECTIONS:
-        pool = np.asarray(getattr(model, pool_name(projection))[...])
-        index_ln = np.minimum(np.asarray(getattr(model, index_name(projection))[...]), len(pool) - 1)
-        matrices[pool_name(projection)] = tuple(_Heads.of(pool, index_n) for index_n in index_ln)
-    return matrices
-
-
-@dataclass(frozen=True)
-class _LayerOf:
-    """A layer's matrix or heads: one place's among those of all layers, chosen when the program runs."""
-
-    layers: Sequence[Any]
-    place: jax.Array
-
-    def applied(self, function: Callable[[Any, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-        """The function of the layer's matrix or heads and x."""
-        out: jax.Array = jax.lax.switch(self.place, [partial(function, layer) for layer in self.layers], x)
-        return out
-
-
-def _product(matrix: jax.Array, x: jax.Array) -> jax.Array:
-    return x @ matrix.astype(x.dtype)
-
-
-def _runs_in(heads: _Heads, x_btd: jax.Array) -> jax.Array:
-    """Heads [B, T, N, H] of x; one product a run, of a batch of heads."""
-    batch, length, width = x_btd.shape
-    x_md = x_btd.reshape(-1, width)
-
-    def of_run(run_ndh: jax.Array) -> jax.Array:
-        x_nmd = jnp.broadcast_to(x_md, (len(run_ndh), *x_md.shape))
-        return jnp.einsum("nmd,ndh->nmh", x_nmd, run_ndh.astype(x_md.dtype))
-
-    out_nmh = jnp.concatenate([of_run(run) for run in heads.runs])
-    if heads.order != tuple(range(len(heads.order))):
-        out_nmh = out_nmh[np.argsort(heads.order)]
-    return out_nmh.swapaxes(0, 1).reshape(batch, length, len(heads.order), -1)
-
-
-def _runs_out(heads: _Heads, heads_btnh: jax.Array) -> jax.Array:
-    """Output [B, T, D] of head outputs; one product a run."""
-    if heads.order != tuple(range(len(heads.order))):
-        heads_btnh = heads_btnh[:, :, np.array(heads.order)]
-    ends = np.cumsum([len(run) for run in heads.runs])
-    parts = jnp.split(heads_btnh, ends[:-1], axis=2)
-    out = [
-        part.reshape(*part.shape[:2], -1) @ run.reshape(-1, run.shape[-1]).astype(part.dtype)
-        for part, run in zip(parts, heads.runs, strict=True)
-    ]
-    return sum(out[1:], start=out[0])
-
-
 def _held(source: WeightSource, name: str) -> jax.Array:
     """A parameter of a source in memory of its own."""
     value = parameters.assemble(source, name)
     # Without layers it may be a view of a mapped file or of another model's memory, which must not be taken over.
     return jax.device_put(value) if parameters.is_layered(name) else jnp.array(value)
-
-
-def index_name(projection: str) -> str:
-    """Attribute that holds a projection's head index, e.g. `q_index_ln`."""
-    return f"{projection}_index_l{'n' if projection in 'qo' else 'k'}"
 
 
 def head_logits(features_btd: jax.Array, head_vd: jax.Array) -> jax.Array:
@@ -523,47 +429,3 @@ def _attend_block(q_bkgth: jax.Array, k_bksh: jax.Array, v_bksh: jax.Array, mask
         "bkgts,bksh->bkgth", weights_bkgts.astype(v_bksh.dtype), v_bksh, preferred_element_type=jnp.float32
     )
     return (out_bkgth / jnp.sum(weights_bkgts, axis=-1)[..., None]).astype(q_bkgth.dtype)
-
-
-def _few_or_many(
-    one_by_one: Callable[..., jax.Array],
-    gathered: Callable[..., jax.Array],
-    x_bt: jax.Array,
-    pool: jax.Array,
-    index_n: jax.Array,
-) -> jax.Array:
-    """A projection [B, T, ...] of x [B, T, ...] by the way that suits the number of tokens and the device."""
-    if x_bt.shape[0] * x_bt.shape[1] > PER_HEAD_TOKENS:
-        return gathered(x_bt, pool, index_n)
-    out_bt: jax.Array = jax.lax.platform_dependent(
-        x_bt, pool, index_n, cuda=gathered, rocm=gathered, default=one_by_one
-    )
-    return out_bt
-
-
-def _heads_in_one_by_one(x_btd: jax.Array, pool_pdh: jax.Array, index_n: jax.Array) -> jax.Array:
-    return jnp.stack([x_btd @ _row(pool_pdh, row).astype(x_btd.dtype) for row in index_n], axis=2)
-
-
-def _heads_in_gathered(x_btd: jax.Array, pool_pdh: jax.Array, index_n: jax.Array) -> jax.Array:
-    return jnp.einsum("btd,ndh->btnh", x_btd, _rows(pool_pdh, index_n).astype(x_btd.dtype))
-
-
-def _heads_out_one_by_one(heads_btnh: jax.Array, pool_phd: jax.Array, index_n: jax.Array) -> jax.Array:
-    heads = [heads_btnh[:, :, n] @ _row(pool_phd, row).astype(heads_btnh.dtype) for n, row in enumerate(index_n)]
-    return sum(heads[1:], start=heads[0])
-
-
-def _heads_out_gathered(heads_btnh: jax.Array, pool_phd: jax.Array, index_n: jax.Array) -> jax.Array:
-    rows_nhd = _rows(pool_phd, index_n).astype(heads_btnh.dtype)
-    batch, length, count, width = heads_btnh.shape
-    out_md = heads_btnh.reshape(-1, count * width) @ rows_nhd.reshape(count * width, -1)
-    return out_md.reshape(batch, length, -1)
-
-
-def _row(pool: jax.Array, row: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(pool, row, keepdims=False)
-
-
-def _rows(pool: jax.Array, index_n: jax.Array) -> jax.Array:
-    return pool.at[index_n].get(mode="clip")

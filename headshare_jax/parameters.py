@@ -110,6 +110,11 @@ def pool_rows(config: LlamaConfig, projection: str, sharing: SharingMap | None =
     return len(sharing.stored_slots(projection))
 
 
+def index_name(projection: str) -> str:
+    """Attribute that holds a projection's head index, e.g. `q_index_ln`."""
+    return f"{projection}_index_l{'n' if projection in 'qo' else 'k'}"
+
+
 def pool_index(config: LlamaConfig, projection: str, sharing: SharingMap | None = None) -> np.ndarray:
     """Pool row of every head, int32 [L, N] for q and o, [L, K] for k and v; the identity for a dense model.
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 
 from headshare_jax import parameters
 from headshare_jax.errors import HeadshareError
-from headshare_jax.modeling import Llama, index_name
-from headshare_jax.parameters import fingerprint
+from headshare_jax.modeling import Llama
+from headshare_jax.parameters import fingerprint, index_name
 from headshare_jax.sharing import PROJECTIONS, SharingMap
 
 

@@ -21,7 +21,7 @@ from support import (
 from transformers import LlamaForCausalLM
 
 import headshare_jax
-from headshare_jax import HeadshareError, Llama, Sampling, generate, generation, modeling, share
+from headshare_jax import HeadshareError, Llama, Sampling, generate, generation, projection, share
 
 # 20 tokens more go beyond the context of 64, where dynamic scaling begins.
 PROMPTS = [random_tokens((length,), seed=length).tolist() for length in (3, 55, 9, 1)]
@@ -65,7 +65,7 @@ def test_a_shared_model_continues_as_one_edited_by_hand_does_in_transformers(
 def test_unstacked_layers_are_views_of_the_model() -> None:
     model = tiny_model(hidden_size=64, head_dim=16, intermediate_size=128)
     model = share(model, sharing_by_hand(model, "qkv", {2: 0, 5: 1}))
-    for name, matrices in modeling.unstacked(model).items():
+    for name, matrices in projection.unstacked(model).items():
         whole = np.asarray(getattr(model, name)[...])
         assert all(np.shares_memory(np.asarray(part), whole) for part in jax.tree.leaves(matrices)), name
 

@@ -23,7 +23,7 @@ from support import (
 )
 
 import headshare_jax
-from headshare_jax import HeadshareError, Llama, modeling, parameters, share, unshare
+from headshare_jax import HeadshareError, Llama, modeling, parameters, projection, share, unshare
 
 CONTEXT = 64
 
@@ -168,11 +168,11 @@ def test_remat_changes_memory_but_not_results() -> None:
 def test_few_tokens_give_what_many_give(monkeypatch: pytest.MonkeyPatch, tie: str) -> None:
     dense = tiny_model(attention_bias=True)
     model = share(dense, sharing_by_hand(dense, tie, {3: 0, 5: 1}))
-    tokens = jnp.asarray(random_tokens((2, modeling.PER_HEAD_TOKENS // 2)))
+    tokens = jnp.asarray(random_tokens((2, projection.PER_HEAD_TOKENS // 2)))
     head_by_head = jax.jit(lambda model, tokens: model(tokens))
     gathered = jax.jit(lambda model, tokens: model(tokens))
     few, few_program = np.asarray(head_by_head(model, tokens)), head_by_head.lower(model, tokens).as_text()
-    monkeypatch.setattr(modeling, "PER_HEAD_TOKENS", 0)
+    monkeypatch.setattr(projection, "PER_HEAD_TOKENS", 0)
     many = np.asarray(gathered(model, tokens))
     assert few_program != gathered.lower(model, tokens).as_text()
     assert error(few, many) < 2e-6

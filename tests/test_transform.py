@@ -25,7 +25,7 @@ from support import (
 )
 
 import headshare_jax
-from headshare_jax import HeadshareError, Llama, ledger, match, modeling, parameters, share, sharing_map, unshare
+from headshare_jax import HeadshareError, Llama, ledger, match, parameters, projection, share, sharing_map, unshare
 
 TIES = tuple("".join(letters) for size in range(1, 5) for letters in combinations("qkvo", size))
 MODELS: dict[str, dict[str, Any]] = {"mha": VARIANTS["mha"], "gqa": {"attention_bias": True}}
@@ -74,7 +74,7 @@ def test_a_shared_model_computes_what_a_model_edited_by_hand_does(
     sharing = sharing_by_hand(model, tie, pairs(model.config.num_kv_heads))
     edited, dense = tied_by_hand(tiny_hf_model(**overrides), sharing), tiny_hf_model(**overrides)
     shared = share(model, sharing)
-    for length in (modeling.PER_HEAD_TOKENS // 4, modeling.PER_HEAD_TOKENS):
+    for length in (projection.PER_HEAD_TOKENS // 4, projection.PER_HEAD_TOKENS):
         tokens = random_tokens((2, length))
         logits, expected = jax_logits(shared, tokens), hf_logits(edited, tokens)
         assert np.abs(logits - expected).max() < 2e-5 * np.abs(expected).max()

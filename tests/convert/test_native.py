@@ -21,7 +21,7 @@ import headshare_jax
 from headshare_jax import HeadshareError, Llama, SharingMap, parameters
 from headshare_jax.convert.native import DOCUMENT, WEIGHTS
 from headshare_jax.ledger import ledger
-from headshare_jax.modeling import index_name
+from headshare_jax.parameters import index_name
 from headshare_jax.sharing import PROJECTIONS
 
 PAIRS = {2: 0, 4: 1, 5: 1}
