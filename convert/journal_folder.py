@@ -34,11 +34,12 @@ class JournalFolder:
         path = Path(path)
         check_output(path, overwrite=True)
         if path.exists() and not path.is_dir():
-            raise HeadshareError(f"{path} is a file, not a folder for journals; choose another name.")
+            raise HeadshareError(f"{path} is a file, not a folder for finished layers; choose another name.")
         foreign = next((entry for entry in path.glob("[!.]*") if not (entry / KEY).is_file()), None)
         if foreign is not None:
             raise HeadshareError(
-                f"{foreign} is no journal, and nothing else may lie beside them; choose another folder."
+                f"{foreign} is no journal of finished layers, and nothing else may lie beside those; choose another "
+                "folder."
             )
         self.path = path
 

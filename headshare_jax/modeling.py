@@ -24,11 +24,11 @@ COMPUTE_DTYPES = ("float32", "bfloat16")
 # What costs a product or the attention; norms and the gated product are computed again in the backward pass, which is
 # cheaper than writing them to memory and reading them back.
 _COSTLY = ("query", "key", "value", "heads", "middle", "gate", "up")
-# Activations of a layer kept for the backward pass; everything else is computed again.
+# Activations of a layer kept for the backward pass, most first; everything else is computed again.
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.save_only_these_names(*_COSTLY),
-    "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
 }
 # Queries whose attention scores are in memory at a time, unless that makes more blocks than are good to unroll.
 ATTENTION_BLOCK, MAX_ATTENTION_BLOCKS = 128, 8

@@ -18,7 +18,7 @@ from headshare_jax.train.topology import Chip
 
 STAGES = ("decode", "prefill", "postshare")
 # From the one that computes least again to the one that keeps least.
-REMATS = ("none", *reversed(REMAT_POLICIES))
+REMATS = tuple(REMAT_POLICIES)
 # Part of the needed memory that an estimate adds for what it leaves out.
 MARGIN = 0.1
 

@@ -134,7 +134,7 @@ def with_value(key: str, value: Any) -> dict[str, Any]:
         ("stage.sim_schedule", "wsd", "stages.0.sim_schedule must be one of constant, linear, cosine"),
         ("optimizer.schedule", "linear", "optimizer.schedule must be one of cosine, wsd, constant"),
         ("compute_dtype", "float16", "compute_dtype must be one of float32, bfloat16"),
-        ("remat", "some", "remat must be one of none, full, dots"),
+        ("remat", "some", "remat must be one of none, dots, full"),
         ("sharing.match", "best", "sharing.match must be one of q, k, v"),
         ("sharing.chains", "keep", "sharing.chains must be one of resolve, forbid"),
         ("sharing.tie", "kq", "tie must name some of q, k, v, o"),
