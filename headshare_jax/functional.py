@@ -157,7 +157,8 @@ def _match_layers(
     progress: Callable[[int, int], None],
 ) -> dict[int, Costs]:
     """Costs of all layers but those that are finished; each goes to the journal as soon as it is there."""
-    config, layers, found = source.config, source.config.num_layers, dict[int, Costs]()
+    config, layers = source.config, source.config.num_layers
+    found: dict[int, Costs] = {}
     near: dict[int, Weights] = {}
     with ExitStack() as files:
         gradients_lwtd = files.enter_context(

@@ -93,13 +93,16 @@ def generate(
         room=new,
         sampling=sampling,
         # XLA's CPU backend copies what it slices from a stack.
-        layers=unstacked(model) if _on_cpu(model) else None,
+        layers=unstacked(model) if _on_one_cpu(model) else None,
     )
     return [row[:length].tolist() for row, length in zip(np.asarray(out_bt), np.asarray(length_b), strict=True)]
 
 
-def _on_cpu(model: Llama) -> bool:
-    return {device.platform for leaf in jax.tree.leaves(model) for device in leaf.devices()} == {"cpu"}
+def _on_one_cpu(model: Llama) -> bool:
+    """Whether all of a model is in the memory of one CPU device; parameters may be NumPy arrays."""
+    arrays = [leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.Array)]
+    devices = {device for array in arrays for device in array.devices()}
+    return len(devices) == 1 and devices.pop().platform == "cpu"
 
 
 def _bucket(length: int) -> int:

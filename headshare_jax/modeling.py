@@ -351,8 +351,7 @@ class Llama(nnx.Module):
 
     def _mlp(self, x_btd: jax.Array, weights: LayerWeights) -> jax.Array:
         def linear(x: jax.Array, name: str, bias: str) -> jax.Array:
-            weight = weights[name]
-            y = weight.applied(product, x) if isinstance(weight, LayerOf) else product(weight, x)
+            y = product(weights[name], x)
             return y + weights[bias].astype(x.dtype)[None] if self.config.mlp_bias else y
 
         # Tokens along one axis: the gradient of a weight sums over them, and over two axes XLA would first copy.

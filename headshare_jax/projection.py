@@ -91,6 +91,11 @@ class Heads:
     runs: tuple[jax.Array, ...]
     order: tuple[int, ...] = field(metadata={"static": True})
 
+    @property
+    def in_order(self) -> bool:
+        """Whether the runs have the heads in the layer's own order."""
+        return self.order == tuple(range(len(self.order)))
+
     @classmethod
     def of(cls, pool: np.ndarray, index_n: np.ndarray) -> Self:
         """Heads by pool row; arrays are views of the pool on a CPU."""
@@ -128,7 +133,10 @@ class LayerOf:
         return out
 
 
-def product(matrix: jax.Array, x: jax.Array) -> jax.Array:
+def product(matrix: jax.Array | LayerOf, x: jax.Array) -> jax.Array:
+    """x [..., I] times a layer's matrix [I, J], in the type of x."""
+    if isinstance(matrix, LayerOf):
+        return matrix.applied(product, x)
     return x @ matrix.astype(x.dtype)
 
 
@@ -142,14 +150,14 @@ def runs_in(heads: Heads, x_btd: jax.Array) -> jax.Array:
         return jnp.einsum("nmd,ndh->nmh", x_nmd, run_ndh.astype(x_md.dtype))
 
     out_nmh = jnp.concatenate([of_run(run) for run in heads.runs])
-    if heads.order != tuple(range(len(heads.order))):
+    if not heads.in_order:
         out_nmh = out_nmh[np.argsort(heads.order)]
     return out_nmh.swapaxes(0, 1).reshape(batch, length, len(heads.order), -1)
 
 
 def runs_out(heads: Heads, heads_btnh: jax.Array) -> jax.Array:
     """Output [B, T, D] of head outputs; one product a run."""
-    if heads.order != tuple(range(len(heads.order))):
+    if not heads.in_order:
         heads_btnh = heads_btnh[:, :, np.array(heads.order)]
     ends = np.cumsum([len(run) for run in heads.runs])
     parts = jnp.split(heads_btnh, ends[:-1], axis=2)

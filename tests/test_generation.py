@@ -21,7 +21,8 @@ from support import (
 from transformers import LlamaForCausalLM
 
 import headshare_jax
-from headshare_jax import HeadshareError, Llama, Sampling, generate, generation, projection, share
+from headshare_jax import HeadshareError, Llama, Sampling, generate, generation, parameters, projection, share
+from headshare_jax.mesh import make_mesh, parameter_sharding
 
 # 20 tokens more go beyond the context of 64, where dynamic scaling begins.
 PROMPTS = [random_tokens((length,), seed=length).tolist() for length in (3, 55, 9, 1)]
@@ -51,7 +52,7 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, name: str) -> N
 def test_a_shared_model_continues_as_one_edited_by_hand_does_in_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tie: str, on_cpu: bool
 ) -> None:
-    monkeypatch.setattr(generation, "_on_cpu", lambda model: on_cpu)
+    monkeypatch.setattr(generation, "_on_one_cpu", lambda model: on_cpu)
     hf = tiny_hf_model(eos_token_id=None)
     hf.save_pretrained(tmp_path / "dense")
     model = headshare_jax.load(tmp_path / "dense")
@@ -60,6 +61,14 @@ def test_a_shared_model_continues_as_one_edited_by_hand_does_in_transformers(
     continuations = generate(share(model, sharing), PROMPTS, max_new_tokens=20)
     assert continuations == hf_generate(tmp_path / "edited", PROMPTS, max_new_tokens=20)
     assert continuations != generate(model, PROMPTS, max_new_tokens=20)
+
+
+def test_it_does_not_matter_where_parameters_lie(model: Llama, greedy: list[list[int]]) -> None:
+    mesh = make_mesh((2, 2, 2))
+    params = {name: getattr(model, name)[...] for name in parameters.parameter_names(model.config)}
+    shardings = {name: parameter_sharding(mesh, model.config, name, value.shape) for name, value in params.items()}
+    assert generate(Llama(model.config, jax.device_get(params)), PROMPTS, max_new_tokens=20) == greedy
+    assert generate(Llama(model.config, jax.device_put(params, shardings)), PROMPTS, max_new_tokens=20) == greedy
 
 
 def test_unstacked_layers_are_views_of_the_model() -> None:

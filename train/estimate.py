@@ -17,8 +17,6 @@ from headshare_jax.train.losses import HEAD_TOKENS
 from headshare_jax.train.topology import Chip
 
 STAGES = ("decode", "prefill", "postshare")
-# From the one that computes least again to the one that keeps least.
-REMATS = tuple(REMAT_POLICIES)
 # Part of the needed memory that an estimate adds for what it leaves out.
 MARGIN = 0.1
 
@@ -72,8 +70,8 @@ class Layout:
     remat: str = "none"
 
     def __post_init__(self) -> None:
-        if self.remat not in REMATS:
-            raise HeadshareError(f"remat must be one of {', '.join(REMATS)}, not {self.remat!r}.")
+        if self.remat not in REMAT_POLICIES:
+            raise HeadshareError(f"remat must be one of {', '.join(REMAT_POLICIES)}, not {self.remat!r}.")
 
     @property
     def batch_parts(self) -> int:

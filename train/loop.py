@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from headshare_jax import convert
 from headshare_jax.convert import map_file, text, tokenizer
-from headshare_jax.convert.atomic import check_output, new_directory
+from headshare_jax.convert.atomic import check_output, new_directory, new_file
 from headshare_jax.convert.cache import cache_directory
 from headshare_jax.convert.cast import cast
 from headshare_jax.errors import HeadshareError
@@ -418,7 +418,8 @@ class _Trainer:
             progress=partial(self.progress, "refitting"),
         )
         if jax.process_index() == 0:
-            (self.task.output / REFIT).write_text(json.dumps(asdict(report), indent=1))
+            with new_file(self.task.output / REFIT, overwrite=True) as path:
+                path.write_text(json.dumps(asdict(report), indent=1))
         params = place(fitted, parameter_names(fitted.config), self.task.mesh)
         return Llama(
             fitted.config, params, sharing=fitted.sharing, compute_dtype=fitted.compute_dtype, remat=fitted.remat

@@ -17,7 +17,7 @@ from headshare_jax.attention import has_kernel
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.mesh import BATCH, batch_sharding, make_mesh, mesh_shape, parameter_sharding
-from headshare_jax.modeling import KVCache, Llama
+from headshare_jax.modeling import REMAT_POLICIES, KVCache, Llama
 from headshare_jax.selection import sharing_map
 from headshare_jax.sharing import SharingMap
 from headshare_jax.similarity import MatchResult
@@ -176,7 +176,7 @@ def _choices(
 ) -> list[Layout]:
     """Layouts to try in this order: those that an estimate says fit; without any, the one that needs least."""
     sizes = estimate.meshes(workload, count) if mesh is None else [mesh_shape(mesh, count)]
-    remats = [remat] if remat else estimate.REMATS if workload.trains else estimate.REMATS[:1]
+    remats = [remat] if remat else [*REMAT_POLICIES] if workload.trains else ["none"]
     choices = [Layout(size, policy) for size in sizes for policy in remats]
     if not choices:
         raise HeadshareError(f"A batch of {workload.batch} cannot be cut over {count} chips; give another --batch.")

@@ -14,10 +14,11 @@ from headshare_jax import convert
 from headshare_jax.cli.command import Command, say
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
+from headshare_jax.modeling import REMAT_POLICIES
 from headshare_jax.presets import PRESETS
 from headshare_jax.sharing import SharingMap
 from headshare_jax.train import planning
-from headshare_jax.train.estimate import REMATS, STAGES, Workload
+from headshare_jax.train.estimate import STAGES, Workload
 from headshare_jax.train.topology import EXAMPLES, chip_of
 
 _MEMORY = {
@@ -69,7 +70,7 @@ class Plan(Command):
         ),
     ] = None
     remat: Annotated[
-        str | None, tyro.conf.arg(help=f"In postshare: {', '.join(REMATS)}; by default one that fits.")
+        str | None, tyro.conf.arg(help=f"In postshare: {', '.join(REMAT_POLICIES)}; by default one that fits.")
     ] = None
     host: Annotated[
         bool, tyro.conf.arg(help="Estimate from the shapes alone; compiles nothing, and needs no libtpu.")

@@ -72,7 +72,7 @@ class SweepFolder:
 
     @property
     def journals(self) -> JournalFolder:
-        """Where the layers of scores are kept until all are there."""
+        """Where scores are kept layer by layer, so that matching goes on after a stop."""
         return JournalFolder(self.path / CACHE / _JOURNALS)
 
     @contextmanager

@@ -109,6 +109,7 @@ def refitted(dense: hs.Llama, run: Path) -> hs.Llama:
     return refit(dense, shared, windows)[0]
 
 
+# The checkpoint is read back as it lies, without the run's mesh, which is what Orbax warns of.
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_a_run_that_ends_with_align_exports_the_refitted_model(workplace: Path, tmp_path: Path) -> None:
     run, short = tmp_path / "run", recipe(workplace, stages=[ALIGN | {"steps": 2}], **REFIT)
