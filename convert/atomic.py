@@ -18,11 +18,12 @@ logger = logging.getLogger(__name__)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
-def check_output(path: Path, *, overwrite: bool, keep: tuple[Path, ...] = ()) -> None:
+def check_output(path: Path, *, folder: bool, overwrite: bool, keep: tuple[Path, ...] = ()) -> None:
     """Raises HeadshareError if `path` cannot become an output.
 
     Args:
       path: it must have a folder to lie in that can be written to.
+      folder: the output is a folder, and replaces no file; otherwise it is a file, and replaces no folder.
       overwrite: it may exist; but a folder that holds the working directory or the home folder is never replaced.
       keep: what must not be lost with an old folder, because it lies inside.
     """
@@ -35,6 +36,9 @@ def check_output(path: Path, *, overwrite: bool, keep: tuple[Path, ...] = ()) ->
         )
     if not path.exists():
         return
+    if path.is_dir() != folder:
+        found, wanted = ("file", "folder") if folder else ("folder", "file")
+        raise HeadshareError(f"The output {path} is a {found}, not a {wanted}; choose another name.")
     if not overwrite:
         raise HeadshareError(f"The output {path} exists already; choose another name or pass --overwrite.")
     never = [Path.cwd(), _resolved(Path(os.path.expanduser("~")))]
@@ -52,19 +56,17 @@ def new_directory(path: Path, *, overwrite: bool = False, keep: tuple[Path, ...]
     it is left behind under a hidden name that ends in `.partial`, of which the next to make this output is warned.
 
     Raises:
-      HeadshareError: `path` cannot become an output (see `check_output`), is a file, or cannot be written.
+      HeadshareError: `path` cannot become an output (see `check_output`), or cannot be written.
     """
-    check_output(path, overwrite=overwrite, keep=keep)
+    check_output(path, folder=True, overwrite=overwrite, keep=keep)
     path = _resolved(path)
-    if path.exists() and not path.is_dir():
-        raise HeadshareError(f"The output {path} is a file, not a folder; choose another name.")
     with _explained(path):
         _tell_leftovers(path.parent, path.name, ".partial")
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
         try:
             partial.chmod(0o777 & ~_umask())
             yield partial
-            check_output(path, overwrite=overwrite, keep=keep)
+            check_output(path, folder=True, overwrite=overwrite, keep=keep)
             _take_place(partial, path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -75,12 +77,10 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A file name to write to, which takes the name `path` when the block ends without an error.
 
     Raises:
-      HeadshareError: `path` cannot become an output (see `check_output`), is a folder, or cannot be written.
+      HeadshareError: `path` cannot become an output (see `check_output`), or cannot be written.
     """
-    check_output(path, overwrite=overwrite)
+    check_output(path, folder=False, overwrite=overwrite)
     path = _resolved(path)
-    if path.is_dir():
-        raise HeadshareError(f"The output {path} is a folder, not a file; choose another name.")
     with _explained(path):
         _tell_leftovers(path.parent, path.stem, f".partial{path.suffix}")
         # The ending is kept: writers choose their format by it.
@@ -90,7 +90,7 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         try:
             partial.chmod(0o666 & ~_umask())
             yield partial
-            check_output(path, overwrite=overwrite)
+            check_output(path, folder=False, overwrite=overwrite)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)

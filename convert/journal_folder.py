@@ -32,9 +32,7 @@ class JournalFolder:
 
     def __init__(self, path: str | Path):
         path = Path(path)
-        check_output(path, overwrite=True)
-        if path.exists() and not path.is_dir():
-            raise HeadshareError(f"{path} is a file, not a folder for finished layers; choose another name.")
+        check_output(path, folder=True, overwrite=True)
         foreign = next((entry for entry in path.glob("[!.]*") if not (entry / KEY).is_file()), None)
         if foreign is not None:
             raise HeadshareError(

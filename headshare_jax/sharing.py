@@ -1,6 +1,7 @@
 """Sharing maps: who shares whose weights, who is dropped, and the JSON document that says so."""
 
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -196,8 +197,6 @@ class SharingMap:
             return cls(**_map_fields(document))
         except KeyError as error:
             raise HeadshareError(f"The map lacks the field {error}.") from error
-        except (TypeError, ValueError, OverflowError) as error:
-            raise HeadshareError(f"The map has a malformed field: {error}.") from error
 
     def _key(self) -> tuple[Any, ...]:
         assert self.unit_tie is not None
@@ -250,7 +249,7 @@ def _check_donors(donor: np.ndarray) -> None:
 
 
 def _map_fields(document: Mapping[str, Any]) -> dict[str, Any]:
-    model = document["model"]
+    model = _object(document["model"], "model")
     num_layers, units = (_whole(model[name], name, 1) for name in ("num_layers", "units_per_layer"))
     if num_layers * units > 2**24:
         raise HeadshareError(f"The map claims {num_layers} layers of {units} units, more than any model has.")
@@ -266,20 +265,19 @@ def _map_fields(document: Mapping[str, Any]) -> dict[str, Any]:
             raise HeadshareError(f"The map names unit {place[0]}.{place[1]} (layer.unit) twice.")
         named[place] = True
         if entry.get("score") is not None:
-            score[place] = float(entry["score"])
+            score[place] = _number(entry["score"], "score")
         return place
 
-    for entry in document["receivers"]:
+    for entry in _objects(document["receivers"], "receivers"):
         place = name(entry)
-        to_layer, to_unit = entry["donor"]
-        donor_layer, donor_unit = _unit(to_layer, to_unit, donor.shape)
+        donor_layer, donor_unit = _unit(*_pair(entry["donor"], "donor"), donor.shape)
         if place == (donor_layer, donor_unit):
             raise HeadshareError(
                 f"The map makes unit {place[0]}.{place[1]} (layer.unit) its own donor; leave it out instead."
             )
         donor[place] = donor_layer * units + donor_unit
         unit_tie[place] = check_tie(_text(entry.get("tie", tie), "tie"))
-    for entry in document.get("dropped", ()):
+    for entry in _objects(document.get("dropped", []), "dropped"):
         donor[name(entry)] = DROPPED
     match, ratio, budget, seed, source = (document.get(name) for name in ("match", "ratio", "budget", "seed", "source"))
     return {
@@ -313,12 +311,37 @@ def _whole(value: Any, name: str, least: int) -> int:
     return value
 
 
+def _number(value: Any, name: str) -> float:
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if not whole and not isinstance(value, float):
+        raise HeadshareError(f"{name} in the map must be a number, not {value!r}.")
+    return float(value)
+
+
 def _fraction(value: Any, name: str, *, inclusive: bool = False) -> float:
-    number = not isinstance(value, bool) and isinstance(value, (int, float))
-    if not number or not (0 <= value < 1 or (inclusive and value == 1)):
+    number = _number(value, name)
+    if not (0 <= number < 1 or (inclusive and number == 1)):
         end = "at most 1" if inclusive else "below 1"
         raise HeadshareError(f"{name} in the map must be a number of at least 0 and {end}, not {value!r}.")
-    return float(value)
+    return number
+
+
+def _pair(value: Any, name: str) -> list[Any]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise HeadshareError(f"{name} in the map must be [layer, unit], not {value!r}.")
+    return value
+
+
+def _object(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise HeadshareError(f"{name} in the map must be an object, not {value!r}.")
+    return value
+
+
+def _objects(value: Any, name: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list):
+        raise HeadshareError(f"{name} in the map must be a list, not {value!r}.")
+    return [_object(entry, f"an entry of {name}") for entry in value]
 
 
 def _text(value: Any, name: str) -> str:

@@ -89,6 +89,7 @@ def test_wrong_arguments_are_refused_in_one_sentence(refused: Any) -> None:
         (("share", "a", "b", "--ratio"), "Missing value for argument '--ratio'"),
         (("inspect",), "headshare inspect: SRC; see headshare inspect --help"),
         (("inspect", "a", "b"), "Unrecognized options: b"),
+        (("plan",), "Missing from headshare plan: SRC, --topology STR; see headshare plan --help."),
     ]
     for args, words in cases:
         assert words in refused(*args), args
@@ -390,6 +391,7 @@ def test_bad_input_is_refused_in_one_sentence(refused: Any, model: Path, tmp_pat
         (("match", "absent", "--plot", tmp_path / "picture.doc"), ".png"),
         (("match", "absent", "-o", tmp_path / "scores.txt"), ".npz"),
         (("share", "absent", out, "--ratio", 0.3, "--plot", tmp_path / "picture.doc"), ".png"),
+        (("share", "absent", out, "--ratio", 0.3, "--save-map", taken, "--overwrite"), "is a folder, not a file"),
         (("share", model, out, "--ratio", 0.3, "--within-shards", 3), "2 units of a layer cannot be cut evenly"),
         (("share", model, out), "--ratio"),
         (("share", model, out, "--ratio", 0.3, "--map", text), "--ratio"),

@@ -213,7 +213,7 @@ def _check_folder(output: Path, recipe: recipes.Recipe, resume: bool) -> None:
                 "a new run in another folder."
             )
         return
-    check_output(output, overwrite=True)
+    check_output(output, folder=True, overwrite=True)
     if output.exists():
         remedy = "pass --resume to go on with it, or choose another" if path.is_file() else "choose another folder"
         raise HeadshareError(f"{output} exists already; {remedy}.")

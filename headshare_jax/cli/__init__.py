@@ -125,7 +125,10 @@ def _sentence(box: str) -> str:
     if rows and _RULER.fullmatch(rows[0].strip()):
         rows = rows[1:]
     said = takewhile(lambda row: not _RULER.fullmatch(row.strip()), rows)
-    text = " ".join(row.strip() for row in said if not row.startswith(" " * 9)).strip().rstrip(".")
+    lines = [row.strip() for row in said if row.strip() and not row.startswith(" " * 9)]
+    if lines and lines[0].startswith("Missing"):
+        return f"{lines[0]} {', '.join(lines[1:])}"
+    text = " ".join(lines).rstrip(".")
     wrong = re.match(r"Error parsing ([^:]+):.*'([^']*)'", text)
     return f"{wrong[1]} does not take {wrong[2]!r}" if wrong else text or "The arguments cannot be understood"
 

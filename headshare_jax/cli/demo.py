@@ -58,7 +58,7 @@ class Demo(Command):
     overwrite: Overwrite = False
 
     def run(self) -> dict[str, Any]:
-        check_output(self.output, overwrite=self.overwrite)
+        check_output(self.output, folder=True, overwrite=self.overwrite)
         if not self.ratios or not all(0 < ratio < 1 for ratio in self.ratios):
             raise HeadshareError(f"The ratios must lie between 0 and 1, unlike {self.ratios}.")
         path = smollm2() if self.src is None else convert.locate(self.src)

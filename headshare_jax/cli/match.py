@@ -44,7 +44,7 @@ class Match(Command):
 
     def run(self) -> dict[str, Any]:
         for path in filter(None, (self.output, self.plot)):
-            check_output(path, overwrite=self.overwrite)
+            check_output(path, folder=False, overwrite=self.overwrite)
         if self.plot is not None:
             pictures.check_name(self.plot)
         if self.output is not None and self.output.suffix != ".npz":

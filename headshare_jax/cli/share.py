@@ -87,8 +87,9 @@ class Share(Command):
     overwrite: Overwrite = False
 
     def run(self) -> dict[str, Any]:
-        for output in filter(None, (Path(self.dst), self.save_map, self.plot)):
-            check_output(output, overwrite=self.overwrite)
+        check_output(Path(self.dst), folder=True, overwrite=self.overwrite)
+        for output in filter(None, (self.save_map, self.plot)):
+            check_output(output, folder=False, overwrite=self.overwrite)
         if self.plot is not None:
             pictures.check_name(self.plot)
         if [self.ratio, self.budget, self.map].count(None) != 2:

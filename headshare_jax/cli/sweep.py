@@ -85,7 +85,7 @@ class Sweep(Command):
         report.check_installed()
         if self.output.exists() and not self.resume:
             raise HeadshareError(f"{self.output} exists already; choose another name, or go on there with --resume.")
-        check_output(self.output, overwrite=self.resume)
+        check_output(self.output, folder=True, overwrite=self.resume)
         chosen, amounts = self._checked_methods(), self._checked_amounts()
         path = convert.locate(self.src)
         source = convert.open_checkpoint(path)

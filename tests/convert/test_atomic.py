@@ -66,7 +66,7 @@ def test_an_output_that_exists_is_refused(tmp_path: Path, kind: str) -> None:
     with pytest.raises(HeadshareError, match=r"out\.txt exists already; choose another name or pass --overwrite"):
         write(kind, tmp_path / "out.txt", "new")
     with pytest.raises(HeadshareError, match="exists already"):
-        check_output(tmp_path / "out.txt", overwrite=False)
+        check_output(tmp_path / "out.txt", folder=kind == "folder", overwrite=False)
     assert content(tmp_path) == before
 
 
@@ -105,7 +105,7 @@ def test_an_error_midway_leaves_what_was_there(tmp_path: Path, kind: str, error:
 def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path: Path, kind: str) -> None:
     writer = new_file if kind == "file" else new_directory
     with pytest.raises(HeadshareError, match="exists already"), writer(tmp_path / "out"):
-        (tmp_path / "out").mkdir()
+        write(kind, tmp_path / "out", "meanwhile")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
