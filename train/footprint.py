@@ -8,15 +8,14 @@ import jax.numpy as jnp
 from headshare_jax.errors import HeadshareError
 from headshare_jax.mesh import batch_sharding
 from headshare_jax.parameters import parameter_names
-from headshare_jax.train import data
 from headshare_jax.train import recipe as recipes
-from headshare_jax.train.loop import check_devices, check_windows, choose_pairs, open_inputs
+from headshare_jax.train.loop import check_devices, choose_pairs, open_inputs
 from headshare_jax.train.placement import abstract_params, abstract_state, bytes_on_device, split_names
 from headshare_jax.train.step import StageContext, make_step
 
 
 def footprint(recipe: recipes.Recipe) -> dict[str, Any]:
-    """Bytes of parameters, optimizer state and temporaries (activations, gradients) on a device, stage by stage.
+    """Bytes of parameters, teacher, optimizer state and temporaries (activations, gradients) on a device, by stage.
 
     Without a map in the recipe, one is drawn at random: sizes depend on its ratio and tie alone. The texts are opened,
     and read as far as the first block, or all that a refit takes, so that a run does not fail for what could be known.
@@ -26,15 +25,7 @@ def footprint(recipe: recipes.Recipe) -> dict[str, Any]:
         machine's devices.
     """
     mesh = check_devices(recipe)
-    source, words, _ = open_inputs(recipe)
-    blocks = data.count_blocks(
-        recipe.data.train,
-        words,
-        seq_len=recipe.data.seq_len,
-        text_field=recipe.data.text_field,
-        most=max(1, recipe.sharing.refit_windows),
-    )
-    check_windows(recipe, blocks)
+    source, _, _ = open_inputs(recipe)
     sharing = choose_pairs(recipe, source, "random")
     stages = []
     for stage in recipe.stages:
@@ -50,7 +41,8 @@ def footprint(recipe: recipes.Recipe) -> dict[str, Any]:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         compiled = make_step(context, state_sharding=shardings).lower(state, frozen, teacher, batch, batch).compile()
         sizes = {
-            "parameters": bytes_on_device(state.params) + bytes_on_device(frozen) + bytes_on_device(teacher),
+            "parameters": bytes_on_device(state.params) + bytes_on_device(frozen),
+            "teacher": bytes_on_device(teacher),
             "optimizer": bytes_on_device(state.opt_state),
             "temporaries": _temporaries(compiled),
         }

@@ -119,12 +119,20 @@ def check_devices(recipe: recipes.Recipe) -> Mesh:
     return mesh
 
 
-def check_windows(recipe: recipes.Recipe, blocks: int) -> None:
-    """Raises HeadshareError if the recipe refits on more windows than its training text has blocks."""
-    if recipe.sharing.refit_windows > blocks:
+def _check_text(recipe: recipes.Recipe, words: "PreTrainedTokenizerBase") -> None:
+    """Reads as much of the training text as a refit takes, or a block; HeadshareError if there is less."""
+    windows = recipe.sharing.refit_windows
+    blocks = data.count_blocks(
+        recipe.data.train,
+        words,
+        seq_len=recipe.data.seq_len,
+        text_field=recipe.data.text_field,
+        most=max(1, windows),
+    )
+    if windows > blocks:
         raise HeadshareError(
-            f"sharing.refit_windows ({recipe.sharing.refit_windows}) is more than the {blocks} blocks of seq_len "
-            f"{recipe.data.seq_len} that {recipe.data.train} has; lower it, or give more text."
+            f"sharing.refit_windows ({windows}) is more than the {blocks} blocks of seq_len {recipe.data.seq_len} that "
+            f"{recipe.data.train} has; lower it, or give more text."
         )
 
 
@@ -145,7 +153,6 @@ def prepare(recipe: recipes.Recipe, output: Path, progress: Progress) -> Run:
         cache=cache_directory() / "blocks",
         progress=partial(progress, "tokenising"),
     )
-    check_windows(recipe, blocks.count)
     return Run(recipe, output, source, sharing, check_devices(recipe), blocks, eval_tokens)
 
 
@@ -153,7 +160,8 @@ def open_inputs(recipe: recipes.Recipe) -> tuple[convert.Checkpoint, "PreTrained
     """The dense model, its tokenizer, and the held-out text as int32 [tokens], empty if the recipe has none.
 
     Raises:
-      HeadshareError: one of them cannot be read, or the model shares heads or has no parameters that a stage trains.
+      HeadshareError: one of them or the training text cannot be read, that text is too short, or the model shares
+        heads or has no parameters that a stage trains.
     """
     path = convert.locate(recipe.model)
     source = convert.open_checkpoint(path)
@@ -162,6 +170,7 @@ def open_inputs(recipe: recipes.Recipe) -> tuple[convert.Checkpoint, "PreTrained
     for stage in recipe.stages:
         trainable_names(source.config, stage.trainable)
     words = tokenizer.load(path)
+    _check_text(recipe, words)
     held_out = recipe.data.eval
     tokens = (
         [] if held_out is None else words(text.read(held_out, field=recipe.data.text_field), verbose=False).input_ids

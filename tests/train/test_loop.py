@@ -357,7 +357,10 @@ def test_impossible_runs_are_refused(workplace: Path, tmp_path: Path, changes: d
     refused(recipe(workplace, **changes), said, tmp_path)
 
 
-def test_text_shorter_than_a_block_is_refused(workplace: Path, tmp_path: Path) -> None:
+def test_text_shorter_than_a_block_is_refused_before_matching(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(loop, "match")
     (tmp_path / "short.txt").write_text("Short.")
     refused(recipe(workplace, data={"train": str(tmp_path / "short.txt"), "seq_len": 32}), "seq_len", tmp_path)
 
@@ -410,6 +413,7 @@ def test_postshare_command(workplace: Path, tmp_path: Path, capsys: pytest.Captu
         "sharing.refit_windows=304",
         "stages.0.steps=1",
         "stages.1.steps=1",
+        "stages.1.distill_weight=1.0",
     ]
     assert cli.run([*args, "--dry-run", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
@@ -418,6 +422,8 @@ def test_postshare_command(workplace: Path, tmp_path: Path, capsys: pytest.Captu
     assert planned["recipe"]["sharing"]["refit_windows"] == 304
     tied, align = planned["stages"][1], planned["stages"][0]
     assert tied["optimizer"] < align["optimizer"]
+    # The teacher is the dense model, which is what align trains.
+    assert (align["teacher"], tied["teacher"]) == (0, align["parameters"])
     assert not (tmp_path / "run").exists()
     assert cli.run([*args, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["last"]["step"] == 2
