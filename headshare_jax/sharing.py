@@ -326,10 +326,10 @@ def _fraction(value: Any, name: str, *, inclusive: bool = False) -> float:
     return number
 
 
-def _pair(value: Any, name: str) -> list[Any]:
+def _pair(value: Any, name: str) -> tuple[Any, Any]:
     if not isinstance(value, list) or len(value) != 2:
         raise HeadshareError(f"{name} in the map must be [layer, unit], not {value!r}.")
-    return value
+    return value[0], value[1]
 
 
 def _object(value: Any, name: str) -> dict[str, Any]:
