@@ -1,4 +1,7 @@
-"""Calibration text run through a model layer by layer: what its blocks compute, and what its predictions depend on."""
+"""Calibration text run through a model layer by layer: what its blocks compute, and what its predictions depend on.
+
+Every device has the weights of a layer; windows of text are cut among them, and sums over tokens come out whole.
+"""
 
 import hashlib
 import json
@@ -13,10 +16,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from headshare_jax import parameters
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
+from headshare_jax.mesh import batch_sharding, make_mesh, replicated
 from headshare_jax.modeling import _ACTIVATIONS, attend, head_logits, normalized_rows
 from headshare_jax.parameters import WeightSource
 from headshare_jax.rope import rotary_angles, rotate
@@ -25,7 +30,7 @@ from headshare_jax.rope import rotary_angles, rotate
 BLOCKS = ("attention", "mlp")
 OUTPUT = {"attention": "o_pool_phd", "mlp": "down_lfd"}
 _OUTPUT_BIAS = {"attention": "o_bias_ld", "mlp": "down_bias_ld"}
-# Tokens whose logits are in memory at a time.
+# Tokens whose logits are in a device's memory at a time.
 _HEAD_TOKENS = 256
 _LAYERLESS = ("embed_vd", "final_norm_d", "head_vd")
 
@@ -62,10 +67,33 @@ def tokens_digest(tokens: np.ndarray) -> str:
     return f"sha256:{hashlib.sha256(json.dumps(tokens.shape).encode() + tokens.tobytes()).hexdigest()}"
 
 
-def layer_weights(source: WeightSource, layer: int) -> dict[str, jax.Array]:
-    """One layer's parameters by name, in float32 whatever the stored type; shapes as `parameters.slice_shape` has."""
+def calibration_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices that share the work, by default all of this process: no other process waits for what one computes."""
+    return make_mesh((-1, 1, 1), jax.local_devices() if devices is None else devices)
+
+
+def layer_weights(source: WeightSource, layer: int, mesh: Mesh | None = None) -> dict[str, jax.Array]:
+    """One layer's parameters by name, in float32 whatever the stored type; shapes as `parameters.slice_shape` has.
+
+    They are whole on every device of the mesh; without one, on the default device.
+    """
     names = (name for name in parameters.parameter_names(source.config) if name not in _LAYERLESS)
-    return {name: jnp.asarray(source.read(name, layer), jnp.float32) for name in names}
+    return {name: _whole(source.read(name, layer), mesh) for name in names}
+
+
+def _whole(value: jax.typing.ArrayLike, mesh: Mesh | None) -> jax.Array:
+    """A parameter in float32 on every device of a mesh."""
+    value = jnp.asarray(value, jnp.float32)
+    return value if mesh is None else jax.device_put(value, replicated(mesh))
+
+
+def cut(windows_w: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Windows, [W, ...], cut among the devices of a mesh; where they cannot be, whole on each."""
+    return jax.device_put(windows_w, _window_sharding(len(windows_w), mesh))
+
+
+def _window_sharding(count: int, mesh: Mesh) -> NamedSharding:
+    return batch_sharding(mesh) if count % mesh.size == 0 else replicated(mesh)
 
 
 def output_weight(weights: dict[str, jax.Array], block: str) -> jax.Array:
@@ -93,6 +121,13 @@ def run_block(
 def advance(config: LlamaConfig, weights: dict[str, jax.Array], x_btd: jax.typing.ArrayLike, block: str) -> jax.Array:
     """The residual stream behind a block, [B, T, D]."""
     return run_block(config, weights, x_btd, block)[1]
+
+
+def through_layer(config: LlamaConfig, weights: dict[str, jax.Array], x_btd: jax.Array) -> jax.Array:
+    """The residual stream behind a layer, [B, T, D]."""
+    for block in BLOCKS:
+        x_btd = advance(config, weights, x_btd, block)
+    return x_btd
 
 
 def residual_weights(x_btd: jax.Array) -> jax.Array:
@@ -161,12 +196,26 @@ def _backward(
     return middle_gradient_btd, through_attention(middle_gradient_btd)[0]
 
 
-@partial(jax.jit, static_argnames="config")
+@partial(jax.jit, static_argnames=("config", "mesh"))
 def _head_gradient(
-    config: LlamaConfig, final_norm_d: jax.Array, head_vd: jax.Array, x_td: jax.Array, key: jax.Array
+    config: LlamaConfig, mesh: Mesh, final_norm_d: jax.Array, head_vd: jax.Array, x_btd: jax.Array, keys_bt: jax.Array
 ) -> jax.Array:
     """Gradient of the log-probability of tokens drawn by the model itself, by the stream before the final norm."""
+    whole, rows = replicated(mesh).spec, _window_sharding(len(x_btd), mesh).spec
+    of_windows = jax.shard_map(
+        partial(_head_gradient_of_windows, config),
+        mesh=mesh,
+        in_specs=(whole, whole, rows, rows),
+        out_specs=rows,
+        check_vma=False,
+    )
+    gradient_btd: jax.Array = of_windows(final_norm_d, head_vd, x_btd, keys_bt)
+    return gradient_btd
 
+
+def _head_gradient_of_windows(
+    config: LlamaConfig, final_norm_d: jax.Array, head_vd: jax.Array, x_btd: jax.Array, keys_bt: jax.Array
+) -> jax.Array:
     def of_token(row: tuple[jax.Array, jax.Array]) -> jax.Array:
         x_d, key = row
 
@@ -177,7 +226,17 @@ def _head_gradient(
         drawn_v = jax.nn.one_hot(jax.random.categorical(key, logits_v), logits_v.size, dtype=jnp.float32)
         return through_logits(drawn_v - jax.nn.softmax(logits_v))[0]
 
-    return jax.lax.map(of_token, (x_td, jax.random.split(key, len(x_td))), batch_size=_HEAD_TOKENS)
+    tokens = (x_btd.reshape(-1, x_btd.shape[-1]), keys_bt.ravel())
+    return jax.lax.map(of_token, tokens, batch_size=_HEAD_TOKENS).reshape(x_btd.shape)
+
+
+def _draw_keys(seed: int, windows: slice, seq_len: int) -> jax.Array:
+    """Keys of a draw for every token, [W, T]; a window's do not depend on the others."""
+
+    def of_window(window: jax.Array) -> jax.Array:
+        return jax.random.split(jax.random.fold_in(jax.random.key(seed), window), seq_len)
+
+    return jax.vmap(of_window)(jnp.arange(windows.start, windows.stop))
 
 
 @contextmanager
@@ -187,6 +246,7 @@ def attention_gradients(
     *,
     batch_tokens: int = 2048,
     seed: int = 0,
+    mesh: Mesh | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[np.ndarray]:
     """What predictions depend on: gradients by every layer's attention output, one drawn token a position.
@@ -198,8 +258,9 @@ def attention_gradients(
     Args:
       source: the model; one layer's parameters are in memory at a time.
       windows_wt: int32 [W, T].
-      batch_tokens: tokens run at a time.
+      batch_tokens: tokens run at a time on a device.
       seed: of the draws.
+      mesh: by default `calibration_mesh()`.
       progress: called with the layers done, forward and backward, and in all.
 
     Yields:
@@ -210,27 +271,26 @@ def attention_gradients(
       HeadshareError: the disk is full.
     """
     config, total = source.config, 2 * source.config.num_layers
+    mesh = mesh or calibration_mesh()
     windows, seq_len = windows_wt.shape
-    parts = list(batches(slice(0, windows), batch_tokens, seq_len))
+    parts = list(batches(slice(0, windows), batch_tokens, seq_len, mesh.size))
     shape = (config.num_layers, windows, seq_len, config.hidden_size)
     with _mapped(shape) as states_lwtd, on_disk(embedded(source, windows_wt)) as x_wtd:
         for layer in range(config.num_layers):
-            weights = layer_weights(source, layer)
+            weights = layer_weights(source, layer, mesh)
             for part in parts:
                 states_lwtd[layer, part] = x_wtd[part]
-                for block in BLOCKS:
-                    x_wtd[part] = advance(config, weights, x_wtd[part], block)
+                x_wtd[part] = through_layer(config, weights, cut(x_wtd[part], mesh))
             progress(layer + 1, total)
-        head_vd = output_head(source)
-        final_norm_d = jnp.asarray(source.read("final_norm_d"), jnp.float32)
-        for window in range(windows):
-            key = jax.random.fold_in(jax.random.key(seed), window)
-            x_wtd[window] = _head_gradient(config, final_norm_d, head_vd, jnp.asarray(x_wtd[window]), key)
+        final_norm_d, head_vd = _whole(source.read("final_norm_d"), mesh), _whole(output_head(source), mesh)
+        for part in parts:
+            keys_bt = _draw_keys(seed, part, seq_len)
+            x_wtd[part] = _head_gradient(config, mesh, final_norm_d, head_vd, cut(x_wtd[part], mesh), keys_bt)
         for layer in reversed(range(config.num_layers)):
-            weights = layer_weights(source, layer)
+            weights = layer_weights(source, layer, mesh)
             for part in parts:
                 states_lwtd[layer, part], x_wtd[part] = _backward(
-                    config, weights, states_lwtd[layer, part], x_wtd[part]
+                    config, weights, cut(states_lwtd[layer, part], mesh), cut(x_wtd[part], mesh)
                 )
             progress(total - layer, total)
         yield states_lwtd
@@ -292,7 +352,12 @@ def embedded(source: WeightSource, windows_wt: np.ndarray) -> Iterator[np.ndarra
     return (np.asarray(embed_vd[window_t], np.float32)[None] for window_t in windows_wt)
 
 
-def batches(windows: slice, tokens: int, seq_len: int) -> Iterator[slice]:
-    """The windows in batches of at most `tokens` tokens, at least one window."""
+def batches(windows: slice, tokens: int, seq_len: int, devices: int = 1) -> Iterator[slice]:
+    """The windows in batches of at most `tokens` tokens a device, at least one window.
+
+    As many windows as the devices can share evenly come first; the others, fewer than the devices, are whole on each.
+    """
     step = max(1, tokens // seq_len)
-    return (slice(start, min(start + step, windows.stop)) for start in range(windows.start, windows.stop, step))
+    even = windows.stop - (windows.stop - windows.start) % devices
+    for begin, end, size in ((windows.start, even, step * devices), (even, windows.stop, step)):
+        yield from (slice(start, min(start + size, end)) for start in range(begin, end, size))

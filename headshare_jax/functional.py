@@ -15,21 +15,24 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from scipy import linalg
 from threadpoolctl import threadpool_limits
 
 from headshare_jax.calibration import (
-    BLOCKS,
     advance,
     attention_gradients,
     attention_input,
     batches,
+    calibration_mesh,
+    cut,
     embedded,
     head_outputs,
     layer_weights,
     on_disk,
     output_weight,
     residual_weights,
+    through_layer,
     tokens_digest,
 )
 from headshare_jax.config import LlamaConfig
@@ -59,7 +62,7 @@ class Search:
       ridge: lambda of the refit, above 0.
       prefilter: windows, of those, on which all donors are tried; the others see only the best.
       keep: how many of the best donors of each unit stay for the other windows, and for ties other than `qkv`.
-      batch_tokens: tokens run at a time.
+      batch_tokens: tokens run at a time on a device.
 
     Raises:
       HeadshareError: an impossible setting.
@@ -87,6 +90,7 @@ def match_functional(
     search: Search | None = None,
     *,
     ties: Sequence[str] = (),
+    devices: Sequence[jax.Device] | None = None,
     journals: Journals | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> MatchResult:
@@ -110,6 +114,7 @@ def match_functional(
       windows_wt: int32 [W, T], the calibration text.
       search: by default `Search()`.
       ties: subsets of `qkv` to score besides it, with every unit's best donors of `qkv`.
+      devices: what the windows are cut among, by default all devices of this process.
       journals: where finished layers are kept, as the steps of a work `match`; those that are there already, for this
         model, text and settings, are not scored again.
       progress: called with the steps done and in all; a layer is three.
@@ -126,7 +131,8 @@ def match_functional(
     found = {layer: journal.read(_step(layer)) for layer in range(config.num_layers)}
     finished = {layer: costs for layer, costs in found.items() if costs is not None}
     if len(finished) < config.num_layers:
-        finished |= _match_layers(source, windows_wt, search, ties, finished, journal, progress)
+        mesh = calibration_mesh(devices)
+        finished |= _match_layers(source, windows_wt, search, ties, finished, mesh, journal, progress)
     scores = {
         name: -np.concatenate([finished[layer][name] for layer in range(config.num_layers)]) for name in ("drop", *ties)
     }
@@ -153,6 +159,7 @@ def _match_layers(
     search: Search,
     ties: tuple[str, ...],
     finished: Mapping[int, Costs],
+    mesh: Mesh,
     journal: Journal,
     progress: Callable[[int, int], None],
 ) -> dict[int, Costs]:
@@ -166,19 +173,20 @@ def _match_layers(
                 source,
                 windows_wt,
                 batch_tokens=search.batch_tokens,
+                mesh=mesh,
                 progress=lambda done, total: progress(done, total + layers),
             )
         )
         x_wtd = files.enter_context(on_disk(embedded(source, windows_wt)))
         for layer in range(layers):
-            weights = layer_weights(source, layer)
+            weights = layer_weights(source, layer, mesh)
             near = {below: near[below] for below in range(max(0, layer - search.span), layer)} | {layer: weights}
             if layer not in finished:
-                found[layer] = _LayerScorer(config, near, x_wtd, gradients_lwtd[layer], search).layer_costs(ties)
+                scorer = _LayerScorer(config, near, x_wtd, gradients_lwtd[layer], search, mesh)
+                found[layer] = scorer.layer_costs(ties)
                 journal.write(_step(layer), found[layer])
-            for part in batches(slice(0, len(x_wtd)), search.batch_tokens, x_wtd.shape[1]):
-                for block in BLOCKS:
-                    x_wtd[part] = advance(config, weights, x_wtd[part], block)
+            for part in batches(slice(0, len(x_wtd)), search.batch_tokens, x_wtd.shape[1], mesh.size):
+                x_wtd[part] = through_layer(config, weights, cut(x_wtd[part], mesh))
             progress(2 * layers + layer + 1, 3 * layers)
     return found
 
@@ -207,8 +215,9 @@ class _LayerScorer:
         x_wtd: np.ndarray,
         gradients_wtd: np.ndarray,
         search: Search,
+        mesh: Mesh,
     ):
-        self.config, self.near, self.x_wtd, self.search = config, near, x_wtd, search
+        self.config, self.near, self.x_wtd, self.search, self.mesh = config, near, x_wtd, search, mesh
         self.layer, self.first_layer = max(near), min(near)
         self.gradients_wtd = gradients_wtd
         g_md = gradients_wtd.reshape(-1, config.hidden_size)
@@ -286,8 +295,8 @@ class _LayerScorer:
         for part in self.all_windows():
             total += np.asarray(
                 _squares(
-                    self.config, self.near[self.layer], candidates, self.x_wtd[part], self.gradients_wtd[part],
-                    receivers - own[0], solution_cij, shared_c,
+                    self.config, self.near[self.layer], candidates, cut(self.x_wtd[part], self.mesh),
+                    cut(self.gradients_wtd[part], self.mesh), receivers - own[0], solution_cij, shared_c,
                 ),
                 np.float64,
             )  # fmt: skip
@@ -299,7 +308,7 @@ class _LayerScorer:
         return _units(self.near, letters, self.config.num_kv_heads)
 
     def _batches(self, windows: slice) -> list[slice]:
-        return list(batches(windows, self.search.batch_tokens, self.x_wtd.shape[1]))
+        return list(batches(windows, self.search.batch_tokens, self.x_wtd.shape[1], self.mesh.size))
 
     def sums(self, receivers: np.ndarray, donors: np.ndarray, tie: str, parts: Sequence[slice]) -> Sums:
         """Sums over some windows, of units with their donors' weights of `tie` and their receivers' of the rest."""
@@ -308,7 +317,8 @@ class _LayerScorer:
         size, width = len(self.outer_ii) // self.config.num_kv_heads, len(self.outer_ii)
         total = (np.zeros((width, width)), np.zeros((len(donors), width, size)), np.zeros((len(donors), size, size)))
         for part in parts:
-            for sums, more in zip(total, _products(self.config, weights, candidates, self.x_wtd[part]), strict=True):
+            x_btd = cut(self.x_wtd[part], self.mesh)
+            for sums, more in zip(total, _products(self.config, weights, candidates, x_btd), strict=True):
                 sums += np.asarray(more, np.float64)
         return total
 

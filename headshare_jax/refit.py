@@ -6,7 +6,7 @@ model's own input x', W is fitted to what brings its stream back to the dense on
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,6 +14,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from scipy import linalg
 
 from headshare_jax import parameters
@@ -22,6 +23,8 @@ from headshare_jax.calibration import (
     OUTPUT,
     advance,
     batches,
+    calibration_mesh,
+    cut,
     embedded,
     features,
     layer_weights,
@@ -54,7 +57,7 @@ class RefitSettings:
       ridges: lambda, of which each block takes what is best on held-out text; times the mean square of a feature.
       drifts: beta, likewise: the part of the distance between the streams that a block is to make good.
       held_out: part of the windows, the last ones, that choose lambda and beta; the weights are then fitted to all.
-      batch_tokens: tokens run at a time.
+      batch_tokens: tokens run at a time on a device.
     """
 
     scope: str = "receivers"
@@ -183,6 +186,7 @@ def refit(
     windows_wt: np.ndarray,
     settings: RefitSettings | None = None,
     *,
+    devices: Sequence[jax.Device] | None = None,
     journals: Journals | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Llama, RefitReport]:
@@ -194,13 +198,15 @@ def refit(
     held-out text stay as they were. Rows of the output projection that several heads use are never fitted, and dropped
     heads have none. Below the first layer that the map changes both models are the same, and nothing is fitted.
 
-    Memory: one layer's parameters, its sums of products, and a batch of tokens. Streams are in temporary files.
+    Memory of a device: one layer's parameters, its sums of products, and a batch of tokens. Streams are in temporary
+    files.
 
     Args:
       dense: the model to come close to.
       shared: the model to repair; it is left as it is.
       windows_wt: int32 [W, T], the calibration text.
       settings: by default `RefitSettings()`.
+      devices: what the windows are cut among, by default all devices of this process.
       journals: where finished blocks are kept, as the steps of a work `refit`; those that are there already, for these
         models, this text and these settings, are not fitted again.
       progress: called with the layers done and in all.
@@ -221,10 +227,10 @@ def refit(
     fitted = _Fitted(shared)
     blocks: list[BlockFit] = []
     with ExitStack() as files:
-        walk = _Walk(dense, windows_wt, settings, files)
+        walk = _Walk(dense, windows_wt, settings, calibration_mesh(devices), files)
         for layer in range(dense.config.num_layers):
             changed = bool((shared.sharing.receives | shared.sharing.dropped)[layer].any())
-            walk.enter(layer, layer_weights(shared, layer) if changed or walk.parted else None)
+            walk.enter(layer, layer_weights(shared, layer, walk.mesh) if changed or walk.parted else None)
             for block in BLOCKS:
                 if not walk.parted or not _in_scope(settings.scope, block, changed):
                     walk.advance(block)
@@ -269,12 +275,14 @@ def _journal(
 class _Walk:
     """Both streams, at one block of one layer; they are one until the first layer that the map changes."""
 
-    def __init__(self, dense: WeightSource, windows_wt: np.ndarray, settings: RefitSettings, files: ExitStack):
-        self.source, self.config, self.files = dense, dense.config, files
+    def __init__(
+        self, dense: WeightSource, windows_wt: np.ndarray, settings: RefitSettings, mesh: Mesh, files: ExitStack
+    ):
+        self.source, self.config, self.mesh, self.files = dense, dense.config, mesh, files
         self.windows, self.seq_len = windows_wt.shape
         kept = self.windows - min(max(1, round(settings.held_out * self.windows)), self.windows - 1)
         self.fit_to, self.held_out = (
-            list(batches(part, settings.batch_tokens, self.seq_len))
+            list(batches(part, settings.batch_tokens, self.seq_len, mesh.size))
             for part in (slice(0, kept), slice(kept, self.windows))
         )
         # The streams run in these batches alone, so that they have the same bits whether or not a block is fitted.
@@ -289,7 +297,7 @@ class _Walk:
 
     def enter(self, layer: int, compressed: dict[str, jax.Array] | None) -> None:
         """Goes on to a layer; `compressed` are its weights in the compressed model, None where they are the dense's."""
-        self.dense = layer_weights(self.source, layer)
+        self.dense = layer_weights(self.source, layer, self.mesh)
         if compressed is None:
             return
         self.compressed = compressed
@@ -309,19 +317,20 @@ class _Walk:
     def advance_dense(self, block: str) -> None:
         """Takes the dense stream alone behind a block."""
         for part in self.parts:
-            self.x_wtd[part] = advance(self.config, self.dense, self.x_wtd[part], block)
+            self.x_wtd[part] = advance(self.config, self.dense, cut(self.x_wtd[part], self.mesh), block)
 
     def advance_compressed(self, block: str) -> None:
         """Takes the compressed stream alone behind a block."""
         for part in self.parts:
-            self.compressed_wtd[part] = advance(self.config, self.compressed, self.compressed_wtd[part], block)
+            before_btd = cut(self.compressed_wtd[part], self.mesh)
+            self.compressed_wtd[part] = advance(self.config, self.compressed, before_btd, block)
 
     def _moments(self, block: str, parts: list[slice]) -> Moments:
         width = output_weight(self.dense, block).shape[0]
         shape = (2, width, self.config.hidden_size)
         total = Moments(np.zeros((width, width)), np.zeros(shape), np.zeros((2, 2)), 0)
         for part in parts:
-            x_btd, compressed_btd = self.x_wtd[part], self.compressed_wtd[part]
+            x_btd, compressed_btd = cut(self.x_wtd[part], self.mesh), cut(self.compressed_wtd[part], self.mesh)
             y_btd, after_btd = run_block(self.config, self.dense, x_btd, block)
             sums = _moments(self.config, self.compressed, x_btd, y_btd, after_btd, compressed_btd, block)
             gram, cross, energy = (np.asarray(value, np.float64) for value in sums)
