@@ -46,4 +46,4 @@ class _Cast:
         return self._dtype
 
     def read(self, name: str, layer: int | None = None) -> np.ndarray:
-        return self._source.read(name, layer).astype(self._dtype)
+        return self._source.read(name, layer).astype(self._dtype, copy=False)

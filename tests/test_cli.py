@@ -305,6 +305,22 @@ def test_generate(headshare: Any, model: Path) -> None:
     assert len(chat["results"]) == 2
 
 
+def test_generate_holds_weights_in_the_type_that_decodes_fast(
+    headshare: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headshare("convert", model, tmp_path / "bf16", "--to", "native", "--dtype", "bfloat16")
+    held: list[np.dtype] = []
+
+    def recorded(model: hs.Llama, *args: Any, **kwargs: Any) -> list[list[int]]:
+        held.append(model.dtype("q_pool_pdh"))
+        return hs.generate(model, *args, **kwargs)
+
+    monkeypatch.setattr("headshare_jax.cli.generate.generate", recorded)
+    args = ("generate", tmp_path / "bf16", "--prompt", "One", "--max-new-tokens", 5, "--json")
+    assert headshare(*args)["results"] == headshare(*args, "--dtype", "bfloat16")["results"]
+    assert held == ["float32", "bfloat16"]
+
+
 def test_generate_keeps_what_it_compiles(model: Path, tmp_path: Path) -> None:
     environment = os.environ | {"HEADSHARE_CACHE": str(tmp_path)}
     del environment["JAX_COMPILATION_CACHE_DIR"]
@@ -426,6 +442,7 @@ def test_bad_input_is_refused_in_one_sentence(refused: Any, model: Path, tmp_pat
         (("eval", model, "--text", text, "--seq-len", 1), "seq_len"),
         (("eval", model, "--text", text, "--stride", 0), "stride"),
         (("generate", model, "--prompt", ""), "--prompt"),
+        (("generate", model, "--prompt", "x", "--dtype", "float8"), "float8"),
         (("generate", model, "--prompt", "x", "--temperature", -1), "temperature"),
         (("generate", "absent", "--prompt", "x", "--seed", -1), "--seed"),
         (("eval", model), "--text"),
