@@ -43,6 +43,24 @@ def check_budget(budget: float) -> None:
         raise HeadshareError(f"The budget must be above 0 and at most 1, not {budget}.")
 
 
+def attention_budget(config: LlamaConfig, model_budget: float) -> float:
+    """The part of the attention parameters to keep so that a part of all the model's parameters is kept.
+
+    Raises:
+      HeadshareError: a part outside (0, 1], or one that the rest of the model exceeds by itself.
+    """
+    check_budget(model_budget)
+    attention = config.num_units * sum(unit_parameters(config).values())
+    whole = sum(prod(parameters.stored_shape(config, name)) for name in parameters.parameter_names(config))
+    kept = 1 - (1 - Fraction(str(model_budget))) * whole / attention
+    if kept <= 0:
+        raise HeadshareError(
+            f"A model budget of {model_budget} cannot be met: what is not attention, which stays as it is, is "
+            f"{1 - attention / whole:.3f} of the model; keep more."
+        )
+    return float(kept)
+
+
 def budget_map(
     result: MatchResult,
     config: LlamaConfig,

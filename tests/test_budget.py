@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support import random_tokens, tiny_model
 
 from headshare_jax import HeadshareError, LlamaConfig, MatchResult, ledger, match, match_functional, share
-from headshare_jax.budget import DROP, budget_map, unit_parameters, units_to_save
+from headshare_jax.budget import DROP, attention_budget, budget_map, unit_parameters, units_to_save
 from headshare_jax.methods import METHODS, Amount, MethodSettings, choose
 from headshare_jax.selection import drop_map
 from headshare_jax.similarity import magnitudes
@@ -84,6 +84,17 @@ def test_the_stored_parameters_fit_the_budget() -> None:
             assert stored <= budget * dense + 1e-6
             assert stored > budget * dense - sum(unit_parameters(model.config).values())
             assert sizes.nominal_saving == dense - stored
+
+
+def test_a_budget_for_the_whole_model_is_met_in_attention() -> None:
+    model = tiny_model(num_hidden_layers=4)
+    for kept in (0.97, 0.9):
+        budget = attention_budget(model.config, kept)
+        sizes = ledger(share(model, budget_map(scored(model.config, 0), model.config, budget)))
+        assert sizes.stored <= kept * sizes.dense < sizes.stored + sum(unit_parameters(model.config).values())
+    assert attention_budget(model.config, 1.0) == 1.0
+    with pytest.raises(HeadshareError, match=r"what is not attention, .* is 0.6\d\d of the model"):
+        attention_budget(model.config, 0.5)
 
 
 def test_weight_scores_meet_a_budget_too() -> None:

@@ -12,6 +12,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from headshare_jax import convert, methods, pictures
+from headshare_jax.budget import attention_budget
 from headshare_jax.cli.command import Command, Destination, Overwrite, Source, progress
 from headshare_jax.cli.inspect import ledger_data, ledger_table
 from headshare_jax.cli.match import Seed
@@ -56,6 +57,12 @@ class Share(Command):
         float | None,
         tyro.conf.arg(help="Instead of a ratio: the part of the attention parameters to keep, in (0, 1]."),
     ] = None
+    model_budget: Annotated[
+        float | None,
+        tyro.conf.arg(
+            help="Instead of a ratio: the part of the model's parameters to keep; only attention gives any up."
+        ),
+    ] = None
     map: Annotated[Path | None, tyro.conf.arg(help="Use this sharing map instead of matching.")] = None
     method: Annotated[
         str,
@@ -92,9 +99,10 @@ class Share(Command):
             check_output(output, folder=False, overwrite=self.overwrite)
         if self.plot is not None:
             pictures.check_name(self.plot)
-        if [self.ratio, self.budget, self.map].count(None) != 2:
+        if [self.ratio, self.budget, self.model_budget, self.map].count(None) != 3:
             raise HeadshareError(
-                "Give one of --ratio or --budget, to match and choose, or --map, to use a map that exists."
+                "Give one of --ratio, --budget or --model-budget, to match and choose, or --map, to use a map that "
+                "exists."
             )
         settings = MethodSettings(self.match, self.seed, self.tie, self.chains, self.within_shards)
         method = self._checked_method(settings)
@@ -187,7 +195,8 @@ class Share(Command):
     ) -> SharingMap:
         if self.map is not None:
             return map_file.read(self.map)
-        amount = Amount(ratio=self.ratio, budget=self.budget)
+        budget = self.budget if self.model_budget is None else attention_budget(source.config, self.model_budget)
+        amount = Amount(ratio=self.ratio, budget=budget)
         methods.check_amount(amount, source.config)
         if self.within_shards is not None:
             shard_of_units(source.config.num_kv_heads, self.within_shards)
