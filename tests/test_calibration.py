@@ -4,7 +4,6 @@ import re
 
 import jax
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import random_tokens, sharing_by_hand, tiny_model
@@ -14,7 +13,7 @@ from headshare_jax.functional import Search, _products, match_functional
 from headshare_jax.refit import RefitSettings, _moments, refit
 from headshare_jax.transform import share
 
-# Of these a refit holds out 3: neither 3 nor 8 devices can cut every batch.
+# Of these a refit holds out 3: 3 devices cannot cut every batch.
 WINDOWS = random_tokens((20, 16))
 
 
@@ -45,15 +44,13 @@ def test_gradients_and_scores_do_not_depend_on_the_number_of_devices() -> None:
     np.testing.assert_allclose(several.drop_score, one.drop_score, rtol=1e-4)
 
 
-@pytest.mark.parametrize("count", [3, 8])
-def test_a_refit_does_not_depend_on_the_number_of_devices(count: int) -> None:
+def test_a_refit_does_not_depend_on_the_number_of_devices() -> None:
     model = tiny_model()
     units = model.config.num_kv_heads
     shared = share(model, sharing_by_hand(model, "qkv", {units: 0}, [2 * units]))
     settings = RefitSettings(scope="all", ridges=(0.1,), drifts=(0.5,), batch_tokens=40)
     (one, one_report), (several, report) = (
-        refit(model, shared, WINDOWS, settings, devices=devices)
-        for devices in (jax.devices()[:1], jax.devices()[:count])
+        refit(model, shared, WINDOWS, settings, devices=devices) for devices in (jax.devices()[:1], jax.devices()[:3])
     )
     for block, expected in zip(report.blocks, one_report.blocks, strict=True):
         assert (block.layer, block.block, block.ridge) == (expected.layer, expected.block, expected.ridge)
