@@ -12,7 +12,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import Mesh, PartitionSpec
 
-from headshare_jax.mesh import BATCH
+from headshare_jax.mesh import BATCH, nvidia_capability
 
 # Queries, and keys, that the TPU's kernel holds at a time; lengths must be multiples of the smallest of them.
 BLOCKS = (512, 256, 128)
@@ -27,7 +27,7 @@ def has_kernel(mesh: Mesh, length: int, width: int, dtype: str) -> bool:
         return length % BLOCKS[-1] == 0
     if device.platform == "gpu":
         fits = dtype in _CUDNN_TYPES and width <= _CUDNN_WIDTH and width % 8 == 0 and length % 64 == 0
-        return fits and float(getattr(device, "compute_capability", 0)) >= _CUDNN_CAPABILITY
+        return fits and nvidia_capability(device) >= _CUDNN_CAPABILITY
     return False
 
 
@@ -99,6 +99,7 @@ def cudnn(
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
     """The GPU's kernel on one device's part; it reads a mask of a byte or two per score, which all heads share."""
-    causal_ts = jnp.tril(jnp.ones((q_btnh.shape[1],) * 2, bool))
-    mask_b1ts = causal_ts[None, None] & (segments_bt[:, None, :, None] == segments_bt[:, None, None, :])
-    return jax.nn.dot_product_attention(q_btnh, k_btkh, v_btkh, mask=mask_b1ts, implementation=implementation)
+    segments_b1ts = segments_bt[:, None, :, None] == segments_bt[:, None, None, :]
+    return jax.nn.dot_product_attention(
+        q_btnh, k_btkh, v_btkh, mask=segments_b1ts, is_causal=True, implementation=implementation
+    )

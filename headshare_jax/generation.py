@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from headshare_jax import stack_kernel
 from headshare_jax.errors import HeadshareError
 from headshare_jax.modeling import KVCache, Llama
 from headshare_jax.projection import Matrices, unstacked
@@ -83,6 +84,7 @@ def generate(
     cache = model.empty_cache(start_b, padded + new)
     first_key, key = jax.random.split(jax.random.key(seed))
     token_b, cache = prefill(model, jnp.asarray(tokens_bt), cache, first_key, sampling=sampling)
+    device = _only_device(model)
     out_bt, length_b, _ = decode(
         model,
         token_b,
@@ -92,17 +94,18 @@ def generate(
         jnp.asarray(stops, jnp.int32),
         room=new,
         sampling=sampling,
-        # XLA's CPU backend copies what it slices from a stack.
-        layers=unstacked(model) if _on_one_cpu(model) else None,
+        # XLA copies what it slices from a stack.
+        layers=unstacked(model) if device is not None and device.platform == "cpu" else None,
+        in_stack=device is not None and stack_kernel.suits(model.config, device, len(prompts)),
     )
     return [row[:length].tolist() for row, length in zip(np.asarray(out_bt), np.asarray(length_b), strict=True)]
 
 
-def _on_one_cpu(model: Llama) -> bool:
-    """Whether all of a model is in the memory of one CPU device; parameters may be NumPy arrays."""
+def _only_device(model: Llama) -> jax.Device | None:
+    """The one device that holds all of a model, whose parameters may be NumPy arrays; None if there are several."""
     arrays = [leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.Array)]
     devices = {device for array in arrays for device in array.devices()}
-    return len(devices) == 1 and devices.pop().platform == "cpu"
+    return devices.pop() if len(devices) == 1 else None
 
 
 def _bucket(length: int) -> int:
@@ -118,7 +121,7 @@ def prefill(
     return _draw(model.logits(features_btd[:, -1]), key, sampling), cache
 
 
-@partial(jax.jit, static_argnames=("room", "sampling"), donate_argnames="cache")
+@partial(jax.jit, static_argnames=("room", "sampling", "in_stack"), donate_argnames="cache")
 def decode(
     model: Llama,
     token_b: jax.Array,
@@ -130,6 +133,7 @@ def decode(
     room: int,
     sampling: Sampling,
     layers: Matrices | None = None,
+    in_stack: bool = False,
 ) -> tuple[jax.Array, jax.Array, KVCache]:
     """Adds tokens until every row has met a stop token or `limit` is reached.
 
@@ -142,7 +146,7 @@ def decode(
       stop_tokens: int32 [any number].
       room: at least `limit`.
       sampling: how tokens are drawn.
-      layers: as for `Llama.extend`.
+      layers, in_stack: as for `Llama.extend`.
 
     Returns:
       Tokens, int32 [B, room]; how many of each row come before its stop token, int32 [B]; and the cache, so that the
@@ -156,7 +160,7 @@ def decode(
         return (rows.count < limit) & ~jnp.all(rows.done_b)
 
     def step(rows: _Rows) -> _Rows:
-        features_btd, cache = model.extend(rows.token_b[:, None], rows.cache, layers=layers)
+        features_btd, cache = model.extend(rows.token_b[:, None], rows.cache, layers=layers, in_stack=in_stack)
         draw_key = jax.random.fold_in(key, rows.count - 1)
         return placed(_draw(model.logits(features_btd[:, -1]), draw_key, sampling), rows, cache)
 

@@ -70,3 +70,9 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """A whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def nvidia_capability(device: jax.Device) -> float:
+    """Compute capability of an NVIDIA GPU, as 9.0; 0 for any other device."""
+    text = str(getattr(device, "compute_capability", ""))
+    return float(text) if text.replace(".", "", 1).isdigit() else 0.0

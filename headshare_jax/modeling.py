@@ -16,9 +16,10 @@ from headshare_jax.attention import flash_attention, has_kernel
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.parameters import WeightSource, index_name, pool_name
-from headshare_jax.projection import LayerOf, Matrices, heads_in, heads_out, product, rows, runs_in, runs_out
+from headshare_jax.projection import STACKED_MATRICES, LayerOf, Matrices, heads_in, heads_out, product, rows
 from headshare_jax.rope import rotary_angles, rotate
 from headshare_jax.sharing import PROJECTIONS, SharingMap
+from headshare_jax.stack_kernel import InStack
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 # What costs a product or the attention; norms and the gated product are computed again in the backward pass, which is
@@ -206,6 +207,7 @@ class Llama(nnx.Module):
         *,
         from_empty: bool = False,
         layers: Matrices | None = None,
+        in_stack: bool = False,
     ) -> tuple[jax.Array, KVCache]:
         """Runs T more tokens of every row against the cache.
 
@@ -214,6 +216,7 @@ class Llama(nnx.Module):
           cache: has room for T more slots.
           from_empty: the cache is empty, so that these tokens see nothing else in it.
           layers: what `unstacked` gave for this model, to use instead of its stacked matrices.
+          in_stack: read matrices where they lie, by `stack_kernel`; for a few tokens, on one GPU.
 
         Returns:
           Normalised output of the last layer, [B, T, D] in the compute dtype, and the cache with T more slots.
@@ -235,6 +238,8 @@ class Llama(nnx.Module):
             place, weights = scanned
             if layers is not None:
                 weights = {**weights, **{name: LayerOf(each, place) for name, each in layers.items()}}
+            elif in_stack:
+                weights = {**weights, **self._in_stack(place, weights)}
             q_btnh, k_btkh, v_btkh = self._qkv(x_btd, weights, cos_bth, sin_bth)
             at = (place, 0, cache.length, 0, 0)
             k_lbskh = jax.lax.dynamic_update_slice(k_lbskh, k_btkh[None], at)
@@ -244,7 +249,8 @@ class Llama(nnx.Module):
             return (self._layer_output(x_btd, heads_btnh, weights), k_lbskh, v_lbskh), None
 
         places = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        stacked = {name: value for name, value in self._layer_weights().items() if name not in (layers or {})}
+        apart = STACKED_MATRICES if in_stack or layers is not None else ()
+        stacked = {name: value for name, value in self._layer_weights().items() if name not in apart}
         carry = (self._embed(tokens_bt), cache.k_lbskh, cache.v_lbskh)
         (x_btd, k_lbskh, v_lbskh), _ = jax.lax.scan(layer, carry, (places, stacked))
         return self._rms_norm(x_btd, self.final_norm_d[...]), KVCache(
@@ -293,6 +299,12 @@ class Llama(nnx.Module):
         names += [index_name(projection) for projection in PROJECTIONS]
         return {name: getattr(self, name)[...] for name in names}
 
+    def _in_stack(self, place: jax.Array, weights: LayerWeights) -> dict[str, InStack]:
+        """A layer's matrices and heads where they lie."""
+        matrices = {name: InStack(getattr(self, name)[...], place[None]) for name in STACKED_MATRICES}
+        heads = {p: InStack(getattr(self, pool_name(p))[...], weights[index_name(p)]) for p in PROJECTIONS}
+        return matrices | {pool_name(p): of for p, of in heads.items()}
+
     def _placed(self, x_btd: jax.Array) -> jax.Array:
         """Activations kept where the batch lies: else they would follow the weights, which are cut along D."""
         if self.batch_sharding is None:
@@ -323,7 +335,7 @@ class Llama(nnx.Module):
     def _project_in(self, x_btd: jax.Array, projection: str, weights: LayerWeights) -> jax.Array:
         name, index_n = pool_name(projection), weights[index_name(projection)]
         if name in weights:
-            out_btnh = weights[name].applied(runs_in, x_btd)
+            out_btnh = weights[name].heads_in(x_btd)
         else:
             out_btnh = heads_in(x_btd, getattr(self, name)[...], index_n)
         if self.config.attention_bias:
@@ -338,7 +350,7 @@ class Llama(nnx.Module):
             kept_n = (index_n < pool_phd.shape[0]).astype(heads_btnh.dtype)
             heads_btnh = heads_btnh * kept_n[None, None, :, None]
         if "o_pool_phd" in weights:
-            return weights["o_pool_phd"].applied(runs_out, heads_btnh)
+            return weights["o_pool_phd"].heads_out(heads_btnh)
         return heads_out(heads_btnh, pool_phd, index_n)
 
     def _layer_output(self, x_btd: jax.Array, heads_btnh: jax.Array, weights: LayerWeights) -> jax.Array:

@@ -11,6 +11,7 @@ import numpy as np
 
 from headshare_jax.parameters import index_name, pool_name
 from headshare_jax.sharing import PROJECTIONS
+from headshare_jax.stack_kernel import InStack
 
 if TYPE_CHECKING:
     from headshare_jax.modeling import Llama
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 # one gather of the layer's heads is shared by all tokens. A GPU always gathers: starting a kernel for every head takes
 # it longer than the copy.
 PER_HEAD_TOKENS = 32
+STACKED_MATRICES = ("gate_ldf", "up_ldf", "down_lfd")
 # By parameter and layer: the layer's matrix or heads, as `unstacked` gives them.
 Matrices = dict[str, tuple[Any, ...]]
 
@@ -111,7 +113,7 @@ def unstacked(model: "Llama") -> Matrices:
     A dropped head has the last one's weights.
     """
     matrices: Matrices = {}
-    for name in ("gate_ldf", "up_ldf", "down_lfd"):
+    for name in STACKED_MATRICES:
         matrices[name] = tuple(jax.device_put(matrix) for matrix in np.asarray(getattr(model, name)[...]))
     for projection in PROJECTIONS:
         pool = np.asarray(getattr(model, pool_name(projection))[...])
@@ -127,20 +129,31 @@ class LayerOf:
     layers: Sequence[Any]
     place: jax.Array
 
-    def applied(self, function: Callable[[Any, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-        """The function of the layer's matrix or heads and x."""
+    def product(self, x: jax.Array) -> jax.Array:
+        """x [..., I] times the matrix."""
+        return self._applied(product, x)
+
+    def heads_in(self, x_btd: jax.Array) -> jax.Array:
+        """Heads [B, T, N, H] of x."""
+        return self._applied(_runs_in, x_btd)
+
+    def heads_out(self, heads_btnh: jax.Array) -> jax.Array:
+        """Output [B, T, D] of head outputs."""
+        return self._applied(_runs_out, heads_btnh)
+
+    def _applied(self, function: Callable[[Any, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
         out: jax.Array = jax.lax.switch(self.place, [partial(function, layer) for layer in self.layers], x)
         return out
 
 
-def product(matrix: jax.Array | LayerOf, x: jax.Array) -> jax.Array:
+def product(matrix: jax.Array | LayerOf | InStack, x: jax.Array) -> jax.Array:
     """x [..., I] times a layer's matrix [I, J], in the type of x."""
-    if isinstance(matrix, LayerOf):
-        return matrix.applied(product, x)
+    if isinstance(matrix, LayerOf | InStack):
+        return matrix.product(x)
     return x @ matrix.astype(x.dtype)
 
 
-def runs_in(heads: Heads, x_btd: jax.Array) -> jax.Array:
+def _runs_in(heads: Heads, x_btd: jax.Array) -> jax.Array:
     """Heads [B, T, N, H] of x; one product a run, of a batch of heads."""
     batch, length, width = x_btd.shape
     x_md = x_btd.reshape(-1, width)
@@ -155,7 +168,7 @@ def runs_in(heads: Heads, x_btd: jax.Array) -> jax.Array:
     return out_nmh.swapaxes(0, 1).reshape(batch, length, len(heads.order), -1)
 
 
-def runs_out(heads: Heads, heads_btnh: jax.Array) -> jax.Array:
+def _runs_out(heads: Heads, heads_btnh: jax.Array) -> jax.Array:
     """Output [B, T, D] of head outputs; one product a run."""
     if not heads.in_order:
         heads_btnh = heads_btnh[:, :, np.array(heads.order)]

@@ -92,6 +92,7 @@ def test_kernels_are_for_tpus_and_whole_blocks() -> None:
         ("9.0", 4096, 256, "bfloat16", False),
         ("9.0", 4100, 128, "bfloat16", False),
         ("9.0", 4096, 128, "float32", False),
+        ("gfx942", 4096, 128, "bfloat16", False),
     ],
 )
 def test_kernels_are_for_gpus_and_what_cudnn_takes(

@@ -81,3 +81,12 @@ def test_serving_is_compared_with_pytorch(tmp_path: Path) -> None:
     assert rival["stored_bytes"] == dense["stored_bytes"]
     assert result["memory"]["bytes_saved"] == dense["stored_bytes"] - shared["stored_bytes"] > 0
     assert result["first_token_seconds"].keys() == {"not compiled before", "dense", "shared"}
+
+
+def test_a_gpu_is_compared_with_transformers_on_it(tmp_path: Path) -> None:
+    result = run_quick("gpu", tmp_path)
+    rival, dense, shared = result["rows"]
+    for row in (rival, dense, shared):
+        rates = row["tokens_per_second"]
+        assert rates.keys() == {"decode 1", "prompts 2 x 64", "train 2 x 64"}
+        assert row["speedup"] == {stage: rate / rival["tokens_per_second"][stage] for stage, rate in rates.items()}

@@ -1,6 +1,7 @@
 """Generation: transformers' greedy tokens, draws that stay within bounds, few compilations, no second cache."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -47,12 +48,16 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, name: str) -> N
     )
 
 
-@pytest.mark.parametrize("on_cpu", [False, True], ids=["stacked", "unstacked"])
+@pytest.mark.parametrize(
+    "device",
+    [None, SimpleNamespace(platform="cpu"), SimpleNamespace(platform="gpu", compute_capability="9.0")],
+    ids=["copied from the stack", "unstacked", "in the stack"],
+)
 @pytest.mark.parametrize("tie", ["qkvo", "mixed"])
 def test_a_shared_model_continues_as_one_edited_by_hand_does_in_transformers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tie: str, on_cpu: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tie: str, device: SimpleNamespace | None
 ) -> None:
-    monkeypatch.setattr(generation, "_on_one_cpu", lambda model: on_cpu)
+    monkeypatch.setattr(generation, "_only_device", lambda model: device)
     hf = tiny_hf_model(eos_token_id=None)
     hf.save_pretrained(tmp_path / "dense")
     model = headshare_jax.load(tmp_path / "dense")
