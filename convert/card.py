@@ -72,7 +72,8 @@ def card(source: WeightSource, to: str, folder: str, provenance: Mapping[str, An
         pipeline_tag="text-generation",
         tags=["llama", "headshare", *(["shared-attention-heads"] if source.sharing is not None else [])],
     )
-    made_from = "" if base is None else f" from `{base}`"
+    # A folder's path is of no use to who loads the model, and tells where its maker keeps things.
+    made_from = "" if base is None else f" from `{base if data.base_model else Path(base).name}`"
     if source.sharing is None:
         about = ["The files hold a plain LLaMA model, every attention head with weights of its own."]
     else:

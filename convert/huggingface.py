@@ -45,7 +45,9 @@ def _reader(path: Path) -> TensorReader:
         files = weight_files(path, name)
         if files:
             return kind(files)
-    raise HeadshareError(f"{path} has a config.json but no weights (model*.safetensors or pytorch_model*.bin).")
+    raise HeadshareError(
+        f"{path} has a config.json but no weights (model*.safetensors or pytorch_model*.bin); fetch them."
+    )
 
 
 def weight_files(path: Path, name: str) -> list[Path]:

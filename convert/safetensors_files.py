@@ -71,7 +71,9 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, "numpy", backend="pread") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise HeadshareError(f"{path} is corrupt or no safetensors file ({error}); fetch it again.") from error
+        raise HeadshareError(
+            f"{path} is truncated, corrupt or no safetensors file ({error}); fetch it again."
+        ) from error
 
 
 def write_safetensors(

@@ -126,7 +126,14 @@ def _pairs(
     if amount.ratio is not None:
         return sharing_map(result, amount.ratio, chains=chains, tie=settings.tie)
     assert amount.budget is not None
-    ratio = units_to_save(config, amount.budget, settings.tie) / config.num_units
+    count, most = units_to_save(config, amount.budget, settings.tie), config.num_units - config.num_kv_heads
+    if count > most:
+        raise HeadshareError(
+            f"A budget of {amount.budget} cannot be met by sharing {settings.tie}, which {count} of {config.num_units} "
+            f"units would have to do, where at most {most} can; keep more, share more of each unit (--tie qkvo), or "
+            "drop units too (the method plan)."
+        )
+    ratio = count / config.num_units
     return replace(sharing_map(result, ratio, chains=chains, tie=settings.tie), budget=amount.budget)
 
 

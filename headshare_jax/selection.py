@@ -1,5 +1,6 @@
 """Choosing receivers, donors and units to drop from scores."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -37,7 +38,8 @@ def sharing_map(
     if count > (num_layers - 1) * units:
         raise HeadshareError(
             f"A ratio of {ratio} asks for {count} receivers, but the first layer never receives, "
-            f"so at most {(num_layers - 1) * units} of {num_layers * units} units can."
+            f"so at most {(num_layers - 1) * units} of {num_layers * units} units can; give at most "
+            f"{math.floor(1e4 * (num_layers - 1) / num_layers) / 1e4}."
         )
     choose = _select_resolved if chains == "resolve" else _select_unchained
     donor, score = choose(result, count)

@@ -188,7 +188,7 @@ class SharingMap:
         try:
             document = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise HeadshareError(f"The map is not valid JSON: {error}.") from error
+            raise HeadshareError(f"The map is not valid JSON ({error}); give one that `--save-map` wrote.") from error
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise HeadshareError(f'The map is not a {FORMAT} document (its "format" says otherwise).')
         if document.get("version") != VERSION:

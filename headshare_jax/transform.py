@@ -23,7 +23,10 @@ def share(model: Llama, sharing: SharingMap, *, check_source: bool = True) -> Ll
       HeadshareError: the model already shares heads, or the map is for another model.
     """
     if model.sharing is not None:
-        raise HeadshareError("The model already shares heads; unshare it first.")
+        raise HeadshareError(
+            "The model already shares heads; give a dense one. `headshare convert SRC DST --to hf` writes every head "
+            "out, as `unshare` does."
+        )
     sharing.check_model(model.config)
     if check_source and sharing.source not in (None, fingerprint(model)) and not _is_tied(model, sharing):
         raise HeadshareError(

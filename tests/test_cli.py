@@ -20,7 +20,7 @@ import transformers
 
 import headshare_jax as hs
 from headshare_jax import cli
-from headshare_jax.cli import demo
+from headshare_jax.cli import command, demo
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 
@@ -98,7 +98,7 @@ def test_wrong_arguments_are_refused_in_one_sentence(refused: Any) -> None:
 def test_convert_there_and_back(headshare: Any, model: Path, tmp_path: Path) -> None:
     native = headshare("convert", model, tmp_path / "native", "--to", "native", "--json")
     assert native["format"] == "native"
-    headshare("convert", tmp_path / "native", tmp_path / "hf", "--to", "hf")
+    assert "every head" not in headshare("convert", tmp_path / "native", tmp_path / "hf", "--to", "hf")
     first, second = (transformers.AutoModelForCausalLM.from_pretrained(path) for path in (model, tmp_path / "hf"))
     for name, value in first.state_dict().items():
         assert value.equal(second.state_dict()[name]), name
@@ -414,7 +414,8 @@ def test_bad_input_is_refused_in_one_sentence(refused: Any, model: Path, tmp_pat
         (("share", model, out, "--ratio", 1), "below 1"),
         (("share", model, out, "--ratio", -0.1), "at least 0"),
         (("share", model, out, "--ratio", "nan"), "ratio"),
-        (("share", model, out, "--ratio", 0.9), "at most 4"),
+        (("share", model, out, "--ratio", 0.9), "at most 4 of 6 units can; give at most 0.6666"),
+        (("share", model, out, "--budget", 0.3, "--method", "direct"), "cannot be met by sharing qkv"),
         (("share", model, out, "--ratio", 0.16), "none of 6 units a receiver; give at least 0.1667"),
         (("share", model, out, "--ratio", 0.3, "--tie", "vk"), "tie"),
         (("share", model, out, "--ratio", 0.3, "--chains", "cut"), "chains"),
@@ -462,7 +463,20 @@ def test_map_for_another_model_is_refused(refused: Any, headshare: Any, model: P
     deeper = tiny_cli_model.saved(tmp_path / "deeper", num_hidden_layers=5)
     assert "other weights" in refused("share", other, tmp_path / "out", "--map", path)
     assert "another model" in refused("share", deeper, tmp_path / "out", "--map", path)
-    assert "already shares" in refused("share", tmp_path / "shared", tmp_path / "out", "--map", path)
+    assert "already shares heads; give a dense one" in refused(
+        "share", tmp_path / "shared", tmp_path / "out", "--map", path
+    )
+
+
+def test_a_log_gets_a_line_of_progress_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seconds, said in ((60.0, ""), (0.0, "matching: 1 of 90\nmatching: 2 of 90\n")):
+        monkeypatch.setattr(command, "SECONDS_BETWEEN_LINES", seconds)
+        with command.progress("matching") as step:
+            step(1, 90)
+            step(2, 90)
+        assert capsys.readouterr().err == said
 
 
 def test_error_of_the_program_itself_exits_with_1(

@@ -61,6 +61,15 @@ def chip_of(topology: str) -> tuple[Chip, int]:
     return chip, prod(sizes)
 
 
+def require_libtpu() -> None:
+    """Raises HeadshareError where libtpu is not installed."""
+    if find_spec("libtpu") is None:
+        raise HeadshareError(
+            "Compiling for a TPU needs libtpu: pip install 'headshare-jax[tpu]'. "
+            "Without it, --host estimates from the shapes alone."
+        )
+
+
 def topology_devices(topology: str) -> Sequence[jax.Device]:
     """Devices of a topology to compile for; none of them need be there.
 
@@ -68,11 +77,7 @@ def topology_devices(topology: str) -> Sequence[jax.Device]:
       HeadshareError: not the name of a topology that libtpu knows, or no libtpu.
     """
     chip_of(topology)
-    if find_spec("libtpu") is None:
-        raise HeadshareError(
-            "Compiling for a TPU needs libtpu: pip install 'headshare-jax[tpu]'. "
-            "Without it, --host estimates from the shapes alone."
-        )
+    require_libtpu()
     # What libtpu would else ask the machine's metadata server, or take a lock for, as if it were to run something.
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)

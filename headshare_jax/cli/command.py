@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ Overwrite = Annotated[bool, tyro.conf.arg(help="Replace outputs that exist.")]
 ComputeDtype = Annotated[str, tyro.conf.arg(help="Type to compute in: float32 or bfloat16.")]
 
 _errors = Console(stderr=True)
+SECONDS_BETWEEN_LINES = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +84,29 @@ def keep_compiled() -> None:
 
 @contextmanager
 def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error; yields the function to call with the steps done and in all."""
+    """A progress bar on standard error; yields the function to call with the steps done and in all.
+
+    Where a bar cannot be drawn over and over, as in a log, a line tells now and then.
+    """
+    if not _errors.is_terminal:
+        yield _line_now_and_then(label)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # Where it cannot be drawn over and over, it would end as an empty line.
-    with Progress(*columns, console=_errors, transient=True, disable=not _errors.is_terminal) as bar:
+    with Progress(*columns, console=_errors, transient=True) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _line_now_and_then(label: str) -> Callable[[int, int], None]:
+    told = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal told
+        if time.monotonic() - told >= SECONDS_BETWEEN_LINES:
+            told = time.monotonic()
+            say(f"{label}: {done} of {total}")
+
+    return show
 
 
 @contextmanager

@@ -43,9 +43,15 @@ class Convert(Command):
             provenance={"source": self.src} | getattr(opened, "provenance", {}),
         )
         sizes = ledger(source, path=Path(self.dst))
-        return {"output": self.dst, "format": self.to, "parameters": sizes.stored, "disk_bytes": sizes.disk_bytes}
+        return {
+            "output": self.dst,
+            "format": self.to,
+            "parameters": sizes.stored,
+            "disk_bytes": sizes.disk_bytes,
+            "shared": opened.sharing is not None,
+        }
 
     def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
         yield f"{result['output']}: {result['format']}, {megabytes(result['disk_bytes'])} on disk"
-        if self.to == "hf":
+        if self.to == "hf" and result["shared"]:
             yield "A plain LLaMA checkpoint holds every head, also those that share: it is at its full size."

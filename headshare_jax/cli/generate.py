@@ -53,7 +53,7 @@ class Generate(Command):
         prompts = [tokenizer.chat_message(words, text) if self.chat else words(text).input_ids for text in self.prompt]
         if not prompts or not all(prompts):
             raise HeadshareError("Every prompt must hold at least one token; give --prompt a text.")
-        say("loading")
+        say(f"loading {self.src}")
         keep_compiled()
         # XLA's CPU backend converts 16-bit weights anew for every token.
         dtype = self.dtype or ("float32" if jax.default_backend() == "cpu" else None)

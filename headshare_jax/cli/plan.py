@@ -19,7 +19,7 @@ from headshare_jax.presets import PRESETS
 from headshare_jax.sharing import SharingMap
 from headshare_jax.train import planning
 from headshare_jax.train.estimate import STAGES, Workload
-from headshare_jax.train.topology import EXAMPLES, chip_of
+from headshare_jax.train.topology import EXAMPLES, chip_of, require_libtpu
 
 _MEMORY = {
     "parameters": "parameter_bytes",
@@ -86,6 +86,8 @@ class Plan(Command):
         if batch is None:
             batch = (self.devices or count) if self.stage == "postshare" else 1
         workload = Workload(config, sharing, self.stage, batch, self.length)
+        if not self.host:
+            require_libtpu()
         say("estimating" if self.host else "compiling, for a minute or several")
         planned = planning.plan(
             workload, self.topology, devices=self.devices, mesh=self.mesh, remat=self.remat, host=self.host

@@ -278,7 +278,7 @@ def test_the_head_of_another_format_is_unexpected(folder: Path) -> None:
 def test_truncated_weights_are_refused(folder: Path, length: int) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:length])
-    assert "model.safetensors is corrupt or no safetensors file" in refused(folder)
+    assert "model.safetensors is truncated, corrupt or no safetensors file" in refused(folder)
 
 
 @pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/passwd", "sub/model.safetensors"])
