@@ -14,22 +14,12 @@ import tyro
 from common import child_result, machine, report, seconds
 from rich.table import Table
 
-from train import SMOLLM2, TINY
+from headshare_jax.presets import PRESETS
+from train import RATIO, SMOLLM2, TINY, jax_stepper, torch_stepper
 
-LLAMA_2_7B = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-}
-SHAPES = {"llama-2-7b": LLAMA_2_7B, "smollm2-135m": SMOLLM2, "tiny": TINY}
+SHAPES = {"llama-2-7b": PRESETS["llama-2-7b"].to_hf(), "smollm2-135m": SMOLLM2, "tiny": TINY}
 # A 7B model's optimizer takes more than one GPU has.
 TRAINED = ("smollm2-135m", "tiny")
-RATIO = 0.3
 RIVAL = "transformers"
 CONTENDERS = {RIVAL: "torch", "headshare, dense": "dense", "headshare, 30 % shared": "shared"}
 
@@ -135,22 +125,9 @@ class TorchModel:
             self.model.generate(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0).cpu()
 
     def trained(self, tokens: np.ndarray) -> Callable[[], object]:
-        torch = self.torch
-        with torch.device(self.place):
+        with self.torch.device(self.place):
             model = self.make(self.config)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-        batch = torch.from_numpy(tokens).to(self.place)
-
-        def step() -> None:
-            with torch.autocast(self.place, torch.bfloat16):
-                loss = model(batch, labels=batch).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            loss.item()
-
-        return step
+        return torch_stepper(model, self.torch.from_numpy(tokens).to(self.place), autocast=True)
 
 
 class JaxModel:
@@ -177,39 +154,13 @@ class JaxModel:
     def trained(self, tokens: np.ndarray) -> Callable[[], object]:
         """A tied step: of the dense model, whose map is the identity, or of the shared one."""
         import jax
-        import jax.numpy as jnp
         from jax.sharding import NamedSharding, PartitionSpec
 
-        from headshare_jax import parameters
         from headshare_jax.mesh import make_mesh
-        from headshare_jax.train.recipe import Data, Recipe, Sharing, Stage
-        from headshare_jax.train.step import StageContext, first_state, make_step
 
-        stage = Stage(kind="tied", steps=10**6, learning_rate=1e-5)
-        recipe = Recipe(
-            model="",
-            data=Data(train="", seq_len=tokens.shape[1]),
-            sharing=Sharing(ratio=RATIO),
-            stages=(stage,),
-            batch_size=len(tokens),
-            compute_dtype="bfloat16",
-            remat="none",
-        )
-        context = StageContext(self.config, self.sharing, stage, recipe)
-        names = parameters.parameter_names(self.config)
-        state = first_state(context, {name: getattr(self.model, name)[...].astype(jnp.float32) for name in names})
         # A mesh, of one device too, says which attention kernel there is.
         whole = NamedSharding(make_mesh((1, 1, 1), jax.devices()[:1]), PartitionSpec())
-        step = make_step(context, state_sharding=jax.tree.map(lambda _: whole, state))
-        state, placed = jax.device_put((state, tokens.astype(np.int32)[None]), whole)
-        batch = (placed, jnp.ones_like(placed))
-
-        def one_step() -> None:
-            nonlocal state
-            state, metrics = step(state, {}, {}, *batch)
-            jax.block_until_ready((state, metrics))
-
-        return one_step
+        return jax_stepper(self.model, self.sharing, {"kind": "tied"}, tokens, compute_dtype="bfloat16", sharding=whole)
 
 
 def tables(result: dict[str, Any]) -> list[Table]:

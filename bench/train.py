@@ -121,60 +121,85 @@ def contender(options: Options) -> dict[str, Any]:
 
 
 def torch_step(options: Options, shape: dict[str, Any], tokens: np.ndarray) -> Callable[[], object]:
-    """The step as PyTorch users write it: transformers' loss, clipping, fused AdamW."""
+    """A float32 step of the dense model in PyTorch, on all cores."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.set_num_threads(cores())
     model = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="sdpa"))
+    return torch_stepper(model, torch.from_numpy(tokens.astype(np.int64)))
+
+
+def torch_stepper(model: Any, batch: Any, *, autocast: bool = False) -> Callable[[], object]:
+    """The step as PyTorch users write it: transformers' loss, clipping, fused AdamW; `autocast` to bfloat16."""
+    import torch
+
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    batch = torch.from_numpy(tokens.astype(np.int64))
 
     def step() -> None:
-        model(batch, labels=batch).loss.backward()
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=autocast):
+            loss = model(batch, labels=batch).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        # A GPU has not finished before its loss is read.
+        loss.item()
 
     return step
 
 
 def jax_step(options: Options, shape: dict[str, Any], tokens: np.ndarray) -> Callable[[], object]:
-    """PostShare's own step: of the dense model, of the shared one, or with the penalty."""
+    """A float32 step of the dense model, of the shared one, or with the penalty."""
     import jax
-    import jax.numpy as jnp
 
-    from headshare_jax import Llama, LlamaConfig, match, parameters, share, sharing_map
-    from headshare_jax.train.recipe import Data, Recipe, Sharing, Stage
-    from headshare_jax.train.step import StageContext, first_state, make_step
+    from headshare_jax import Llama, LlamaConfig, match, share, sharing_map
 
     config = LlamaConfig.from_hf(shape | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
     model = Llama.init(config, jax.random.key(0))
-    sharing = sharing_map(match(model, "random"), RATIO)
+    # Tied training of the identity map is training of the dense model.
+    sharing = sharing_map(match(model, "random"), 0.0 if options.only == "dense" else RATIO)
     if options.only == "tied":
         model = share(model, sharing)
-    if options.only == "align":
-        stage = Stage(kind="align", steps=10**6, learning_rate=1e-5, lm_weight=1.0)
-    else:
-        stage = Stage(kind="tied", steps=10**6, learning_rate=1e-5)
+    stage = {"kind": "align", "lm_weight": 1.0} if options.only == "align" else {"kind": "tied"}
+    return jax_stepper(model, sharing, stage, tokens)
+
+
+def jax_stepper(
+    model: Any,
+    sharing: Any,
+    stage: dict[str, Any],
+    tokens: np.ndarray,
+    *,
+    compute_dtype: str = "float32",
+    sharding: Any = None,
+) -> Callable[[], object]:
+    """PostShare's own step, which takes over a float32 model's parameters; `sharding` places its state and batch."""
+    import jax
+    import jax.numpy as jnp
+
+    from headshare_jax import parameters
+    from headshare_jax.train.recipe import Data, Recipe, Sharing, Stage
+    from headshare_jax.train.step import StageContext, first_state, make_step
+
+    timed = Stage(**stage, steps=10**6, learning_rate=1e-5)
     recipe = Recipe(
         model="",
-        data=Data(train="", seq_len=options.seq_len),
+        data=Data(train="", seq_len=tokens.shape[1]),
         sharing=Sharing(ratio=RATIO),
-        stages=(stage,),
-        batch_size=options.batch,
-        compute_dtype="float32",
+        stages=(timed,),
+        batch_size=len(tokens),
+        compute_dtype=compute_dtype,
         remat="none",
     )
-    if options.only == "dense":
-        # Tied training of the identity map is training of the dense model.
-        sharing = sharing_map(match(model, "random"), 0.0)
-    context = StageContext(config, sharing, stage, recipe)
-    params = {name: getattr(model, name)[...] for name in parameters.parameter_names(config)}
-    del model
-    state = first_state(context, params)
-    step = make_step(context)
-    batch = (jnp.asarray(tokens)[None], jnp.ones((1, *tokens.shape), jnp.int32))
+    context = StageContext(model.config, sharing, timed, recipe)
+    names = parameters.parameter_names(model.config)
+    state = first_state(context, {name: getattr(model, name)[...].astype(jnp.float32) for name in names})
+    placed = jnp.asarray(tokens.astype(np.int32))[None]
+    if sharding is not None:
+        state, placed = jax.device_put((state, placed), sharding)
+    step = make_step(context, state_sharding=None if sharding is None else jax.tree.map(lambda _: sharding, state))
+    batch = (placed, jnp.ones_like(placed))
 
     def one_step() -> None:
         nonlocal state

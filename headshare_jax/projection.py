@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from headshare_jax.modeling import Llama
 
 # Up to this many tokens a projection reads its heads one by one, which costs no bytes beyond the weights; above it,
-# one gather of the layer's heads is shared by all tokens. A GPU always gathers: starting a kernel for every head takes
-# it longer than the copy.
+# one gather of the layer's heads is shared by all tokens. A GPU gathers, unless `stack_kernel` reads the heads:
+# starting a kernel for every head takes it longer than the copy.
 PER_HEAD_TOKENS = 32
 STACKED_MATRICES = ("gate_ldf", "up_ldf", "down_lfd")
 # By parameter and layer: the layer's matrix or heads, as `unstacked` gives them.
