@@ -25,6 +25,9 @@ MATCH_FUNCTIONS = ("q", "k", "v", "qk", "qkv", "total", "random")
 BLOCK_BYTES = 2**30
 # Of what a core multiplies at a time.
 CHUNK_BYTES = 4 * 2**20
+# Of one product. With AVX-512, OpenBLAS multiplies tiles of up to 32 rows and a million multiply-adds where they lie;
+# larger ones it first copies into an order of its own, which takes long beside a product of so few rows.
+TILE_UNITS, TILE_FEATURES = 32, 512
 
 
 @dataclass(frozen=True)
@@ -195,45 +198,62 @@ def cosine_scores(
 
 
 def _products(rows: list[Parts], columns: list[Parts] | None = None) -> np.ndarray:
-    """Inner products, float32 [R, C], of the units of some layers with those of others, or with one another.
+    """Inner products, float32 [R, C], of the units of some layers with those of others.
 
-    Every core works on chunks of the features that stay in its cache: the products of one chunk are too small to be
-    shared out among cores.
+    Without columns, of units with those of earlier layers and with themselves; what else is there means nothing.
+    Every core works on chunks of the features that stay in its cache, cut into tiles.
     """
-    layers = [*rows, *(columns or [])]
-    first = layers[0][0]
-    if first.strides[-1] > first.strides[-2]:
-        # Chunks are cut along the axis that is farther apart in memory, or they would be copied value by value.
-        layers = [[part.swapaxes(-1, -2) for part in parts] for parts in layers]
-    count, size, length = len(rows) * len(first), len(layers) * len(first), layers[0][0].shape[-2]
-    width = sum(math.prod(part.shape[1:]) for part in layers[0]) // length
-    step = max(1, min(length, CHUNK_BYTES // (4 * size * width)))
+    blocks = [[_flat(parts) for parts in block] for block in (rows, columns) if block]
+    units = len(rows[0][0])
+    heights = [math.ceil(len(block) * units / TILE_UNITS) for block in blocks]
+    depth = max(1, CHUNK_BYTES // (4 * sum(heights) * TILE_UNITS * TILE_FEATURES))
+    # A tile that lies within one layer has no pairs in itself.
+    own = 0 if units % TILE_UNITS == 0 else 1
 
-    def add_up(starts: range) -> np.ndarray:
-        buffer = np.empty(size * step * width, np.float32)
-        products = np.zeros((count, size - count if columns else count), np.float32)
-        for start in starts:
-            stop = min(start + step, length)
-            chunk = buffer[: size * (stop - start) * width].reshape(size, -1)
-            for features, parts in zip(np.split(chunk, len(layers)), layers, strict=True):
-                _fill(features, [part[..., start:stop, :] for part in parts])
-            # Of a product with its own transpose, NumPy computes one half.
-            products += chunk[:count] @ (chunk[count:] if columns else chunk).T
-        return products
+    def add_up(pieces: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+        chunks = [np.zeros((depth, height, TILE_UNITS, TILE_FEATURES), np.float32) for height in heights]
+        products = np.zeros((heights[0], heights[-1], TILE_UNITS, TILE_UNITS), np.float32)
+        squares = np.zeros((heights[0], TILE_UNITS), np.float32)
+        for part, start in pieces:
+            for chunk, block in zip(chunks, blocks, strict=True):
+                _fill(chunk, [parts[part][:, start : start + depth * TILE_FEATURES] for parts in block])
+            for tile in range(heights[0]):
+                donors = chunks[1] if columns else chunks[0][:, : tile + own]
+                products[tile, : donors.shape[1]] += (chunks[0][:, tile, None] @ donors.mT).sum(axis=0)
+            squares += np.vecdot(chunks[0], chunks[0]).sum(axis=0)
+        return products, squares
 
+    lengths = [features.shape[1] for features in blocks[0][0]]
+    step = depth * TILE_FEATURES
+    pieces = [(part, start) for part, length in enumerate(lengths) for start in range(0, length, step)]
     cores = os.cpu_count() or 1
-    shares = [range(core * step, length, cores * step) for core in range(cores)]
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(cores) as threads:
-        return np.sum(list(threads.map(add_up, shares)), axis=0)
+        sums = list(threads.map(add_up, [pieces[core::cores] for core in range(cores)]))
+    products, squares = (np.sum(values, axis=0) for values in zip(*sums, strict=True))
+    products = products.swapaxes(1, 2).reshape(squares.size, -1)
+    if not columns:
+        np.fill_diagonal(products, squares)
+    return products[: len(rows) * units, : len(columns or rows) * units]
 
 
-def _fill(features: np.ndarray, parts: Parts) -> None:
-    """Writes parts [U, ...] side by side into features [U, dim]."""
-    start = 0
-    for part in parts:
-        stop = start + math.prod(part.shape[1:])
-        features[:, start:stop].reshape(part.shape, copy=False)[...] = part
-        start = stop
+def _flat(parts: Parts) -> list[np.ndarray]:
+    """Parts [U, ..., X, Y] as [U, F] in the order of their memory, so that nothing is copied."""
+    swap = parts[0].strides[-1] > parts[0].strides[-2]
+    return [(part.swapaxes(-1, -2) if swap else part).reshape(len(part), -1) for part in parts]
+
+
+def _fill(chunk: np.ndarray, layers: list[np.ndarray]) -> None:
+    """Writes each layer's features [U, F] into a chunk [depth, height, TILE_UNITS, TILE_FEATURES], and zeros behind."""
+    lines = chunk.reshape(len(chunk), -1, TILE_FEATURES)
+    units, length = layers[0].shape
+    whole, rest = divmod(length, TILE_FEATURES)
+    for layer, features in enumerate(layers):
+        line = lines[:, layer * units : (layer + 1) * units]
+        line[:whole] = features[:, : length - rest].reshape(units, whole, TILE_FEATURES).swapaxes(0, 1)
+        if rest:
+            line[whole, :, :rest] = features[:, length - rest :]
+            line[whole, :, rest:] = 0
+    lines[whole + bool(rest) :] = 0
 
 
 def _feature_dim(config: LlamaConfig, match: str) -> int:

@@ -89,6 +89,23 @@ def test_features_longer_than_a_chunk_are_summed_whole(function: str, monkeypatc
     np.testing.assert_allclose(scores[4:, :4], unit[4:] @ unit[:4].T, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("tile_units", "tile_features"), [(1, 64), (2, 100), (3, 512), (4, 128), (8, 7)])
+def test_tiles_of_any_size_give_the_same_scores(
+    tile_units: int, tile_features: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(**VARIANTS["mha"] | {"num_hidden_layers": 5})
+    assert model.config.num_kv_heads == 4, "of the tiles, some lie in one layer, some hold two, some cut one"
+    layer_bytes = 4 * unit_vectors(model, "qkv")[:4].size
+    whole = match(model, "qkv")
+    assert whole.scores is not None
+    monkeypatch.setattr(similarity, "TILE_UNITS", tile_units)
+    monkeypatch.setattr(similarity, "TILE_FEATURES", tile_features)
+    for block_bytes in (similarity.BLOCK_BYTES, 2 * layer_bytes):
+        tiled = match(model, "qkv", block_bytes=block_bytes)
+        assert tiled.scores is not None
+        np.testing.assert_allclose(tiled.scores, whole.scores, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("layers_in_block", [0, 1, 2, 3, 6])
 def test_blocks_of_any_size_find_the_same_donors(layers_in_block: int) -> None:
     model = tiny_model(num_hidden_layers=7)
