@@ -477,6 +477,11 @@ def test_a_log_gets_a_line_of_progress_now_and_then(
             step(1, 90)
             step(2, 90)
         assert capsys.readouterr().err == said
+        with command.progress_with_text() as show:
+            show(1, 90, "matching")
+            show(2, 90, "")
+            show(2, 90, "matching")
+        assert capsys.readouterr().err == said
 
 
 def test_error_of_the_program_itself_exits_with_1(

@@ -89,7 +89,8 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
     Where a bar cannot be drawn over and over, as in a log, a line tells now and then.
     """
     if not _errors.is_terminal:
-        yield _line_now_and_then(label)
+        tell = _line_now_and_then()
+        yield lambda done, total: tell(done, total, label)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=_errors, transient=True) as bar:
@@ -97,24 +98,16 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _line_now_and_then(label: str) -> Callable[[int, int], None]:
-    told = time.monotonic()
-
-    def show(done: int, total: int) -> None:
-        nonlocal told
-        if time.monotonic() - told >= SECONDS_BETWEEN_LINES:
-            told = time.monotonic()
-            say(f"{label}: {done} of {total}")
-
-    return show
-
-
 @contextmanager
 def progress_with_text() -> Iterator[Callable[[int, int, str], None]]:
     """A progress bar with a text that changes; yields the function to call with the steps done, in all, and the text.
 
-    It appears with the first call, so that work that is refused before it begins shows none.
+    It appears with the first call, so that work that is refused before it begins shows none. In a log, lines as of
+    `progress`.
     """
+    if not _errors.is_terminal:
+        yield _line_now_and_then()
+        return
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with ExitStack() as shown:
         bar = Progress(*columns, console=_errors)
@@ -126,6 +119,18 @@ def progress_with_text() -> Iterator[Callable[[int, int, str], None]]:
             bar.update(task, completed=done, total=total, description=text)
 
         yield show
+
+
+def _line_now_and_then() -> Callable[[int, int, str], None]:
+    told = time.monotonic()
+
+    def show(done: int, total: int, text: str) -> None:
+        nonlocal told
+        if text and time.monotonic() - told >= SECONDS_BETWEEN_LINES:
+            told = time.monotonic()
+            say(f"{text}: {done} of {total}")
+
+    return show
 
 
 def megabytes(count: int) -> str:

@@ -97,7 +97,7 @@ class Postshare(Command):
 
 def _told(line: dict[str, Any]) -> str:
     parts = [f"{line['stage']} loss {line['lm_loss']:.3f}"]
-    parts += [f"{label} {line[name]:.2f}" for name, label in _SHOWN.items() if name in line]
+    parts += [f"{label} {line[name]:.2f}" for name, label in _SHOWN.items() if line.get(name)]
     if line["skipped"]:
         parts.append("skipped: not finite")
     return ", ".join([*parts, f"{line['tokens_per_second']:,.0f} tokens/s"])
