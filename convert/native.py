@@ -90,7 +90,7 @@ class NativeCheckpoint:
     def _open(self, name: str) -> ts.TensorStore:
         spec = {
             "driver": "zarr",
-            "kvstore": {"driver": "file", "path": f"{self.path.absolute() / WEIGHTS / name}/"},
+            "kvstore": {"driver": "file", "path": f"{self.path.resolve() / WEIGHTS / name}/"},
             # A lost chunk must be an error, never zeros.
             "fill_missing_data_reads": False,
         }
@@ -144,7 +144,7 @@ def write(source: WeightSource, folder: Path, *, provenance: dict[str, Any] | No
     for projection in PROJECTIONS:
         index = partial(parameters.pool_index, config, projection, source.sharing)
         tree[index_name(projection)] = _Deferred(index, layered=False)
-    _store(tree, folder.absolute() / WEIGHTS)
+    _store(tree, folder.resolve() / WEIGHTS)
     document = {
         "format": FORMAT,
         "version": VERSION,

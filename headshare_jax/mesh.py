@@ -39,7 +39,10 @@ def mesh_shape(sizes: Sequence[int], count: int) -> tuple[int, ...]:
     known = prod(size for size in shape if size != -1)
     if -1 in shape:
         if count % known:
-            raise HeadshareError(f"A mesh of {tuple(sizes)} does not fit {count} devices.")
+            raise HeadshareError(
+                f"A mesh of {' x '.join(map(str, sizes))} ({', '.join(AXES)}; -1 takes what is left) needs a multiple "
+                f"of {known} devices, but there are {count}; give smaller sizes."
+            )
         shape[shape.index(-1)] = count // known
     if prod(shape) != count:
         raise HeadshareError(

@@ -41,7 +41,7 @@ class RunCheckpoints:
         )
         _forget_unreadable_metrics(folder)
         try:
-            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+            self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
         except (OSError, ValueError) as error:
             raise HeadshareError(f"The checkpoints in {folder} cannot be listed: {error}.") from error
 

@@ -218,8 +218,8 @@ def _check_folder(output: Path, recipe: recipes.Recipe, resume: bool) -> None:
         changed = [line for line in changes if not line.startswith("mesh.")]
         if changed:
             raise HeadshareError(
-                f"The recipe differs from that of the run in {output}: {'; '.join(changed)}. Undo the change, or begin "
-                "a new run in another folder."
+                f"The recipe differs from that of the run in {output}: {'; '.join(changed)}. Undo the change (repeat "
+                f"--set, or give --config {path}), or begin a new run in another folder."
             )
         return
     check_output(output, folder=True, overwrite=True)

@@ -96,7 +96,7 @@ class Postshare(Command):
 
 
 def _told(line: dict[str, Any]) -> str:
-    parts = [f"{line['stage']} loss {line['lm_loss']:.3f}"]
+    parts = [f"{line['stage']} next-token loss {line['lm_loss']:.3f}"]
     parts += [f"{label} {line[name]:.2f}" for name, label in _SHOWN.items() if line.get(name)]
     if line["skipped"]:
         parts.append("skipped: not finite")

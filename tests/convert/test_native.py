@@ -120,6 +120,15 @@ def test_parameters_larger_than_a_chunk(tmp_path: Path, monkeypatch: pytest.Monk
     check_same(model, tmp_path / "out")
 
 
+def test_paths_may_go_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    model = tiny_model()
+    headshare_jax.save(model, Path("../model"))
+    check_same(model, Path("../model"))
+    check_same(model, tmp_path / "elsewhere" / ".." / "model")
+
+
 def test_the_document_is_for_people_too(tmp_path: Path) -> None:
     model = shared_model()
     headshare_jax.save(model, tmp_path / "out", provenance={"source": "somewhere"})
