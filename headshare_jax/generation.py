@@ -84,6 +84,8 @@ def generate(
     cache = model.empty_cache(start_b, padded + new)
     first_key, key = jax.random.split(jax.random.key(seed))
     token_b, cache = prefill(model, jnp.asarray(tokens_bt), cache, first_key, sampling=sampling)
+    if max_new_tokens == 1:
+        return [[] if token in stops else [token] for token in token_b.tolist()]
     device = _only_device(model)
     out_bt, length_b, _ = decode(
         model,

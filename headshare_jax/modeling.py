@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import jax
@@ -193,7 +194,7 @@ class Llama(nnx.Module):
             if kernel_mesh is not None:
                 heads_btnh = flash_attention(q_btnh, k_btkh, v_btkh, document_bt, kernel_mesh)
             else:
-                heads_btnh = attend(q_btnh, k_btkh, v_btkh, mask_bts, causal=True)
+                heads_btnh = attend(q_btnh, k_btkh, v_btkh, mask_bts, causal=True, by_row=self._on_one_device())
             return self._placed(self._layer_output(x_btd, heads_btnh, weights)), None
 
         layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
@@ -245,7 +246,7 @@ class Llama(nnx.Module):
             k_lbskh = jax.lax.dynamic_update_slice(k_lbskh, k_btkh[None], at)
             v_lbskh = jax.lax.dynamic_update_slice(v_lbskh, v_btkh[None], at)
             seen = (k_btkh, v_btkh) if from_empty else (k_lbskh[place], v_lbskh[place])
-            heads_btnh = attend(q_btnh, *seen, mask_bts, causal=from_empty)
+            heads_btnh = attend(q_btnh, *seen, mask_bts, causal=from_empty, by_row=True)
             return (self._layer_output(x_btd, heads_btnh, weights), k_lbskh, v_lbskh), None
 
         places = jnp.arange(self.config.num_layers, dtype=jnp.int32)
@@ -317,6 +318,10 @@ class Llama(nnx.Module):
         if not isinstance(mesh, Mesh) or not has_kernel(mesh, length, self.config.head_dim, self.compute_dtype):
             return None
         return mesh
+
+    def _on_one_device(self) -> bool:
+        """Whether a batch is known to lie on one device."""
+        return self.batch_sharding is None or self.batch_sharding.mesh.size == 1
 
     def _embed(self, tokens_bt: jax.Array) -> jax.Array:
         return self.embed_vd[...][tokens_bt].astype(self.compute_dtype)
@@ -407,36 +412,62 @@ def _positions(tokens_bt: jax.Array, segments_bt: jax.Array | None) -> jax.Array
     return place_bt - jax.lax.cummax(jnp.where(begins_bt, place_bt, 0), axis=1)
 
 
-def attend(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, mask_bts: jax.Array, *, causal: bool) -> jax.Array:
+def attend(
+    q_btnh: jax.Array,
+    k_bskh: jax.Array,
+    v_bskh: jax.Array,
+    mask_bts: jax.Array,
+    *,
+    causal: bool,
+    by_row: bool = False,
+) -> jax.Array:
     """Head outputs [B, T, N, H].
 
     Args:
       q_btnh, k_bskh, v_bskh: queries, keys and values.
       mask_bts: bool [B or 1, T, S], what each query sees; at least one key.
       causal: query t sees no key after t, so that blocks of queries need only the keys before their end.
+      by_row: the batch may be run row by row, which a CPU does: a row's scores stay in its cache.
     """
-    batch, length, heads, width = q_btnh.shape
-    slots, groups = k_bskh.shape[1:3]
-    q_bkgth = q_btnh.reshape(batch, length, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
-    k_bksh, v_bksh = k_bskh.swapaxes(1, 2), v_bskh.swapaxes(1, 2)
+    batch, length = q_btnh.shape[:2]
+    of_row = partial(_attend_row, causal=causal)
+    rows = (q_btnh, k_bskh, v_bskh, jnp.broadcast_to(mask_bts, (batch, *mask_bts.shape[1:])))
+    together = jax.vmap(of_row)
+    if not by_row or batch == 1 or length == 1:
+        return together(*rows)
+    out_btnh: jax.Array = jax.lax.platform_dependent(
+        *rows, cpu=lambda *rows: jax.lax.map(lambda row: of_row(*row), rows), default=together
+    )
+    return out_btnh
+
+
+def _attend_row(q_tnh: jax.Array, k_skh: jax.Array, v_skh: jax.Array, mask_ts: jax.Array, *, causal: bool) -> jax.Array:
+    """Head outputs [T, N, H] of one row."""
+    length, heads, width = q_tnh.shape
+    slots, groups = k_skh.shape[:2]
+    q_ktgh = q_tnh.reshape(length, groups, heads // groups, width).swapaxes(0, 1)
+    k_ksh, v_ksh = k_skh.swapaxes(0, 1), v_skh.swapaxes(0, 1)
     block = max(ATTENTION_BLOCK, -(-length // MAX_ATTENTION_BLOCKS))
     blocks = []
     for begin in range(0, length, block):
         end = min(begin + block, length)
         seen = end if causal else slots
-        keys, values = k_bksh[:, :, :seen], v_bksh[:, :, :seen]
-        blocks.append(_attend_block(q_bkgth[:, :, :, begin:end], keys, values, mask_bts[:, begin:end, :seen]))
-    return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(q_btnh.shape)
+        blocks.append(_attend_block(q_ktgh[:, begin:end], k_ksh[:, :seen], v_ksh[:, :seen], mask_ts[begin:end, :seen]))
+    return jnp.concatenate(blocks, axis=1).swapaxes(0, 1).reshape(q_tnh.shape)
 
 
 @jax.checkpoint
-def _attend_block(q_bkgth: jax.Array, k_bksh: jax.Array, v_bksh: jax.Array, mask_bts: jax.Array) -> jax.Array:
-    """Outputs [B, K, G, T, H] of a block of queries; its scores are computed again in the backward pass."""
-    scores_bkgts = jnp.einsum("bkgth,bksh->bkgts", q_bkgth, k_bksh, preferred_element_type=jnp.float32)
-    scores_bkgts = jnp.where(mask_bts[:, None, None], scores_bkgts, -jnp.inf) * q_bkgth.shape[-1] ** -0.5
-    top_bkgts = jax.lax.stop_gradient(jnp.max(scores_bkgts, axis=-1, keepdims=True))
-    weights_bkgts = jnp.exp(scores_bkgts - top_bkgts)
-    out_bkgth = jnp.einsum(
-        "bkgts,bksh->bkgth", weights_bkgts.astype(v_bksh.dtype), v_bksh, preferred_element_type=jnp.float32
-    )
-    return (out_bkgth / jnp.sum(weights_bkgts, axis=-1)[..., None]).astype(q_bkgth.dtype)
+def _attend_block(q_ktgh: jax.Array, k_ksh: jax.Array, v_ksh: jax.Array, mask_ts: jax.Array) -> jax.Array:
+    """Outputs [K, T, G, H] of a block of queries; its scores are computed again in the backward pass."""
+    groups, length, heads, width = q_ktgh.shape
+    # A group's heads have their keys in common: they are rows of one product.
+    q_kmh = q_ktgh.reshape(groups, length * heads, width)
+    scores_kms = jnp.einsum("kmh,ksh->kms", q_kmh, k_ksh, preferred_element_type=jnp.float32)
+    scores_ktgs = scores_kms.reshape(groups, length, heads, -1)
+    scores_ktgs = jnp.where(mask_ts[None, :, None], scores_ktgs, -jnp.inf) * width**-0.5
+    top_ktgs = jax.lax.stop_gradient(jnp.max(scores_ktgs, axis=-1, keepdims=True))
+    weights_ktgs = jnp.exp(scores_ktgs - top_ktgs)
+    weights_kms = weights_ktgs.astype(v_ksh.dtype).reshape(scores_kms.shape)
+    out_kmh = jnp.einsum("kms,ksh->kmh", weights_kms, v_ksh, preferred_element_type=jnp.float32)
+    out_ktgh = out_kmh.reshape(q_ktgh.shape) / jnp.sum(weights_ktgs, axis=-1)[..., None]
+    return out_ktgh.astype(q_ktgh.dtype)

@@ -1,4 +1,4 @@
-"""The kernels of TPUs and GPUs, run by an interpreter and by their definition in XLA, against attention in blocks."""
+"""Attention in blocks, and against it the kernels of TPUs and GPUs, interpreted or by their definition in XLA."""
 
 from collections.abc import Callable
 from functools import partial
@@ -55,6 +55,29 @@ def test_kernels_give_what_blocks_give(groups: int, sizes: tuple[int, int, int],
     )
     for mine, theirs in zip((got, *gradients), (expected, *expected_gradients), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=3e-6 * float(jnp.abs(theirs).max()))
+
+
+@pytest.mark.parametrize("masks", [1, 2])
+def test_rows_in_turns_give_what_all_give_together(masks: int) -> None:
+    of = heads(4, 2)
+    mask_bts = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))[None] & (SEGMENTS[:, :, None] == SEGMENTS[:, None, :])[:masks]
+    together, in_turns = (
+        value_and_gradients(partial(modeling.attend, mask_bts=mask_bts, causal=True, by_row=by_row), of)
+        for by_row in (False, True)
+    )
+    for mine, theirs in zip(jax.tree.leaves(in_turns), jax.tree.leaves(together), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-6 * float(jnp.abs(theirs).max()))
+
+
+def test_a_cpu_has_the_scores_of_one_row_in_memory() -> None:
+    of = heads(4, 2)
+    mask_bts = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))[None]
+
+    def temporary_bytes(by_row: bool) -> int:
+        attend = partial(modeling.attend, mask_bts=mask_bts, causal=True, by_row=by_row)
+        return int(jax.jit(attend).lower(*of).compile().memory_analysis().temp_size_in_bytes)
+
+    assert temporary_bytes(True) < 0.7 * temporary_bytes(False)
 
 
 def test_a_model_runs_the_kernel_where_its_mesh_has_one(monkeypatch: pytest.MonkeyPatch) -> None:

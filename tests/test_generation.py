@@ -1,5 +1,7 @@
 """Generation: transformers' greedy tokens, draws that stay within bounds, few compilations, no second cache."""
 
+import re
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,7 +80,6 @@ def test_it_does_not_matter_where_parameters_lie(model: Llama, greedy: list[list
 
 def test_unstacked_layers_are_views_of_the_model() -> None:
     model = tiny_model(hidden_size=64, head_dim=16, intermediate_size=128)
-    model = share(model, sharing_by_hand(model, "qkv", {2: 0, 5: 1}))
     for name, matrices in projection.unstacked(model).items():
         whole = np.asarray(getattr(model, name)[...])
         assert all(np.shares_memory(np.asarray(part), whole) for part in jax.tree.leaves(matrices)), name
@@ -114,6 +115,27 @@ def test_the_models_own_end_token_stops_by_default(greedy: list[list[int]]) -> N
 
 def test_a_prompt_is_continued_alone_as_in_a_batch(model: Llama, greedy: list[list[int]]) -> None:
     assert generate(model, PROMPTS[1:2], max_new_tokens=20) == greedy[1:2]
+
+
+def test_one_token_compiles_no_loop(model: Llama, greedy: list[list[int]]) -> None:
+    before = compilations(generation.decode)
+    assert generate(model, PROMPTS[:3], max_new_tokens=1) == [row[:1] for row in greedy[:3]]
+    stop = greedy[1][0]
+    expected = [[] if row[0] == stop else row[:1] for row in greedy[:3]]
+    assert generate(model, PROMPTS[:3], max_new_tokens=1, stop_tokens=(stop,)) == expected
+    assert compilations(generation.decode) == before
+
+
+def test_a_map_changes_no_program_but_the_size_of_its_pools(model: Llama) -> None:
+    def operations(model: Llama) -> Counter[str]:
+        cache = model.empty_cache(jnp.zeros(1, jnp.int32), slots=64)
+        layers, limit, stops = projection.unstacked(model), jnp.int32(8), jnp.zeros(0, jnp.int32)
+        arguments = (model, jnp.zeros(1, jnp.int32), cache, jax.random.key(0), limit, stops)
+        lowered = generation.decode.lower(*arguments, room=8, sampling=Sampling(), layers=layers)
+        return Counter(re.findall(r"stablehlo\.\w+", lowered.as_text()))
+
+    shared = share(model, sharing_by_hand(model, "qkvo", {2: 0, 5: 1}))
+    assert operations(shared) == operations(model)
 
 
 def test_nearby_lengths_and_other_seeds_do_not_compile_again(model: Llama) -> None:
