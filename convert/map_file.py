@@ -13,6 +13,8 @@ def read(path: Path) -> SharingMap:
     """Reads a sharing map; HeadshareError if there is none or it is not one."""
     try:
         text = path.read_text()
+    except FileNotFoundError as error:
+        raise HeadshareError(f"There is no map {path}; check its name and folder.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise HeadshareError(f"The map {path} cannot be read: {error}.") from error
     try:

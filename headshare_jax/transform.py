@@ -24,8 +24,8 @@ def share(model: Llama, sharing: SharingMap, *, check_source: bool = True) -> Ll
     """
     if model.sharing is not None:
         raise HeadshareError(
-            "The model already shares heads; give a dense one. `headshare convert SRC DST --to hf` writes every head "
-            "out, as `unshare` does."
+            "The model already shares heads; give a dense one. `headshare convert SRC DST --to hf` (in Python, "
+            "`unshare`) writes every head out."
         )
     sharing.check_model(model.config)
     if check_source and sharing.source not in (None, fingerprint(model)) and not _is_tied(model, sharing):

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -510,6 +511,20 @@ def test_too_little_memory_is_no_error_of_the_program(
     said = refused("inspect", model)
     assert "not enough memory" in said
     assert "7 TB" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_long_answer_can_be_stopped(model: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "headshare_jax", "generate", str(model), "--prompt", "One"]
+    process = subprocess.Popen([*command, "--max-new-tokens", "100000"], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    with process.stderr:
+        while "the model was made for" not in process.stderr.readline():
+            assert process.poll() is None
+        # By then it is in the compiled loop, for minutes.
+        time.sleep(5)
+        process.send_signal(number)
+        assert process.wait(10) == -number
 
 
 def test_sigterm_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:

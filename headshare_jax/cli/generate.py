@@ -1,6 +1,8 @@
 """`headshare generate`."""
 
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -58,7 +60,11 @@ class Generate(Command):
         # XLA's CPU backend converts 16-bit weights anew for every token.
         dtype = self.dtype or ("float32" if jax.default_backend() == "cpu" else None)
         model = convert.load(path, dtype=dtype, compute_dtype=self.compute_dtype)
-        answers = generate(model, prompts, max_new_tokens=self.max_new_tokens, sampling=sampling, seed=self.seed)
+        longest, context = max(map(len, prompts)) + self.max_new_tokens, model.config.max_position_embeddings
+        if longest > context:
+            say(f"a prompt with its new tokens may be {longest} tokens long; the model was made for up to {context}")
+        with _stopped_at_once():
+            answers = generate(model, prompts, max_new_tokens=self.max_new_tokens, sampling=sampling, seed=self.seed)
         return {
             "results": [
                 {"prompt": prompt, "text": words.decode(answer, skip_special_tokens=True), "tokens": answer}
@@ -69,3 +75,17 @@ class Generate(Command):
     def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
         for entry in result["results"]:
             yield Text.assemble((entry["prompt"], "bold"), "\n" if self.chat else "", entry["text"])
+
+
+@contextmanager
+def _stopped_at_once() -> Iterator[None]:
+    """Signals end the process meanwhile: handlers would wait for a compiled loop, and nothing is being written."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in handlers.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
