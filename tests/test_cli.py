@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -513,12 +515,29 @@ def test_too_little_memory_is_no_error_of_the_program(
     assert "7 TB" in said
 
 
+@contextmanager
+def kills(process: subprocess.Popen[str]) -> Iterator[None]:
+    """No process outlives a test that fails."""
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_long_answer_can_be_stopped(model: Path, number: signal.Signals) -> None:
-    command = [sys.executable, "-m", "headshare_jax", "generate", str(model), "--prompt", "One"]
-    process = subprocess.Popen([*command, "--max-new-tokens", "100000"], stderr=subprocess.PIPE, text=True)
+    # Where tests run in the background, a process begins with SIGINT ignored.
+    long = f"""
+import signal
+from headshare_jax.cli import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main(["generate", {str(model)!r}, "--prompt", "One", "--max-new-tokens", "100000"])
+"""
+    process = subprocess.Popen([sys.executable, "-c", long], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    with process.stderr:
+    with process.stderr, kills(process):
         while "the model was made for" not in process.stderr.readline():
             assert process.poll() is None
         # By then it is in the compiled loop, for minutes.
