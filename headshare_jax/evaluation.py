@@ -88,8 +88,10 @@ def perplexity(
         raise HeadshareError(f"The text holds a token outside the model's vocabulary of {vocab_size}.")
     seq_len = min(seq_len, tokens.size)
     stride = seq_len if stride is None else stride
-    if seq_len < 2 or batch_size < 1:
-        raise HeadshareError(f"seq_len ({seq_len}) must be at least 2, and batch_size ({batch_size}) at least 1.")
+    if seq_len < 2:
+        raise HeadshareError(f"A window must have at least 2 tokens (seq_len), not {seq_len}.")
+    if batch_size < 1:
+        raise HeadshareError(f"batch_size must be at least 1, not {batch_size}.")
     if not 1 <= stride <= seq_len:
         raise HeadshareError(f"The stride must be from 1 to seq_len ({seq_len}), not {stride}.")
     if max_windows is not None and max_windows < 1:

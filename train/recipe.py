@@ -271,6 +271,9 @@ def _changed(document: Any, change: str) -> Any:
             place = place.setdefault(name, {})
         elif isinstance(place, list) and name.isdecimal() and int(name) < len(place):
             place = place[int(name)]
+        elif isinstance(place, list):
+            places = f"{len(place)} there, counted from 0"
+            raise HeadshareError(f"The recipe has no {name} to change in {key}; it has {places}.")
         else:
             raise HeadshareError(f"The recipe has no {name} to change in {key}.")
     if not isinstance(place, dict):

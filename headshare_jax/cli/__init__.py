@@ -85,7 +85,9 @@ def _parse(args: list[str]) -> Command:
     name = next(iter(args), "")
     if name not in (*COMMANDS, "-h", "--help"):
         wrong = f"{name} is no command" if name else "No command was given"
-        raise HeadshareError(f"{wrong}; the commands are {', '.join(COMMANDS)} (headshare --help).")
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        raise HeadshareError(f"{wrong}; {hint} (headshare --help).")
     prog = f"headshare {name}" if name in COMMANDS else "headshare"
     if name in COMMANDS:
         _check_options(prog, COMMANDS[name], args[1:])

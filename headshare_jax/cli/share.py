@@ -99,10 +99,11 @@ class Share(Command):
             check_output(output, folder=False, overwrite=self.overwrite)
         if self.plot is not None:
             pictures.check_name(self.plot)
-        if [self.ratio, self.budget, self.model_budget, self.map].count(None) != 3:
+        given = [choice for choice in (self.ratio, self.budget, self.model_budget, self.map) if choice is not None]
+        if len(given) != 1:
             raise HeadshareError(
-                "Give one of --ratio, --budget or --model-budget, to match and choose, or --map, to use a map that "
-                "exists."
+                f"Give {'only ' if given else ''}one of --ratio, --budget or --model-budget, to match and choose, or "
+                "--map, to use a map that exists."
             )
         settings = MethodSettings(self.match, self.seed, self.tie, self.chains, self.within_shards)
         method = self._checked_method(settings)

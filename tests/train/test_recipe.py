@@ -83,7 +83,7 @@ def test_changes_replace_and_add_values(tmp_path: Path) -> None:
         ("seed=[", "not readable YAML"),
         ("seed=2020-99-99", "not readable YAML"),
         ("sed=3", "did you mean seed?"),
-        ("stages.2.steps=3", "no 2 to change in stages.2.steps"),
+        ("stages.2.steps=3", "no 2 to change in stages.2.steps; it has 1 there, counted from 0"),
         ("stages.².steps=3", "no ² to change"),
         ("stages.0=3", "no 0 to change"),
         ("model.x=3", "no x to change in model.x"),
