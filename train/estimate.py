@@ -128,6 +128,7 @@ def estimated(workload: Workload, layout: Layout, chip: Chip, *, shared: bool) -
         "temporary_bytes": temporary,
         **fit(chip, round(needed * (1 + MARGIN))),
         **speed(workload, chip, Costs(flops, traffic, _network(workload, layout, stored, tokens), {}, 0)),
+        "costs_estimated": True,
         "compile_seconds": None,
     }
 

@@ -107,8 +107,8 @@ def measured(workload: Workload, layout: Layout, chip: Chip, mesh: Mesh, *, shar
       `temporary_bytes` (of which `activation_bytes` are kept for the backward pass), `needed_bytes` of all,
       `room_bytes` left, and whether it `fits`. A step: `flops`, `hbm_bytes_accessed`, `collective_bytes` that a chip
       sends, by kind, and their largest arrays, `seconds` of each at the chip's published rates, `step_seconds` as the
-      longest of them, and which one it is `bound_by`. And `compile_seconds`. A step that XLA refuses for its memory,
-      or cannot write down once it is compiled, has no costs.
+      longest of them, and which one it is `bound_by`. And `compile_seconds`. A step that XLA refuses for its memory
+      has no costs; those of one that it cannot write down once it is compiled are `costs_estimated`.
     """
     layout.check(workload)
     start = time.perf_counter()
@@ -119,9 +119,9 @@ def measured(workload: Workload, layout: Layout, chip: Chip, mesh: Mesh, *, shar
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(error)
         seconds = time.perf_counter() - start
-        unknown = dict.fromkeys(_COSTS)
+        unknown = dict.fromkeys(("temporary_bytes", *_COSTS))
         refused = {"argument_bytes": sum(held.values()), **estimate.fit(chip, needed), "compile_seconds": seconds}
-        return {**sizes, **unknown, **refused, "fits": False}
+        return {**sizes, **unknown, **refused, "costs_estimated": False, "fits": False}
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     if memory is None:
@@ -133,30 +133,35 @@ def measured(workload: Workload, layout: Layout, chip: Chip, mesh: Mesh, *, shar
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         **estimate.fit(chip, needed + memory.generated_code_size_in_bytes),
-        **_speed(workload, layout, chip, mesh, compiled),
+        **_speed(workload, layout, chip, mesh, compiled, shared=shared),
         "compile_seconds": seconds,
     }
 
 
-def _speed(workload: Workload, layout: Layout, chip: Chip, mesh: Mesh, compiled: jax.stages.Compiled) -> dict[str, Any]:
-    """Costs of a compiled step, as `measured` has them; None where XLA cannot write the program down."""
+def _speed(
+    workload: Workload, layout: Layout, chip: Chip, mesh: Mesh, compiled: jax.stages.Compiled, *, shared: bool
+) -> dict[str, Any]:
+    """Costs of a compiled step, as `measured` has them; estimated where XLA cannot write the program down."""
     try:
         text = compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
-        logger.warning("XLA compiled the step but cannot say what it does (%s).", str(error).splitlines()[0])
+        logger.warning(
+            "XLA cannot write down what it compiled, whose costs are estimated (%s).", str(error).splitlines()[0]
+        )
         text = None
     if text is None:
-        return {name: None for name in _COSTS if name != "temporary_bytes"}
+        costs_of = estimate.estimated(workload, layout, chip, shared=shared)
+        return {name: costs_of[name] for name in _COSTS}
     costs = (round_costs if workload.stage == "decode" else program_costs)(text)
     if workload.trains and has_kernel(mesh, workload.length, workload.config.head_dim, "bfloat16"):
         # A kernel's text does not tell what it computes.
         costs = replace(costs, flops=costs.flops + estimate.attention_flops(workload, layout))
-    return estimate.speed(workload, chip, costs)
+    return {**estimate.speed(workload, chip, costs), "costs_estimated": False}
 
 
 _COSTS = (
-    *("temporary_bytes", "flops", "hbm_bytes_accessed", "collective_bytes", "largest_collective_bytes"),
-    *("seconds", "step_seconds", "bound_by", "tokens_per_second"),
+    *("flops", "hbm_bytes_accessed", "collective_bytes", "largest_collective_bytes"),
+    *("seconds", "step_seconds", "bound_by", "tokens_per_second", "costs_estimated"),
 )
 
 

@@ -112,7 +112,9 @@ class Plan(Command):
                 table.add_row(heading, *(_amount(model.get(name), "B") for model in models))
         table.add_row("fits", *("yes" if model["fits"] else "no" for model in models))
         table.add_section()
-        for heading, name, unit in (("a step: FLOPs", "flops", ""), ("HBM bytes", "hbm_bytes_accessed", "B")):
+        estimated = result["compiled"] and any(model["costs_estimated"] for model in models)
+        step = "a step, estimated: FLOPs" if estimated else "a step: FLOPs"
+        for heading, name, unit in ((step, "flops", ""), ("HBM bytes", "hbm_bytes_accessed", "B")):
             table.add_row(heading, *(_amount(model[name], unit) for model in models))
         kinds = dict.fromkeys(kind for model in models for kind in model["collective_bytes"] or {})
         for kind in kinds:
