@@ -27,8 +27,8 @@ CONTENDERS = {
     DENSE: ("jax", "dense"),
     SHARED: ("jax", "shared"),
 }
-# Blocks of this many bytes go back to the system when they are freed; else glibc keeps more or fewer of them by chance,
-# which is as much as sharing saves.
+# Where memory alone is measured, blocks of this many bytes go back to the system when they are freed; else glibc keeps
+# more or fewer of them by chance, which is as much as sharing saves. It costs time, so speed is measured without.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
 FIND_DEFAULT = "from headshare_jax.cli.demo import smollm2; print(smollm2())"
 
@@ -119,7 +119,7 @@ def memory(options: Options, models: dict[str, Path], cache: Path) -> dict[str, 
     for _ in range(options.memory_rounds):
         for name, sizes in peaks.items():
             kind, model = CONTENDERS[name]
-            sizes.append(in_child(options, kind, models[model], cache, "--memory")["serving_rss"])
+            sizes.append(in_child(options, kind, models[model], cache, "--memory", **MALLOC)["serving_rss"])
     return peaks
 
 
@@ -147,11 +147,11 @@ def output_of(*arguments: str) -> str:
     return subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def in_child(options: Options, kind: str, model: Path, cache: Path, *more: str) -> dict[str, Any]:
+def in_child(options: Options, kind: str, model: Path, cache: Path, *more: str, **environment: str) -> dict[str, Any]:
     """One contender's figures; from its second round on, what it compiled in the first is in the cache."""
     command = [__file__, str(model), "--only", kind, "--repeats", str(options.repeats), *more]
     command += ["--batch", str(options.batch), "--prompt", str(options.prompt), "--new-tokens", str(options.new_tokens)]
-    return child_result(*command, HEADSHARE_CACHE=str(cache), **MALLOC)
+    return child_result(*command, HEADSHARE_CACHE=str(cache), **environment)
 
 
 def first_tokens(options: Options, models: dict[str, Path], cache: Path) -> dict[str, float]:
