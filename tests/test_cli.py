@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import importlib.metadata
 import json
 import os
 import signal
@@ -90,6 +91,8 @@ def test_wrong_arguments_are_refused_in_one_sentence(refused: Any) -> None:
         (("share", "a", "b", "--ration", 0.3), "no option --ration; did you mean --ratio? See headshare share --help"),
         (("share", "a", "b", "--ratio=much"), "--ratio does not take 'much'; see headshare share --help"),
         (("eval", "a", "--text", "b", "--seq-len", 3.5), "--seq-len does not take '3.5'"),
+        (("plan", "a", "--topology=v5e:1x1", "--mesh", "data=3"), "--mesh does not take 'data=3'"),
+        (("plan", "a", "--topology=v5e:1x1", "--mesh", 3, 1), "--mesh does not take '3', '1'"),
         (("share", "a", "b", "--ratio"), "Missing value for argument '--ratio'"),
         (("inspect",), "headshare inspect: SRC; see headshare inspect --help"),
         (("inspect", "a", "b"), "Unrecognized options: b"),
@@ -545,6 +548,33 @@ main(["generate", {str(model)!r}, "--prompt", "One", "--max-new-tokens", "100000
         time.sleep(5)
         process.send_signal(number)
         assert process.wait(10) == -number
+
+
+def test_a_stop_that_a_callback_swallows_is_not_lost(tmp_path: Path) -> None:
+    swallowing = """
+import os, signal, time
+from headshare_jax import cli
+
+class Swallows:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+
+def execute(self):
+    Swallows()
+    time.sleep(60)
+
+cli.Inspect.execute = execute
+cli.main(["inspect", "a"])
+"""
+    process = subprocess.Popen([sys.executable, "-c", swallowing], cwd=tmp_path)
+    with kills(process):
+        assert process.wait(30) == 128 + signal.SIGTERM
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"headshare-jax {importlib.metadata.version('headshare-jax')}\n"
 
 
 def test_sigterm_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:

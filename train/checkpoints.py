@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
@@ -21,8 +23,9 @@ FORMAT = "headshare-postshare"
 class RunCheckpoints:
     """The folder `checkpoints/` of a run.
 
-    Every checkpoint holds the arrays of the training state, and plain data: the recipe, the stage, the map, and
-    whatever else a resumed run needs to know. Used as a context manager, it waits for the last save to be complete.
+    Every checkpoint holds the arrays of the training state, and plain data: their checksums, the recipe, the stage, the
+    map, and whatever else a resumed run needs to know. Used as a context manager, it waits for the last save to be
+    complete.
     """
 
     def __init__(self, folder: Path, keep: int):
@@ -61,9 +64,8 @@ class RunCheckpoints:
           HeadshareError: a checkpoint could not be written; earlier ones are intact.
         """
         self.wait()
-        items = ocp.args.Composite(
-            arrays=ocp.args.PyTreeSave(arrays), document=ocp.args.JsonSave({"format": FORMAT, **document})
-        )
+        document = {"format": FORMAT, "checksums": checksums(arrays), **document}
+        items = ocp.args.Composite(arrays=ocp.args.PyTreeSave(arrays), document=ocp.args.JsonSave(document))
         metrics = None if perplexity is None else {"perplexity": perplexity}
         try:
             self._manager.save(step, args=items, metrics=metrics, force=True)
@@ -94,6 +96,8 @@ class RunCheckpoints:
             try:
                 document = self._document(step)
                 arrays = self._arrays(step, abstract(document))
+                if checksums(arrays) != document["checksums"]:
+                    raise HeadshareError("its arrays are not those that were saved")
             except Exception as error:  # Orbax and its storage show damage in many ways
                 reasons[step] = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
                 logger.warning(
@@ -126,6 +130,35 @@ class RunCheckpoints:
 
     def _unwritable(self, error: Exception) -> HeadshareError:
         return HeadshareError(f"A checkpoint in {self.folder} could not be written ({error}); earlier ones are intact.")
+
+
+def checksums(arrays: Any) -> list[int]:
+    """Of every array of a tree, the sum of its 32-bit words, each times an odd number by its place, modulo 2^32.
+
+    A changed bit changes it, and how an array is cut over devices does not.
+    """
+    return [int(each) for each in _checksums(jax.tree.leaves(arrays))]
+
+
+@jax.jit
+def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.sum(_words(leaf) * _odd_numbers(leaf.shape), dtype=jnp.uint32) for leaf in leaves]
+
+
+def _words(array: jax.Array) -> jax.Array:
+    """The bits of every element, uint32 of the array's shape."""
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
+    bits = array if array.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(array, unsigned)
+    return bits.astype(jnp.uint32)
+
+
+def _odd_numbers(shape: tuple[int, ...]) -> jax.Array:
+    """2 i + 1 at the i-th place, uint32."""
+    place, stride = jnp.zeros(shape, jnp.uint32), 1
+    for axis in reversed(range(len(shape))):
+        place += jnp.uint32(stride % 2**32) * jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        stride *= shape[axis]
+    return 2 * place + 1
 
 
 def _quality(metrics: dict[str, float]) -> float:

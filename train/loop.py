@@ -5,13 +5,12 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -83,8 +82,8 @@ def run(
     refits, `shared_perplexity` is the refitted model's.
 
     The folder `output` gets `config.yaml`, `map.json`, `metrics.jsonl` (a line a step), `checkpoints/`, `refit.json`
-    (a `RefitReport`) if the recipe refits, and `final/`, the shared model. On SIGTERM it saves a checkpoint and stops.
-    Every process of a distributed run calls this.
+    (a `RefitReport`) if the recipe refits, and `final/`, the shared model. On SIGTERM and Ctrl-C it saves a checkpoint
+    and stops. Every process of a distributed run calls this.
 
     Args:
       recipe: the run.
@@ -96,16 +95,21 @@ def run(
 
     Raises:
       HeadshareError: the recipe cannot be run, or `output` is not a run to be resumed.
+      KeyboardInterrupt: it was stopped by Ctrl-C.
     """
     check_devices(recipe)
     _check_folder(output, recipe, resume)
     task = prepare(recipe, output, progress)
     if not resume:
         _begin_folder(task)
-    with RunCheckpoints(output / CHECKPOINTS, recipe.checkpoints.keep) as checkpoints, _told_to_stop() as stopping:
+    with RunCheckpoints(output / CHECKPOINTS, recipe.checkpoints.keep) as checkpoints, _Stop() as stopping:
         trainer = _Trainer(task, checkpoints, stopping, report, progress)
         trainer.start(resume)
-        return trainer.export() if trainer.train() else None
+        if trainer.train():
+            return trainer.export()
+        if stopping.interrupted:
+            raise KeyboardInterrupt
+        return None
 
 
 def check_devices(recipe: recipes.Recipe) -> Mesh:
@@ -466,27 +470,44 @@ def _local_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:
     return np.unique([np.arange(shape[1])[place[1]] for place in places if place is not None])
 
 
-@contextmanager
-def _told_to_stop() -> Iterator[Callable[[], bool]]:
-    """Yields whether any process has got SIGTERM since, as cloud machines send before they are taken away."""
-    told = []
+class _Stop:
+    """Whether any process was told to stop: by SIGTERM, as machines send that are to be taken away, or by Ctrl-C.
 
-    def note(number: int, frame: FrameType | None) -> None:
-        told.append(number)
+    A second Ctrl-C raises KeyboardInterrupt at once.
+    """
 
-    before = signal.signal(signal.SIGTERM, note)
+    def __init__(self) -> None:
+        self._told: list[int] = []
 
-    def anyone() -> bool:
+    def __enter__(self) -> Self:
+        signals = (signal.SIGTERM, signal.SIGINT)
+        # What starts in the background of a shell without job control ignores Ctrl-C.
+        heard = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in heard}
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __call__(self) -> bool:
         if jax.process_count() == 1:
-            return bool(told)
+            return bool(self._told)
         from jax.experimental.multihost_utils import process_allgather
 
-        return bool(process_allgather(np.int32(len(told))).any())
+        return bool(process_allgather(np.int32(len(self._told))).any())
 
-    try:
-        yield anyone
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    @property
+    def interrupted(self) -> bool:
+        """Whether this process was told by Ctrl-C."""
+        return signal.SIGINT in self._told
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            logger.warning("Stopping after this step, with a checkpoint; Ctrl-C again stops at once, without.")
+        self._told.append(number)
 
 
 def _wait_for_all(name: str) -> None:

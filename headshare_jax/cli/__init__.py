@@ -8,8 +8,10 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 from contextlib import redirect_stderr
+from importlib import metadata
 from itertools import takewhile
 from types import FrameType
 from typing import Any
@@ -50,6 +52,7 @@ _BAD_INPUT, _INTERNAL_ERROR = 2, 1
 
 def main(args: list[str] | None = None) -> None:
     """Runs one command and exits: 0 when it is done, 2 after bad input, 1 after an error of the program itself."""
+    sys.unraisablehook = _stop_again
     sys.exit(run(args))
 
 
@@ -57,8 +60,12 @@ def run(args: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     _quieten_libraries()
     signal.signal(signal.SIGTERM, _stop)
+    args = sys.argv[1:] if args is None else args
     try:
-        _parse(sys.argv[1:] if args is None else args).execute()
+        if args == ["--version"]:
+            print(f"headshare-jax {metadata.version('headshare-jax')}")
+        else:
+            _parse(args).execute()
     except HeadshareError as error:
         return _fail(str(error), _BAD_INPUT)
     except KeyboardInterrupt:
@@ -131,8 +138,9 @@ def _sentence(box: str) -> str:
     if lines and lines[0].startswith("Missing"):
         return f"{lines[0]} {', '.join(lines[1:])}"
     text = " ".join(lines).rstrip(".")
-    wrong = re.match(r"Error parsing ([^:]+):.*'([^']*)'", text)
-    return f"{wrong[1]} does not take {wrong[2]!r}" if wrong else text or "The arguments cannot be understood"
+    wrong = re.match(r"Error parsing ([^:]+):.*instantiated from \[([^\]]*)\]", text)
+    wrong = wrong or re.match(r"Error parsing ([^:]+):.*('[^']*')", text)
+    return f"{wrong[1]} does not take {wrong[2]}" if wrong else text or "The arguments cannot be understood"
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -149,6 +157,17 @@ def _fail(message: str, code: int) -> int:
 
 def _stop(number: int, frame: FrameType | None) -> Any:
     raise SystemExit(128 + number)
+
+
+def _stop_again(unraisable: Any) -> None:
+    """Asks once more for a stop that met a callback, as of the garbage collector, in which Python drops exceptions."""
+    signals = {SystemExit: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}
+    if unraisable.exc_type not in signals:
+        sys.__unraisablehook__(unraisable)
+        return
+    again = threading.Timer(0.1, os.kill, (os.getpid(), signals[unraisable.exc_type]))
+    again.daemon = True
+    again.start()
 
 
 def _quieten_libraries() -> None:

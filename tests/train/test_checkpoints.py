@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from headshare_jax import HeadshareError
-from headshare_jax.train.checkpoints import RunCheckpoints
+from headshare_jax.train.checkpoints import RunCheckpoints, checksums
 
 SHAPE = (4, 4)
 
@@ -89,6 +89,36 @@ def test_a_damaged_checkpoint_is_passed_over(
     damage(tmp_path / "run" / "4")
     assert restored(tmp_path / "run") == 2
     assert "step 4 cannot be used" in caplog.text
+
+
+def test_a_changed_bit_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    values = {"a": np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)}
+    target = {"a": jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=abstract({})["a"].sharding)}
+    with RunCheckpoints(tmp_path, 2) as checkpoints:
+        for step in (2, 4):
+            checkpoints.save(step, jax.tree.map(jnp.asarray, values), {}, None)
+    largest = max((tmp_path / "4" / "arrays").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with RunCheckpoints(tmp_path, 2) as checkpoints:
+        found = checkpoints.restore(lambda document: target)
+    assert found is not None
+    assert found[0] == 2
+    assert np.array_equal(found[1]["a"], values["a"])
+    assert "step 4 cannot be used (its arrays are not those that were saved)" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool"])
+def test_checksums_tell_arrays_apart_wherever_they_lie(dtype: str) -> None:
+    values = jnp.asarray(np.random.default_rng(0).integers(0, 2, (8, 6, 4)), dtype)
+    (one,) = checksums([values])
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    cut = jax.device_put(values, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    assert checksums([cut, jnp.int32(7)]) == [one, 7]
+    other = (values[3, 2, 1] == jnp.zeros((), dtype)).astype(dtype)
+    others = [values.at[3, 2, 1].set(other), values[::-1], values.swapaxes(0, 1)]
+    assert one not in checksums(others)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"{}"])

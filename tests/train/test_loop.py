@@ -230,6 +230,8 @@ import conftest, jax
 from pathlib import Path
 from headshare_jax.train import loop, recipe
 
+{begin}
+
 def report(line):
     if line["step"] == {step}:
         {action}
@@ -239,19 +241,21 @@ print("stopped" if result is None else "finished")
 """
 
 
-def run_killed(workplace: Path, run: Path, step: int, how: str) -> subprocess.CompletedProcess[str]:
+def run_killed(workplace: Path, run: Path, step: int, how: str, *, begin: str = "") -> subprocess.CompletedProcess[str]:
     """A run in a process of its own that gets a signal after a step."""
-    return run_hindered(workplace, run, step, f"os.kill(os.getpid(), signal.{how})")
+    return run_hindered(workplace, run, step, f"os.kill(os.getpid(), signal.{how})", begin=begin)
 
 
 def run_hindered(
-    workplace: Path, run: Path, step: int, action: str, *, resume: bool = False
+    workplace: Path, run: Path, step: int, action: str, *, begin: str = "", resume: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """A run in a process of its own that does something to itself after a step."""
     path = run.with_suffix(".yaml")
     path.write_text(recipes.to_yaml(recipe(workplace)))
     tests = str(Path(__file__).parents[1])
-    code = _HINDERED.format(tests=tests, step=step, action=action, recipe=str(path), run=str(run), resume=resume)
+    code = _HINDERED.format(
+        tests=tests, begin=begin, step=step, action=action, recipe=str(path), run=str(run), resume=resume
+    )
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
@@ -273,6 +277,21 @@ def test_sigterm_saves_and_ends_well(finished: Path, workplace: Path) -> None:
     assert not (run / "final").exists()
     loop.run(recipe(workplace), run, resume=True)
     assert losses(run) == losses(finished)
+
+
+def test_ctrl_c_saves_and_a_second_one_does_not(finished: Path, workplace: Path) -> None:
+    # Where tests run in the background, a process begins with SIGINT ignored.
+    heard = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    run, twice = workplace / "interrupted", workplace / "interrupted-twice"
+    done = run_killed(workplace, run, 3, "SIGINT", begin=heard)
+    assert done.returncode == -signal.SIGINT, done.stderr
+    assert "Stopping after this step, with a checkpoint" in done.stderr
+    assert (run / "checkpoints" / "3").is_dir()
+    loop.run(recipe(workplace), run, resume=True)
+    assert losses(run) == losses(finished)
+    again = "os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT)"
+    assert run_hindered(workplace, twice, 3, again, begin=heard).returncode == -signal.SIGINT
+    assert not (twice / "checkpoints" / "3").exists()
 
 
 def test_resumed_on_another_mesh(finished: Path, workplace: Path) -> None:
