@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -137,12 +138,26 @@ def checksums(arrays: Any) -> list[int]:
 
     A changed bit changes it, and how an array is cut over devices does not.
     """
-    return [int(each) for each in _checksums(jax.tree.leaves(arrays))]
+    return [int(_checksum(leaf)) for leaf in jax.tree.leaves(arrays)]
 
 
 @jax.jit
-def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.sum(_words(leaf) * _odd_numbers(leaf.shape), dtype=jnp.uint32) for leaf in leaves]
+def _checksum(array: jax.Array) -> jax.Array:
+    if array.ndim < 3:
+        return _weighted_sum(array, jnp.uint32(0))
+    # Layer by layer, or head by head: a CPU holds all the products that it sums.
+    count, size = array.shape[0], math.prod(array.shape[1:])
+    first_of_row = jnp.arange(count, dtype=jnp.uint32) * jnp.uint32(size % 2**32)
+    return jnp.sum(jax.lax.map(lambda row: _weighted_sum(*row), (array, first_of_row)), dtype=jnp.uint32)
+
+
+def _weighted_sum(array: jax.Array, first: jax.Array) -> jax.Array:
+    """Sum of an array's words, the i-th times 2 (first + i) + 1."""
+    place, stride = jnp.full(array.shape, first), 1
+    for axis in reversed(range(array.ndim)):
+        place += jnp.uint32(stride % 2**32) * jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+        stride *= array.shape[axis]
+    return jnp.sum(_words(array) * (2 * place + 1), dtype=jnp.uint32)
 
 
 def _words(array: jax.Array) -> jax.Array:
@@ -150,15 +165,6 @@ def _words(array: jax.Array) -> jax.Array:
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
     bits = array if array.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(array, unsigned)
     return bits.astype(jnp.uint32)
-
-
-def _odd_numbers(shape: tuple[int, ...]) -> jax.Array:
-    """2 i + 1 at the i-th place, uint32."""
-    place, stride = jnp.zeros(shape, jnp.uint32), 1
-    for axis in reversed(range(len(shape))):
-        place += jnp.uint32(stride % 2**32) * jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-        stride *= shape[axis]
-    return 2 * place + 1
 
 
 def _quality(metrics: dict[str, float]) -> float:
