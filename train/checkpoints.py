@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import shutil
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -100,7 +101,8 @@ class RunCheckpoints:
                 if checksums(arrays) != document["checksums"]:
                     raise HeadshareError("its arrays are not those that were saved")
             except Exception as error:  # Orbax and its storage show damage in many ways
-                reasons[step] = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+                said = (str(error).splitlines() or [type(error).__name__])[0]
+                reasons[step] = textwrap.shorten(said, 160, placeholder=" ...").rstrip(".")
                 logger.warning(
                     "The checkpoint of step %d cannot be used (%s); trying the one before.", step, reasons[step]
                 )
