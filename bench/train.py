@@ -46,9 +46,9 @@ class Options:
     """Sequences."""
     seq_len: int = 512
     """Tokens of a sequence."""
-    steps: int = 3
+    steps: int = 4
     """Timed steps of every contender in a round, after a first one that is not timed."""
-    rounds: int = 2
+    rounds: int = 4
     """Rounds of all contenders; the median of all their steps counts."""
     quick: bool = False
     """A tiny model instead, to test this benchmark; its figures mean nothing."""
