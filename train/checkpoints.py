@@ -129,6 +129,8 @@ class RunCheckpoints:
         document: dict[str, Any] = items.document
         if document.get("format") != FORMAT:
             raise HeadshareError(f"{self.folder / str(step)} is not a checkpoint of a PostShare run.")
+        if "checksums" not in document:
+            raise HeadshareError("it is of an earlier version, which kept no checksums; begin a new run")
         return document
 
     def _unwritable(self, error: Exception) -> HeadshareError:

@@ -3,14 +3,12 @@
 import json
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +28,7 @@ from headshare_jax.parameters import WeightSource, fingerprint, parameter_names,
 from headshare_jax.refit import refit
 from headshare_jax.selection import sharing_map
 from headshare_jax.sharing import SharingMap
+from headshare_jax.signals import Stop, handled
 from headshare_jax.similarity import match
 from headshare_jax.train import data
 from headshare_jax.train import recipe as recipes
@@ -102,7 +101,8 @@ def run(
     task = prepare(recipe, output, progress)
     if not resume:
         _begin_folder(task)
-    with RunCheckpoints(output / CHECKPOINTS, recipe.checkpoints.keep) as checkpoints, _Stop() as stopping:
+    stopping = Stop()
+    with RunCheckpoints(output / CHECKPOINTS, recipe.checkpoints.keep) as checkpoints, handled(stopping.note):
         trainer = _Trainer(task, checkpoints, stopping, report, progress)
         trainer.start(resume)
         if trainer.train():
@@ -468,46 +468,6 @@ def _local_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:
     """Rows (axis 1) of a batch that this process's devices hold."""
     places = sharding.addressable_devices_indices_map(shape).values()
     return np.unique([np.arange(shape[1])[place[1]] for place in places if place is not None])
-
-
-class _Stop:
-    """Whether any process was told to stop: by SIGTERM, as machines send that are to be taken away, or by Ctrl-C.
-
-    A second Ctrl-C raises KeyboardInterrupt at once.
-    """
-
-    def __init__(self) -> None:
-        self._told: list[int] = []
-
-    def __enter__(self) -> Self:
-        signals = (signal.SIGTERM, signal.SIGINT)
-        # What starts in the background of a shell without job control ignores Ctrl-C.
-        heard = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._note) for number in heard}
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def __call__(self) -> bool:
-        if jax.process_count() == 1:
-            return bool(self._told)
-        from jax.experimental.multihost_utils import process_allgather
-
-        return bool(process_allgather(np.int32(len(self._told))).any())
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether this process was told by Ctrl-C."""
-        return signal.SIGINT in self._told
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT:
-            if self.interrupted:
-                raise KeyboardInterrupt
-            logger.warning("Stopping after this step, with a checkpoint; Ctrl-C again stops at once, without.")
-        self._told.append(number)
 
 
 def _wait_for_all(name: str) -> None:

@@ -119,9 +119,9 @@ def measured(workload: Workload, layout: Layout, chip: Chip, mesh: Mesh, *, shar
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(error)
         seconds = time.perf_counter() - start
-        unknown = dict.fromkeys(("temporary_bytes", *_COSTS))
+        unknown = dict.fromkeys(("temporary_bytes", *_COSTS)) | {"costs_estimated": False}
         refused = {"argument_bytes": sum(held.values()), **estimate.fit(chip, needed), "compile_seconds": seconds}
-        return {**sizes, **unknown, **refused, "costs_estimated": False, "fits": False}
+        return {**sizes, **unknown, **refused, "fits": False}
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     if memory is None:
@@ -150,8 +150,8 @@ def _speed(
         )
         text = None
     if text is None:
-        costs_of = estimate.estimated(workload, layout, chip, shared=shared)
-        return {name: costs_of[name] for name in _COSTS}
+        guess = estimate.estimated(workload, layout, chip, shared=shared)
+        return {name: guess[name] for name in (*_COSTS, "costs_estimated")}
     costs = (round_costs if workload.stage == "decode" else program_costs)(text)
     if workload.trains and has_kernel(mesh, workload.length, workload.config.head_dim, "bfloat16"):
         # A kernel's text does not tell what it computes.
@@ -161,7 +161,7 @@ def _speed(
 
 _COSTS = (
     *("flops", "hbm_bytes_accessed", "collective_bytes", "largest_collective_bytes"),
-    *("seconds", "step_seconds", "bound_by", "tokens_per_second", "costs_estimated"),
+    *("seconds", "step_seconds", "bound_by", "tokens_per_second"),
 )
 
 

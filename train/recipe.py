@@ -271,11 +271,9 @@ def _changed(document: Any, change: str) -> Any:
             place = place.setdefault(name, {})
         elif isinstance(place, list) and name.isdecimal() and int(name) < len(place):
             place = place[int(name)]
-        elif isinstance(place, list):
-            places = f"{len(place)} there, counted from 0"
-            raise HeadshareError(f"The recipe has no {name} to change in {key}; it has {places}.")
         else:
-            raise HeadshareError(f"The recipe has no {name} to change in {key}.")
+            there = f"; it has {len(place)} there, counted from 0" if isinstance(place, list) else ""
+            raise HeadshareError(f"The recipe has no {name} to change in {key}{there}.")
     if not isinstance(place, dict):
         raise HeadshareError(f"The recipe has no {last} to change in {key}.")
     place[last] = value
@@ -317,6 +315,7 @@ def _build(kind: type[T], document: Any, where: str) -> T:
             hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(hints)}."
             raise HeadshareError(f"The recipe has an unknown key {_joined(where, key)}; {hint}")
     values = {key: _value(hints[key], value, _joined(where, key)) for key, value in document.items()}
+    # That every kind is a dataclass is nothing that its type can say, here and in `_value`.
     required = [f.name for f in dataclasses.fields(kind) if _is_required(f)]  # type: ignore[arg-type]
     missing = [name for name in required if name not in values]
     if missing:

@@ -47,7 +47,7 @@ COMMANDS: dict[str, type[Command]] = {
 _DESCRIPTION = "Make LLaMA-family language models smaller by letting attention heads share weights."
 # Between the parts of what tyro says.
 _RULER = re.compile("[─╰╯-]{9,}")
-_BAD_INPUT, _INTERNAL_ERROR = 2, 1
+_BAD_INPUT, _INTERNAL_ERROR, _TERMINATED = 2, 1, 128 + signal.SIGTERM
 
 
 def main(args: list[str] | None = None) -> None:
@@ -156,16 +156,20 @@ def _fail(message: str, code: int) -> int:
 
 
 def _stop(number: int, frame: FrameType | None) -> Any:
-    raise SystemExit(128 + number)
+    raise SystemExit(_TERMINATED)
 
 
 def _stop_again(unraisable: Any) -> None:
     """Asks once more for a stop that met a callback, as of the garbage collector, in which Python drops exceptions."""
-    signals = {SystemExit: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}
-    if unraisable.exc_type not in signals:
+    lost = unraisable.exc_value
+    if isinstance(lost, KeyboardInterrupt):
+        number = signal.SIGINT
+    elif isinstance(lost, SystemExit) and lost.code == _TERMINATED:
+        number = signal.SIGTERM
+    else:
         sys.__unraisablehook__(unraisable)
         return
-    again = threading.Timer(0.1, os.kill, (os.getpid(), signals[unraisable.exc_type]))
+    again = threading.Timer(0.1, os.kill, (os.getpid(), number))
     again.daemon = True
     again.start()
 

@@ -2,7 +2,6 @@
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -16,6 +15,7 @@ from headshare_jax.cli.command import Command, ComputeDtype, Source, keep_compil
 from headshare_jax.convert import tokenizer
 from headshare_jax.errors import HeadshareError
 from headshare_jax.generation import Sampling, generate
+from headshare_jax.signals import handled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,8 @@ class Generate(Command):
         longest, context = max(map(len, prompts)) + self.max_new_tokens, model.config.max_position_embeddings
         if longest > context:
             say(f"a prompt with its new tokens may be {longest} tokens long; the model was made for up to {context}")
-        with _stopped_at_once():
+        # Handlers would wait for the compiled loop; nothing is being written meanwhile.
+        with handled(signal.SIG_DFL):
             answers = generate(model, prompts, max_new_tokens=self.max_new_tokens, sampling=sampling, seed=self.seed)
         return {
             "results": [
@@ -75,17 +76,3 @@ class Generate(Command):
     def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
         for entry in result["results"]:
             yield Text.assemble((entry["prompt"], "bold"), "\n" if self.chat else "", entry["text"])
-
-
-@contextmanager
-def _stopped_at_once() -> Iterator[None]:
-    """Signals end the process meanwhile: handlers would wait for a compiled loop, and nothing is being written."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number, handler in handlers.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from headshare_jax import HeadshareError
-from headshare_jax.train.checkpoints import RunCheckpoints, checksums
+from headshare_jax.train.checkpoints import FORMAT, RunCheckpoints, checksums
 
 SHAPE = (4, 4)
 
@@ -76,6 +76,7 @@ def overwritten(part: str, content: bytes) -> Callable[[Path], None]:
         overwritten("document", b"{"),
         overwritten("document", b"[1]"),
         overwritten("document", json.dumps({"format": "another"}).encode()),
+        overwritten("document", json.dumps({"format": FORMAT, "number": 4}).encode()),
         overwritten("arrays", b""),
         overwritten(".", b""),
         lambda checkpoint: shutil.rmtree(checkpoint / "arrays"),
