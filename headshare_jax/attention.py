@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import Mesh, PartitionSpec
@@ -46,7 +45,7 @@ def flash_attention(
     another's part.
 
     Args:
-      q_btnh, k_btkh, v_btkh: queries, keys and values, rotary embedding applied.
+      q_btnh, k_btkh, v_btkh: queries, divided by the square root of H, keys and values.
       segments_bt: int32 [B, T], document of every token.
       mesh: where they lie.
       kernel: `splash` or `cudnn`; by default that of the mesh's devices.
@@ -71,7 +70,7 @@ def splash(
     q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, segments_bt: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
     """The TPU's kernel on one device's part; `interpret` runs its program on any device."""
-    length, heads, width = q_btnh.shape[1:]
+    length, heads = q_btnh.shape[1:3]
     block = next(block for block in BLOCKS if length % block == 0)
     sizes = splash_kernel.BlockSizes(
         block_q=block,
@@ -83,10 +82,8 @@ def splash(
     )
     mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((length, length))] * heads)
     kernel = splash_kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
-    scaled_bnth = (q_btnh * jnp.asarray(width**-0.5, q_btnh.dtype)).swapaxes(1, 2)
-    out_bnth = jax.vmap(kernel)(
-        scaled_bnth, k_btkh.swapaxes(1, 2), v_btkh.swapaxes(1, 2), splash_kernel.SegmentIds(segments_bt, segments_bt)
-    )
+    heads_first = (each.swapaxes(1, 2) for each in (q_btnh, k_btkh, v_btkh))
+    out_bnth = jax.vmap(kernel)(*heads_first, splash_kernel.SegmentIds(segments_bt, segments_bt))
     return out_bnth.swapaxes(1, 2)
 
 
@@ -101,5 +98,5 @@ def cudnn(
     """The GPU's kernel on one device's part; it reads a mask of a byte or two per score, which all heads share."""
     segments_b1ts = segments_bt[:, None, :, None] == segments_bt[:, None, None, :]
     return jax.nn.dot_product_attention(
-        q_btnh, k_btkh, v_btkh, mask=segments_b1ts, is_causal=True, implementation=implementation
+        q_btnh, k_btkh, v_btkh, mask=segments_b1ts, scale=1.0, is_causal=True, implementation=implementation
     )

@@ -24,7 +24,7 @@ from headshare_jax.errors import HeadshareError
 from headshare_jax.mesh import batch_sharding, make_mesh, replicated
 from headshare_jax.modeling import _ACTIVATIONS, attend, head_logits, normalized_rows
 from headshare_jax.parameters import WeightSource
-from headshare_jax.rope import rotary_angles, rotate
+from headshare_jax.rope import rotary_angles, rotate, rotate_queries
 
 # A layer adds to the residual stream what its two blocks give, one after the other; each ends in a linear map.
 BLOCKS = ("attention", "mlp")
@@ -163,10 +163,9 @@ def head_outputs(config: LlamaConfig, weights: dict[str, jax.Array], normed_btd:
         return heads_btnh if bias_nh is None else heads_btnh + bias_nh[None, None]
 
     positions_bt = jnp.broadcast_to(jnp.arange(normed_btd.shape[1], dtype=jnp.int32), normed_btd.shape[:2])
-    cos_bth, sin_bth = rotary_angles(config, positions_bt)
-    q_btnh, k_btkh = (rotate(project(letter), cos_bth, sin_bth) for letter in "qk")
-    mask_ts = jnp.tril(jnp.ones((normed_btd.shape[1],) * 2, bool))
-    return attend(q_btnh, k_btkh, project("v"), mask_ts[None], causal=True)
+    angles = rotary_angles(config, positions_bt)
+    q_btnh, k_btkh = rotate_queries(project("q"), *angles), rotate(project("k"), *angles)
+    return attend(q_btnh, k_btkh, project("v"), causal=True)
 
 
 def mlp_units(config: LlamaConfig, weights: dict[str, jax.Array], normed_btd: jax.Array) -> jax.Array:

@@ -78,12 +78,12 @@ def generate(
     padded, new = _bucket(max(lengths)), _bucket(max_new_tokens)
     tokens_bt = np.zeros((len(prompts), padded), np.int32)
     for row, prompt in enumerate(prompts):
-        tokens_bt[row, padded - len(prompt) :] = prompt
+        tokens_bt[row, : len(prompt)] = prompt
     stops = model.config.eos_token_ids if stop_tokens is None else tuple(stop_tokens)
-    start_b = jnp.asarray([padded - length for length in lengths], jnp.int32)
-    cache = model.empty_cache(start_b, padded + new)
+    cache = model.empty_cache(len(prompts), padded + new)
     first_key, key = jax.random.split(jax.random.key(seed))
-    token_b, cache = prefill(model, jnp.asarray(tokens_bt), cache, first_key, sampling=sampling)
+    prompt_b = jnp.asarray(lengths, jnp.int32)
+    token_b, cache = prefill(model, jnp.asarray(tokens_bt), prompt_b, cache, first_key, sampling=sampling)
     if max_new_tokens == 1:
         return [[] if token in stops else [token] for token in token_b.tolist()]
     device = _only_device(model)
@@ -116,11 +116,11 @@ def _bucket(length: int) -> int:
 
 @partial(jax.jit, static_argnames="sampling", donate_argnames="cache")
 def prefill(
-    model: Llama, tokens_bt: jax.Array, cache: KVCache, key: jax.Array, *, sampling: Sampling
+    model: Llama, tokens_bt: jax.Array, prompt_b: jax.Array, cache: KVCache, key: jax.Array, *, sampling: Sampling
 ) -> tuple[jax.Array, KVCache]:
-    """Runs the prompts, into an empty cache, and draws the first new token of every row."""
-    features_btd, cache = model.extend(tokens_bt, cache, from_empty=True)
-    return _draw(model.logits(features_btd[:, -1]), key, sampling), cache
+    """Reads the prompts, as `Llama.prefill` does, and draws the first new token of every row."""
+    features_bd, cache = model.prefill(tokens_bt, prompt_b, cache)
+    return _draw(model.logits(features_bd), key, sampling), cache
 
 
 @partial(jax.jit, static_argnames=("room", "sampling", "in_stack"), donate_argnames="cache")

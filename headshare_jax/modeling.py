@@ -1,7 +1,7 @@
 """The LLaMA-family decoder on pooled attention heads, as a Flax NNX module."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
 
@@ -18,7 +18,7 @@ from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.parameters import WeightSource, index_name, pool_name
 from headshare_jax.projection import STACKED_MATRICES, LayerOf, Matrices, heads_in, heads_out, product, rows
-from headshare_jax.rope import rotary_angles, rotate
+from headshare_jax.rope import rotary_angles, rotate, rotate_queries
 from headshare_jax.sharing import PROJECTIONS, SharingMap
 from headshare_jax.stack_kernel import InStack
 
@@ -36,6 +36,9 @@ REMAT_POLICIES = {
 ATTENTION_BLOCK, MAX_ATTENTION_BLOCKS = 128, 8
 
 LayerWeights = Mapping[str, Any]
+# Queries, keys and values of a batch, and a mask if there is one; and what runs a function of one row on them.
+Rows = tuple[jax.Array, ...]
+InTurns = Callable[[Callable[..., jax.Array], Rows], jax.Array]
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -57,13 +60,24 @@ class KVCache:
     Attributes:
       k_lbskh, v_lbskh: [L, B, S, K, H], in the compute dtype; rotary embedding already applied to the keys.
       length: int32 scalar, slots filled; the same for every row of the batch.
-      start_b: int32 [B], first slot in use; slots before it are padding on the left.
+      prompt_b: int32 [B], tokens of every row's prompt, which fill its first slots.
+      prompt_slots: int32 scalar, slots that prompts take; from its prompt's end to here a row holds padding.
     """
 
     k_lbskh: jax.Array
     v_lbskh: jax.Array
     length: jax.Array
-    start_b: jax.Array
+    prompt_b: jax.Array
+    prompt_slots: jax.Array
+
+    def with_layer(self, layer: jax.Array | int, k_btkh: jax.Array, v_btkh: jax.Array) -> "KVCache":
+        """The cache with a layer's next T keys and values; `length` stays, for other layers write there too."""
+        at = (layer, 0, self.length, 0, 0)
+        return replace(
+            self,
+            k_lbskh=jax.lax.dynamic_update_slice(self.k_lbskh, k_btkh[None], at),
+            v_lbskh=jax.lax.dynamic_update_slice(self.v_lbskh, v_btkh[None], at),
+        )
 
 
 class Llama(nnx.Module):
@@ -180,33 +194,75 @@ class Llama(nnx.Module):
     ) -> jax.Array:
         """Normalised output of the last layer, [B, T, D] in the compute dtype; arguments as in `__call__`."""
         length = tokens_bt.shape[1]
-        mask_bts = jnp.tril(jnp.ones((length, length), bool))[None]
+        mask_bts = None
         if segments_bt is not None:
-            mask_bts = mask_bts & (segments_bt[:, :, None] == segments_bt[:, None, :])
+            earlier_ts = jnp.tril(jnp.ones((length, length), bool))
+            mask_bts = earlier_ts[None] & (segments_bt[:, :, None] == segments_bt[:, None, :])
         if positions_bt is None:
             positions_bt = _positions(tokens_bt, segments_bt)
-        cos_bth, sin_bth = rotary_angles(self.config, positions_bt)
+        angles = rotary_angles(self.config, positions_bt)
         kernel_mesh = self._kernel_mesh(length)
+        in_turns = rows_apart if self._on_one_device() else None
         document_bt = jnp.zeros_like(tokens_bt) if segments_bt is None else segments_bt
 
         def layer(x_btd: jax.Array, weights: dict[str, jax.Array]) -> tuple[jax.Array, None]:
-            q_btnh, k_btkh, v_btkh = self._qkv(x_btd, weights, cos_bth, sin_bth)
+            q_btnh = self._queries(x_btd, weights, *angles)
+            k_btkh, v_btkh = self._keys_values(x_btd, weights, *angles)
             if kernel_mesh is not None:
                 heads_btnh = flash_attention(q_btnh, k_btkh, v_btkh, document_bt, kernel_mesh)
             else:
-                heads_btnh = attend(q_btnh, k_btkh, v_btkh, mask_bts, causal=True, by_row=self._on_one_device())
+                heads_btnh = attend(q_btnh, k_btkh, v_btkh, mask_bts, causal=True, in_turns=in_turns)
             return self._placed(self._layer_output(x_btd, heads_btnh, weights)), None
 
         layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         x_btd, _ = jax.lax.scan(layer, self._placed(self._embed(tokens_bt)), self._layer_weights())
         return self._rms_norm(x_btd, self.final_norm_d[...])
 
+    def prefill(self, tokens_bt: jax.Array, prompt_b: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Reads prompts into an empty cache.
+
+        The last layer computes its output for the last tokens alone: nothing reads the others.
+
+        Args:
+          tokens_bt: int32 [B, T], prompts, with padding behind them.
+          prompt_b: int32 [B], tokens of every prompt, at least 1.
+          cache: empty, with room for T slots.
+
+        Returns:
+          Normalised output of the last layer at every prompt's last token, [B, D] in the compute dtype, and the cache.
+        """
+        length = tokens_bt.shape[1]
+        slot_t = jnp.arange(length, dtype=jnp.int32)
+        # Padding must not count as length, by which `dynamic` scaling goes.
+        angles = rotary_angles(self.config, jnp.minimum(slot_t, jnp.max(prompt_b) - 1)[None])
+        stacked, last = self._layer_weights(), self.config.num_layers - 1
+
+        def layer(carry: tuple[jax.Array, KVCache], place: jax.Array) -> tuple[tuple[jax.Array, KVCache], None]:
+            x_btd, cache = carry
+            weights = {name: stack[place] for name, stack in stacked.items()}
+            q_btnh = self._queries(x_btd, weights, *angles)
+            k_btkh, v_btkh = self._keys_values(x_btd, weights, *angles)
+            heads_btnh = attend(q_btnh, k_btkh, v_btkh, causal=True, in_turns=rows_in_place)
+            return (self._layer_output(x_btd, heads_btnh, weights), cache.with_layer(place, k_btkh, v_btkh)), None
+
+        carry = (self._embed(tokens_bt), cache)
+        (x_btd, cache), _ = jax.lax.scan(layer, carry, jnp.arange(last, dtype=jnp.int32))
+        weights = {name: stack[last] for name, stack in stacked.items()}
+        k_btkh, v_btkh = self._keys_values(x_btd, weights, *angles)
+        end_b1 = prompt_b[:, None] - 1
+        x_b1d = jnp.take_along_axis(x_btd, end_b1[..., None], axis=1)
+        q_b1nh = self._queries(x_b1d, weights, *(angle_1th[0][end_b1] for angle_1th in angles))
+        heads_b1nh = attend(q_b1nh, k_btkh, v_btkh, slot_t[None, None] <= end_b1[..., None])
+        x_b1d = self._rms_norm(self._layer_output(x_b1d, heads_b1nh, weights), self.final_norm_d[...])
+        filled = jnp.int32(length)
+        cache = replace(cache.with_layer(last, k_btkh, v_btkh), length=filled, prompt_b=prompt_b, prompt_slots=filled)
+        return x_b1d[:, 0], cache
+
     def extend(
         self,
         tokens_bt: jax.Array,
         cache: KVCache,
         *,
-        from_empty: bool = False,
         layers: Matrices | None = None,
         in_stack: bool = False,
     ) -> tuple[jax.Array, KVCache]:
@@ -215,7 +271,6 @@ class Llama(nnx.Module):
         Args:
           tokens_bt: int32 [B, T]; they take the cache's next T slots.
           cache: has room for T more slots.
-          from_empty: the cache is empty, so that these tokens see nothing else in it.
           layers: what `unstacked` gave for this model, to use instead of its stacked matrices.
           in_stack: read matrices where they lie, by `stack_kernel`; for a few tokens, on one GPU.
 
@@ -224,49 +279,43 @@ class Llama(nnx.Module):
         """
         length = tokens_bt.shape[1]
         slot_t = cache.length + jnp.arange(length, dtype=jnp.int32)
-        slot_s = jnp.arange(length if from_empty else cache.k_lbskh.shape[2], dtype=jnp.int32)
-        cos_bth, sin_bth = rotary_angles(self.config, jnp.maximum(slot_t[None, :] - cache.start_b[:, None], 0))
-        seen_ts = slot_s[None, :] <= slot_t[:, None]
-        used_bs = slot_s[None, :] >= cache.start_b[:, None]
-        # A padding slot sees itself: a row with nothing to see would have no softmax.
-        itself_ts = slot_s[None, :] == slot_t[:, None]
-        mask_bts = (seen_ts[None] & used_bs[:, None]) | itself_ts[None]
+        slot_s = jnp.arange(cache.k_lbskh.shape[2], dtype=jnp.int32)
+        padding_b = cache.prompt_slots - cache.prompt_b
+        angles = rotary_angles(self.config, slot_t[None, :] - padding_b[:, None])
+        earlier_ts = slot_s[None, :] <= slot_t[:, None]
+        used_bs = (slot_s[None, :] < cache.prompt_b[:, None]) | (slot_s[None, :] >= cache.prompt_slots)
+        mask_bts = earlier_ts[None] & used_bs[:, None]
 
         def layer(
-            carry: tuple[jax.Array, jax.Array, jax.Array], scanned: tuple[jax.Array, LayerWeights]
-        ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
-            x_btd, k_lbskh, v_lbskh = carry
+            carry: tuple[jax.Array, KVCache], scanned: tuple[jax.Array, LayerWeights]
+        ) -> tuple[tuple[jax.Array, KVCache], None]:
+            x_btd, cache = carry
             place, weights = scanned
             if layers is not None:
                 weights = {**weights, **{name: LayerOf(each, place) for name, each in layers.items()}}
             elif in_stack:
                 weights = {**weights, **self._in_stack(place, weights)}
-            q_btnh, k_btkh, v_btkh = self._qkv(x_btd, weights, cos_bth, sin_bth)
-            at = (place, 0, cache.length, 0, 0)
-            k_lbskh = jax.lax.dynamic_update_slice(k_lbskh, k_btkh[None], at)
-            v_lbskh = jax.lax.dynamic_update_slice(v_lbskh, v_btkh[None], at)
-            seen = (k_btkh, v_btkh) if from_empty else (k_lbskh[place], v_lbskh[place])
-            heads_btnh = attend(q_btnh, *seen, mask_bts, causal=from_empty, by_row=True)
-            return (self._layer_output(x_btd, heads_btnh, weights), k_lbskh, v_lbskh), None
+            q_btnh = self._queries(x_btd, weights, *angles)
+            cache = cache.with_layer(place, *self._keys_values(x_btd, weights, *angles))
+            heads_btnh = attend(q_btnh, cache.k_lbskh[place], cache.v_lbskh[place], mask_bts, in_turns=rows_in_place)
+            return (self._layer_output(x_btd, heads_btnh, weights), cache), None
 
         places = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         apart = STACKED_MATRICES if in_stack or layers is not None else ()
         stacked = {name: value for name, value in self._layer_weights().items() if name not in apart}
-        carry = (self._embed(tokens_bt), cache.k_lbskh, cache.v_lbskh)
-        (x_btd, k_lbskh, v_lbskh), _ = jax.lax.scan(layer, carry, (places, stacked))
-        return self._rms_norm(x_btd, self.final_norm_d[...]), KVCache(
-            k_lbskh, v_lbskh, cache.length + length, cache.start_b
-        )
+        (x_btd, cache), _ = jax.lax.scan(layer, (self._embed(tokens_bt), cache), (places, stacked))
+        return self._rms_norm(x_btd, self.final_norm_d[...]), replace(cache, length=cache.length + length)
 
-    def empty_cache(self, start_b: jax.Array, slots: int) -> KVCache:
-        """A cache with room for `slots` positions, of which row b skips the first `start_b[b]`."""
+    def empty_cache(self, batch: int, slots: int) -> KVCache:
+        """A cache with room for `slots` positions of every row."""
         config = self.config
-        shape = (config.num_layers, start_b.shape[0], slots, config.num_kv_heads, config.head_dim)
+        shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
         return KVCache(
-            jnp.zeros(shape, self.compute_dtype),
-            jnp.zeros(shape, self.compute_dtype),
-            jnp.zeros((), jnp.int32),
-            start_b,
+            k_lbskh=jnp.zeros(shape, self.compute_dtype),
+            v_lbskh=jnp.zeros(shape, self.compute_dtype),
+            length=jnp.zeros((), jnp.int32),
+            prompt_b=jnp.zeros(batch, jnp.int32),
+            prompt_slots=jnp.zeros((), jnp.int32),
         )
 
     def logits(self, features_btd: jax.Array) -> jax.Array:
@@ -326,16 +375,19 @@ class Llama(nnx.Module):
     def _embed(self, tokens_bt: jax.Array) -> jax.Array:
         return self.embed_vd[...][tokens_bt].astype(self.compute_dtype)
 
-    def _qkv(
+    def _queries(self, x_btd: jax.Array, weights: LayerWeights, cos_bth: jax.Array, sin_bth: jax.Array) -> jax.Array:
+        """Queries [B, T, N, H] of one layer as `attend` takes them."""
+        q_btnh = self._project_in(self._rms_norm(x_btd, weights["attn_norm_ld"]), "q", weights)
+        return checkpoint_name(rotate_queries(q_btnh, cos_bth, sin_bth), "query")
+
+    def _keys_values(
         self, x_btd: jax.Array, weights: LayerWeights, cos_bth: jax.Array, sin_bth: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, N, H], keys and values [B, T, K, H] of one layer, rotary embedding applied."""
+    ) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, T, K, H] of one layer, rotary embedding applied to the keys."""
         normed_btd = self._rms_norm(x_btd, weights["attn_norm_ld"])
-        q_btnh = self._project_in(normed_btd, "q", weights)
-        k_btkh = self._project_in(normed_btd, "k", weights)
+        k_btkh = rotate(self._project_in(normed_btd, "k", weights), cos_bth, sin_bth)
         v_btkh = self._project_in(normed_btd, "v", weights)
-        q_btnh, k_btkh = rotate(q_btnh, cos_bth, sin_bth), rotate(k_btkh, cos_bth, sin_bth)
-        return checkpoint_name(q_btnh, "query"), checkpoint_name(k_btkh, "key"), checkpoint_name(v_btkh, "value")
+        return checkpoint_name(k_btkh, "key"), checkpoint_name(v_btkh, "value")
 
     def _project_in(self, x_btd: jax.Array, projection: str, weights: LayerWeights) -> jax.Array:
         name, index_n = pool_name(projection), weights[index_name(projection)]
@@ -416,55 +468,80 @@ def attend(
     q_btnh: jax.Array,
     k_bskh: jax.Array,
     v_bskh: jax.Array,
-    mask_bts: jax.Array,
+    mask_bts: jax.Array | None = None,
     *,
-    causal: bool,
-    by_row: bool = False,
+    causal: bool = False,
+    in_turns: InTurns | None = None,
 ) -> jax.Array:
     """Head outputs [B, T, N, H].
 
     Args:
-      q_btnh, k_bskh, v_bskh: queries, keys and values.
-      mask_bts: bool [B or 1, T, S], what each query sees; at least one key.
+      q_btnh: queries, divided by the square root of H, as `rotate_queries` does.
+      k_bskh, v_bskh: keys and values.
+      mask_bts: bool [B or 1, T, S], what each query sees; at least one key. None if causality is all that limits it.
       causal: query t sees no key after t, so that blocks of queries need only the keys before their end.
-      by_row: the batch may be run row by row, which a CPU does: a row's scores stay in its cache.
+      in_turns: how a CPU runs row after row, whose scores then stay in its cache; None runs all rows together.
     """
     batch, length = q_btnh.shape[:2]
     of_row = partial(_attend_row, causal=causal)
-    rows = (q_btnh, k_bskh, v_bskh, jnp.broadcast_to(mask_bts, (batch, *mask_bts.shape[1:])))
+    rows: Rows = (q_btnh, k_bskh, v_bskh)
+    if mask_bts is not None:
+        rows = (*rows, jnp.broadcast_to(mask_bts, (batch, *mask_bts.shape[1:])))
     together = jax.vmap(of_row)
-    if not by_row or batch == 1 or length == 1:
+    if in_turns is None or batch == 1 or length == 1:
         return together(*rows)
-    out_btnh: jax.Array = jax.lax.platform_dependent(
-        *rows, cpu=lambda *rows: jax.lax.map(lambda row: of_row(*row), rows), default=together
-    )
+    out_btnh: jax.Array = jax.lax.platform_dependent(*rows, cpu=lambda *rows: in_turns(of_row, rows), default=together)
     return out_btnh
 
 
-def _attend_row(q_tnh: jax.Array, k_skh: jax.Array, v_skh: jax.Array, mask_ts: jax.Array, *, causal: bool) -> jax.Array:
+def rows_apart(of_row: Callable[..., jax.Array], rows: Rows) -> jax.Array:
+    """Row after row, outputs in an array of their own."""
+    return jax.lax.map(lambda row: of_row(*row), rows)
+
+
+def rows_in_place(of_row: Callable[..., jax.Array], rows: Rows) -> jax.Array:
+    """Row after row, outputs in place of the queries: not for training, which needs these again."""
+    queries, *others = rows
+
+    def of_next(row: jax.Array, out_btnh: jax.Array) -> jax.Array:
+        return out_btnh.at[row].set(of_row(out_btnh[row], *(each[row] for each in others)))
+
+    return jax.lax.fori_loop(0, len(queries), of_next, queries)
+
+
+def _attend_row(
+    q_tnh: jax.Array, k_skh: jax.Array, v_skh: jax.Array, mask_ts: jax.Array | None = None, *, causal: bool
+) -> jax.Array:
     """Head outputs [T, N, H] of one row."""
     length, heads, width = q_tnh.shape
     slots, groups = k_skh.shape[:2]
     q_ktgh = q_tnh.reshape(length, groups, heads // groups, width).swapaxes(0, 1)
     k_ksh, v_ksh = k_skh.swapaxes(0, 1), v_skh.swapaxes(0, 1)
     block = max(ATTENTION_BLOCK, -(-length // MAX_ATTENTION_BLOCKS))
+    earlier_tt = jnp.tril(jnp.ones((block, block), bool))
     blocks = []
     for begin in range(0, length, block):
         end = min(begin + block, length)
         seen = end if causal else slots
-        blocks.append(_attend_block(q_ktgh[:, begin:end], k_ksh[:, :seen], v_ksh[:, :seen], mask_ts[begin:end, :seen]))
+        mask_tm = earlier_tt[: end - begin, : end - begin] if mask_ts is None else mask_ts[begin:end, :seen]
+        blocks.append(_attend_block(q_ktgh[:, begin:end], k_ksh[:, :seen], v_ksh[:, :seen], mask_tm))
     return jnp.concatenate(blocks, axis=1).swapaxes(0, 1).reshape(q_tnh.shape)
 
 
 @jax.checkpoint
-def _attend_block(q_ktgh: jax.Array, k_ksh: jax.Array, v_ksh: jax.Array, mask_ts: jax.Array) -> jax.Array:
-    """Outputs [K, T, G, H] of a block of queries; its scores are computed again in the backward pass."""
+def _attend_block(q_ktgh: jax.Array, k_ksh: jax.Array, v_ksh: jax.Array, mask_tm: jax.Array) -> jax.Array:
+    """Outputs [K, T, G, H] of a block of queries, each of which sees all keys but those of the last M that it masks.
+
+    Scores are computed again in the backward pass.
+    """
     groups, length, heads, width = q_ktgh.shape
     # A group's heads have their keys in common: they are rows of one product.
     q_kmh = q_ktgh.reshape(groups, length * heads, width)
     scores_kms = jnp.einsum("kmh,ksh->kms", q_kmh, k_ksh, preferred_element_type=jnp.float32)
     scores_ktgs = scores_kms.reshape(groups, length, heads, -1)
-    scores_ktgs = jnp.where(mask_ts[None, :, None], scores_ktgs, -jnp.inf) * width**-0.5
+    masked = slice(k_ksh.shape[1] - mask_tm.shape[1], None)
+    left_ktgm = jnp.where(mask_tm[None, :, None], scores_ktgs[..., masked], -jnp.inf)
+    scores_ktgs = scores_ktgs.at[..., masked].set(left_ktgm)
     top_ktgs = jax.lax.stop_gradient(jnp.max(scores_ktgs, axis=-1, keepdims=True))
     weights_ktgs = jnp.exp(scores_ktgs - top_ktgs)
     weights_kms = weights_ktgs.astype(v_ksh.dtype).reshape(scores_kms.shape)

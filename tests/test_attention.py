@@ -20,6 +20,7 @@ from headshare_jax.train.topology import topology_devices
 LENGTH, WIDTH = 256, 32
 # Two documents and padding, and one document that ends within a block of keys.
 SEGMENTS = np.stack([np.repeat([1, 2, 0], [100, 120, 36]), np.repeat([1, 0], [130, 126])]).astype(np.int32)
+CAUSAL = np.tril(np.ones((LENGTH, LENGTH), bool))[None]
 Heads = tuple[jax.Array, jax.Array, jax.Array]
 
 
@@ -45,7 +46,7 @@ KERNELS = {
 @pytest.mark.parametrize(("groups", "sizes"), [(2, (1, 2, 2)), (1, (2, 1, 2)), (4, (1, 1, 1))])
 def test_kernels_give_what_blocks_give(groups: int, sizes: tuple[int, int, int], kernel: str) -> None:
     of = heads(4, groups)
-    mask_bts = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))[None] & (SEGMENTS[:, :, None] == SEGMENTS[:, None, :])
+    mask_bts = CAUSAL & (SEGMENTS[:, :, None] == SEGMENTS[:, None, :])
     mesh = make_mesh(sizes, jax.devices()[: int(np.prod(sizes))])
     expected, expected_gradients = value_and_gradients(
         lambda q, k, v: modeling.attend(q, k, v, mask_bts, causal=True), of
@@ -57,27 +58,35 @@ def test_kernels_give_what_blocks_give(groups: int, sizes: tuple[int, int, int],
         np.testing.assert_allclose(mine, theirs, atol=3e-6 * float(jnp.abs(theirs).max()))
 
 
-@pytest.mark.parametrize("masks", [1, 2])
-def test_rows_in_turns_give_what_all_give_together(masks: int) -> None:
+@pytest.mark.parametrize("in_turns", [modeling.rows_apart, modeling.rows_in_place])
+@pytest.mark.parametrize("masks", [0, 1, 2])
+def test_rows_in_turns_give_what_all_give_together(masks: int, in_turns: modeling.InTurns) -> None:
+    of, mask_bts = heads(4, 2), None
+    if masks:
+        mask_bts = CAUSAL & (SEGMENTS[:, :, None] == SEGMENTS[:, None, :])[:masks]
+    attend = partial(modeling.attend, mask_bts=mask_bts, causal=True)
+    expected = value_and_gradients(attend, of)
+    got = value_and_gradients(partial(attend, in_turns=in_turns), of)
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-6 * float(jnp.abs(theirs).max()))
+
+
+def test_blocks_without_a_mask_see_what_is_not_later() -> None:
     of = heads(4, 2)
-    mask_bts = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))[None] & (SEGMENTS[:, :, None] == SEGMENTS[:, None, :])[:masks]
-    together, in_turns = (
-        value_and_gradients(partial(modeling.attend, mask_bts=mask_bts, causal=True, by_row=by_row), of)
-        for by_row in (False, True)
-    )
-    for mine, theirs in zip(jax.tree.leaves(in_turns), jax.tree.leaves(together), strict=True):
+    assert LENGTH >= 2 * modeling.ATTENTION_BLOCK
+    expected = value_and_gradients(partial(modeling.attend, mask_bts=CAUSAL), of)
+    got = value_and_gradients(partial(modeling.attend, causal=True), of)
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-6 * float(jnp.abs(theirs).max()))
 
 
 def test_a_cpu_has_the_scores_of_one_row_in_memory() -> None:
-    of = heads(4, 2)
-    mask_bts = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))[None]
+    def temporary_bytes(in_turns: modeling.InTurns | None) -> int:
+        attend = partial(modeling.attend, causal=True, in_turns=in_turns)
+        return int(jax.jit(attend).lower(*heads(4, 2)).compile().memory_analysis().temp_size_in_bytes)
 
-    def temporary_bytes(by_row: bool) -> int:
-        attend = partial(modeling.attend, mask_bts=mask_bts, causal=True, by_row=by_row)
-        return int(jax.jit(attend).lower(*of).compile().memory_analysis().temp_size_in_bytes)
-
-    assert temporary_bytes(True) < 0.7 * temporary_bytes(False)
+    for in_turns in (modeling.rows_apart, modeling.rows_in_place):
+        assert temporary_bytes(in_turns) < 0.7 * temporary_bytes(None)
 
 
 def test_a_model_runs_the_kernel_where_its_mesh_has_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,7 +128,7 @@ def test_one_token_compiles_no_loop(model: Llama, greedy: list[list[int]]) -> No
 
 def test_a_map_changes_no_program_but_the_size_of_its_pools(model: Llama) -> None:
     def operations(model: Llama) -> Counter[str]:
-        cache = model.empty_cache(jnp.zeros(1, jnp.int32), slots=64)
+        cache = model.empty_cache(1, slots=64)
         layers, limit, stops = projection.unstacked(model), jnp.int32(8), jnp.zeros(0, jnp.int32)
         arguments = (model, jnp.zeros(1, jnp.int32), cache, jax.random.key(0), limit, stops)
         lowered = generation.decode.lower(*arguments, room=8, sampling=Sampling(), layers=layers)
@@ -150,9 +150,9 @@ def test_nearby_lengths_and_other_seeds_do_not_compile_again(model: Llama) -> No
 
 def test_the_cache_is_written_in_place(model: Llama) -> None:
     tokens = jnp.asarray(random_tokens((2, 8)))
-    empty = model.empty_cache(jnp.zeros(2, jnp.int32), slots=16)
+    empty = model.empty_cache(2, slots=16)
     key, greedily = jax.random.key(0), Sampling()
-    token, filled = generation.prefill(model, tokens, empty, key, sampling=greedily)
+    token, filled = generation.prefill(model, tokens, jnp.array([8, 3]), empty, key, sampling=greedily)
     no_stop = jnp.zeros(0, jnp.int32)
     generation.decode(model, token, filled, key, jnp.int32(8), no_stop, room=8, sampling=greedily)
     for cache in (empty, filled):

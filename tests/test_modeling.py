@@ -23,7 +23,7 @@ from support import (
 )
 
 import headshare_jax
-from headshare_jax import HeadshareError, Llama, modeling, parameters, projection, share, unshare
+from headshare_jax import HeadshareError, Llama, parameters, projection, share, unshare
 
 CONTEXT = 64
 
@@ -109,24 +109,33 @@ def test_padding_on_the_left_changes_nothing() -> None:
     assert error(logits[0, 7:], jax_logits(model, prompt[None])[0]) < 2e-6
 
 
-def test_extending_a_cache_in_pieces_equals_one_pass() -> None:
-    model, tokens = tiny_model(**VARIANTS["llama3"], attention_bias=True), random_tokens((2, 70))
+@pytest.mark.parametrize("prompts", [(34, 34), (34, 11), (1, 34), None])
+def test_prompts_and_pieces_equal_one_pass(prompts: tuple[int, int] | None) -> None:
+    model, lengths = tiny_model(**VARIANTS["llama3"], attention_bias=True), prompts or (0, 0)
+    rows, cache = random_tokens((2, 70)), model.empty_cache(2, slots=max(lengths) + 40)
+    logits = np.zeros((2, 70, model.config.vocab_size), np.float32)
+    if prompts:
+        padded = np.where(np.arange(40) < np.array(lengths)[:, None], rows[:, :40], 5)
+        features, cache = jax.jit(Llama.prefill)(model, padded[:, : max(lengths)], jnp.asarray(lengths), cache)
+        for row, length in enumerate(lengths):
+            logits[row, length - 1] = np.asarray(model.logits(features))[row]
+    for begin, end in ((0, 33), (33, 34), (34, 36)):
+        piece = np.stack([row[length + begin : length + end] for row, length in zip(rows, lengths, strict=True)])
+        features, cache = jax.jit(Llama.extend)(model, jnp.asarray(piece), cache)
+        for row, length in enumerate(lengths):
+            logits[row, length + begin : length + end] = np.asarray(model.logits(features))[row]
+    assert int(cache.length) == max(lengths) + 36
+    for row, length in enumerate(lengths):
+        compared = slice(max(length - 1, 0), length + 36)
+        assert error(logits[row, compared], jax_logits(model, rows[row : row + 1, : length + 36])[0, compared]) < 2e-6
 
-    @jax.jit
-    def extend(model: Llama, tokens: jax.Array, cache: modeling.KVCache) -> tuple[jax.Array, modeling.KVCache]:
-        features, cache = model.extend(tokens, cache)
-        return model.logits(features), cache
 
-    cache = model.empty_cache(jnp.asarray([0, 6], jnp.int32), slots=80)
-    pieces = []
-    for begin, end in ((0, 34), (34, 68), (68, 69), (69, 70)):
-        piece, cache = extend(model, jnp.asarray(tokens[:, begin:end]), cache)
-        pieces.append(np.asarray(piece))
-    logits = np.concatenate(pieces, axis=1)
-    expected = jax_logits(model, tokens, segments_bt=(np.arange(70) >= [[0], [6]]).astype(np.int32))
-    assert int(cache.length) == 70
-    assert error(logits[0], expected[0]) < 2e-6
-    assert error(logits[1, 6:], expected[1, 6:]) < 2e-6
+def test_padding_does_not_count_as_length() -> None:
+    # Dynamic scaling begins beyond the context of 64, which the padding passes and the prompt does not.
+    model, prompt = tiny_model(**VARIANTS["dynamic"]), random_tokens((1, 60))
+    padded = jnp.asarray(np.pad(prompt, ((0, 0), (0, 30))))
+    features, _ = model.prefill(padded, jnp.array([60]), model.empty_cache(1, slots=90))
+    assert error(np.asarray(model.logits(features)), jax_logits(model, prompt)[:, -1]) < 2e-6
 
 
 def test_bfloat16_is_as_exact_as_in_transformers(tmp_path: Path) -> None:

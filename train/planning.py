@@ -229,14 +229,14 @@ def _serving(
     heads = "tensor" if config.num_kv_heads % mesh.shape["tensor"] == 0 else None
     axes = {5: (None, BATCH, None, heads), 1: (BATCH,), 0: ()}
     row_b = array((workload.batch,), jnp.int32, BATCH)
-    cache: KVCache = jax.eval_shape(lambda start_b: model.empty_cache(start_b, workload.length), row_b)
+    cache: KVCache = jax.eval_shape(lambda: model.empty_cache(workload.batch, workload.length))
     cache = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype, *axes[leaf.ndim]), cache)
     key = array((), jax.eval_shape(lambda: jax.random.key(0)).dtype)
     held = {"parameter_bytes": bytes_on_device(params), "optimizer_bytes": 0, "cache_bytes": bytes_on_device(cache)}
     greedy = generation.Sampling()
     if workload.stage == "prefill":
         prompts = array((workload.batch, workload.length), jnp.int32, BATCH)
-        return generation.prefill.lower(model, prompts, cache, key, sampling=greedy), held
+        return generation.prefill.lower(model, prompts, row_b, cache, key, sampling=greedy), held
     ends = (array(()), array((1,)))
     return generation.decode.lower(model, row_b, cache, key, *ends, room=generation.BUCKET, sampling=greedy), held
 

@@ -53,10 +53,12 @@ def test_sharing_costs_decode_nothing_and_saves_what_the_map_says(batch: int) ->
 
 def test_prefill_counts_every_product() -> None:
     result = planned("prefill", 1)
-    matrices = SMALL.num_layers * (256 * 64 * (2 * 4 + 2 * 2) + 3 * 256 * 512)
-    attention = SMALL.num_layers * 2 * 2 * 4 * 64 * 128 * 128
-    # The last token alone goes through the output head.
-    assert result["dense"]["flops"] == pytest.approx(2 * 128 * matrices + 2 * 256 * 512 + attention, rel=0.03)
+    # In the last layer every token has a key and a value, the last one alone everything else.
+    layers, keys_values = SMALL.num_layers - 1, 256 * 64 * 2 * 2
+    products = 2 * 128 * (layers * (256 * 64 * (2 * 4 + 2 * 2) + 3 * 256 * 512) + keys_values)
+    attention = layers * 2 * 2 * 4 * 64 * 128 * 128
+    last_token = 2 * 256 * (2 * 4 * 64 + 3 * 512 + 512)
+    assert result["dense"]["flops"] == pytest.approx(products + attention + last_token, rel=0.03)
     assert result["shared"]["flops"] == pytest.approx(result["dense"]["flops"], rel=0.01)
 
 
