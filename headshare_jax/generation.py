@@ -15,6 +15,8 @@ from headshare_jax.projection import Matrices, unstacked
 
 # Prompts and answers are padded to multiples of this, so that nearby lengths share one compilation.
 BUCKET = 64
+# A CPU reads prompts of at least twice as many tokens in two parts; of fewer it reads all together.
+PART_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,19 @@ def generate(
     stops = model.config.eos_token_ids if stop_tokens is None else tuple(stop_tokens)
     cache = model.empty_cache(len(prompts), padded + new)
     first_key, key = jax.random.split(jax.random.key(seed))
-    prompt_b = jnp.asarray(lengths, jnp.int32)
-    token_b, cache = prefill(model, jnp.asarray(tokens_bt), prompt_b, cache, first_key, sampling=sampling)
+    device = _only_device(model)
+    on_cpu = device is not None and device.platform == "cpu"
+    token_b, cache = prefill(
+        model,
+        jnp.asarray(tokens_bt),
+        jnp.asarray(lengths, jnp.int32),
+        cache,
+        first_key,
+        sampling=sampling,
+        parts=2 if on_cpu and len(prompts) > 1 and tokens_bt.size >= 2 * PART_TOKENS else 1,
+    )
     if max_new_tokens == 1:
         return [[] if token in stops else [token] for token in token_b.tolist()]
-    device = _only_device(model)
     out_bt, length_b, _ = decode(
         model,
         token_b,
@@ -97,7 +107,7 @@ def generate(
         room=new,
         sampling=sampling,
         # XLA copies what it slices from a stack.
-        layers=unstacked(model) if device is not None and device.platform == "cpu" else None,
+        layers=unstacked(model) if on_cpu else None,
         in_stack=device is not None and stack_kernel.suits(model.config, device, len(prompts)),
     )
     return [row[:length].tolist() for row, length in zip(np.asarray(out_bt), np.asarray(length_b), strict=True)]
@@ -114,12 +124,19 @@ def _bucket(length: int) -> int:
     return -(-length // BUCKET) * BUCKET
 
 
-@partial(jax.jit, static_argnames="sampling", donate_argnames="cache")
+@partial(jax.jit, static_argnames=("sampling", "parts"), donate_argnames="cache")
 def prefill(
-    model: Llama, tokens_bt: jax.Array, prompt_b: jax.Array, cache: KVCache, key: jax.Array, *, sampling: Sampling
+    model: Llama,
+    tokens_bt: jax.Array,
+    prompt_b: jax.Array,
+    cache: KVCache,
+    key: jax.Array,
+    *,
+    sampling: Sampling,
+    parts: int = 1,
 ) -> tuple[jax.Array, KVCache]:
     """Reads the prompts, as `Llama.prefill` does, and draws the first new token of every row."""
-    features_bd, cache = model.prefill(tokens_bt, prompt_b, cache)
+    features_bd, cache = model.prefill(tokens_bt, prompt_b, cache, parts=parts)
     return _draw(model.logits(features_bd), key, sampling), cache
 
 

@@ -36,7 +36,8 @@ REMAT_POLICIES = {
 ATTENTION_BLOCK, MAX_ATTENTION_BLOCKS = 128, 8
 
 LayerWeights = Mapping[str, Any]
-# Queries, keys and values of a batch, and a mask if there is one; and what runs a function of one row on them.
+# Arrays with a batch on their first axis, such as queries, keys, values and a mask; and what runs a function of one row
+# on them.
 Rows = tuple[jax.Array, ...]
 InTurns = Callable[[Callable[..., jax.Array], Rows], jax.Array]
 
@@ -218,7 +219,9 @@ class Llama(nnx.Module):
         x_btd, _ = jax.lax.scan(layer, self._placed(self._embed(tokens_bt)), self._layer_weights())
         return self._rms_norm(x_btd, self.final_norm_d[...])
 
-    def prefill(self, tokens_bt: jax.Array, prompt_b: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    def prefill(
+        self, tokens_bt: jax.Array, prompt_b: jax.Array, cache: KVCache, *, parts: int = 1
+    ) -> tuple[jax.Array, KVCache]:
         """Reads prompts into an empty cache.
 
         The last layer computes its output for the last tokens alone: nothing reads the others.
@@ -227,6 +230,7 @@ class Llama(nnx.Module):
           tokens_bt: int32 [B, T], prompts, with padding behind them.
           prompt_b: int32 [B], tokens of every prompt, at least 1.
           cache: empty, with room for T slots.
+          parts: in how many parts a layer runs the batch, side by side: where one leaves a core idle, another does not.
 
         Returns:
           Normalised output of the last layer at every prompt's last token, [B, D] in the compute dtype, and the cache.
@@ -237,16 +241,21 @@ class Llama(nnx.Module):
         angles = rotary_angles(self.config, jnp.minimum(slot_t, jnp.max(prompt_b) - 1)[None])
         stacked, last = self._layer_weights(), self.config.num_layers - 1
 
-        def layer(carry: tuple[jax.Array, KVCache], place: jax.Array) -> tuple[tuple[jax.Array, KVCache], None]:
-            x_btd, cache = carry
-            weights = {name: stack[place] for name, stack in stacked.items()}
+        def of_part(x_btd: jax.Array, weights: LayerWeights) -> tuple[jax.Array, jax.Array, jax.Array]:
             q_btnh = self._queries(x_btd, weights, *angles)
             k_btkh, v_btkh = self._keys_values(x_btd, weights, *angles)
             heads_btnh = attend(q_btnh, k_btkh, v_btkh, causal=True, in_turns=rows_in_place)
-            return (self._layer_output(x_btd, heads_btnh, weights), cache.with_layer(place, k_btkh, v_btkh)), None
+            return self._layer_output(x_btd, heads_btnh, weights), k_btkh, v_btkh
 
-        carry = (self._embed(tokens_bt), cache)
-        (x_btd, cache), _ = jax.lax.scan(layer, carry, jnp.arange(last, dtype=jnp.int32))
+        def layer(carry: tuple[Rows, KVCache], place: jax.Array) -> tuple[tuple[Rows, KVCache], None]:
+            xs_btd, cache = carry
+            weights = {name: stack[place] for name, stack in stacked.items()}
+            xs_btd, ks_btkh, vs_btkh = zip(*(of_part(x_btd, weights) for x_btd in xs_btd), strict=True)
+            return (xs_btd, cache.with_layer(place, jnp.concatenate(ks_btkh), jnp.concatenate(vs_btkh))), None
+
+        carry = (tuple(jnp.array_split(self._embed(tokens_bt), parts)), cache)
+        (xs_btd, cache), _ = jax.lax.scan(layer, carry, jnp.arange(last, dtype=jnp.int32))
+        x_btd = jnp.concatenate(xs_btd)
         weights = {name: stack[last] for name, stack in stacked.items()}
         k_btkh, v_btkh = self._keys_values(x_btd, weights, *angles)
         end_b1 = prompt_b[:, None] - 1

@@ -50,6 +50,19 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, name: str) -> N
     )
 
 
+def test_prompts_read_in_two_parts_continue_as_those_of_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, prompts = saved_hf_model(tmp_path, eos_token_id=None), PROMPTS[:3]
+    monkeypatch.setattr(generation, "PART_TOKENS", len(prompts) * generation.BUCKET // 2)
+    before = compilations(generation.prefill)
+    model = headshare_jax.load(folder)
+    assert generate(model, prompts, max_new_tokens=20) == hf_generate(folder, prompts, max_new_tokens=20)
+    monkeypatch.setattr(generation, "PART_TOKENS", len(prompts) * generation.BUCKET)
+    assert generate(model, prompts, max_new_tokens=20) == hf_generate(folder, prompts, max_new_tokens=20)
+    assert compilations(generation.prefill) == before + 2
+
+
 @pytest.mark.parametrize(
     "device",
     [None, SimpleNamespace(platform="cpu"), SimpleNamespace(platform="gpu", compute_capability="9.0")],
