@@ -207,8 +207,9 @@ class Llama(nnx.Module):
         document_bt = jnp.zeros_like(tokens_bt) if segments_bt is None else segments_bt
 
         def layer(x_btd: jax.Array, weights: dict[str, jax.Array]) -> tuple[jax.Array, None]:
-            q_btnh = self._queries(x_btd, weights, *angles)
-            k_btkh, v_btkh = self._keys_values(x_btd, weights, *angles)
+            normed_btd = self._rms_norm(x_btd, weights["attn_norm_ld"])
+            q_btnh = self._queries(normed_btd, weights, *angles)
+            k_btkh, v_btkh = self._keys_values(normed_btd, weights, *angles)
             if kernel_mesh is not None:
                 heads_btnh = flash_attention(q_btnh, k_btkh, v_btkh, document_bt, kernel_mesh)
             else:
@@ -242,8 +243,9 @@ class Llama(nnx.Module):
         stacked, last = self._layer_weights(), self.config.num_layers - 1
 
         def of_part(x_btd: jax.Array, weights: LayerWeights) -> tuple[jax.Array, jax.Array, jax.Array]:
-            q_btnh = self._queries(x_btd, weights, *angles)
-            k_btkh, v_btkh = self._keys_values(x_btd, weights, *angles)
+            normed_btd = self._rms_norm(x_btd, weights["attn_norm_ld"])
+            q_btnh = self._queries(normed_btd, weights, *angles)
+            k_btkh, v_btkh = self._keys_values(normed_btd, weights, *angles)
             heads_btnh = attend(q_btnh, k_btkh, v_btkh, causal=True, in_turns=rows_in_place)
             return self._layer_output(x_btd, heads_btnh, weights), k_btkh, v_btkh
 
@@ -257,10 +259,11 @@ class Llama(nnx.Module):
         (xs_btd, cache), _ = jax.lax.scan(layer, carry, jnp.arange(last, dtype=jnp.int32))
         x_btd = jnp.concatenate(xs_btd)
         weights = {name: stack[last] for name, stack in stacked.items()}
-        k_btkh, v_btkh = self._keys_values(x_btd, weights, *angles)
+        normed_btd = self._rms_norm(x_btd, weights["attn_norm_ld"])
+        k_btkh, v_btkh = self._keys_values(normed_btd, weights, *angles)
         end_b1 = prompt_b[:, None] - 1
-        x_b1d = jnp.take_along_axis(x_btd, end_b1[..., None], axis=1)
-        q_b1nh = self._queries(x_b1d, weights, *(angle_1th[0][end_b1] for angle_1th in angles))
+        x_b1d, normed_b1d = (jnp.take_along_axis(of_all, end_b1[..., None], axis=1) for of_all in (x_btd, normed_btd))
+        q_b1nh = self._queries(normed_b1d, weights, *(angle_1th[0][end_b1] for angle_1th in angles))
         heads_b1nh = attend(q_b1nh, k_btkh, v_btkh, slot_t[None, None] <= end_b1[..., None])
         x_b1d = self._rms_norm(self._layer_output(x_b1d, heads_b1nh, weights), self.final_norm_d[...])
         filled = jnp.int32(length)
@@ -304,8 +307,9 @@ class Llama(nnx.Module):
                 weights = {**weights, **{name: LayerOf(each, place) for name, each in layers.items()}}
             elif in_stack:
                 weights = {**weights, **self._in_stack(place, weights)}
-            q_btnh = self._queries(x_btd, weights, *angles)
-            cache = cache.with_layer(place, *self._keys_values(x_btd, weights, *angles))
+            normed_btd = self._rms_norm(x_btd, weights["attn_norm_ld"])
+            q_btnh = self._queries(normed_btd, weights, *angles)
+            cache = cache.with_layer(place, *self._keys_values(normed_btd, weights, *angles))
             heads_btnh = attend(q_btnh, cache.k_lbskh[place], cache.v_lbskh[place], mask_bts, in_turns=rows_in_place)
             return (self._layer_output(x_btd, heads_btnh, weights), cache), None
 
@@ -384,16 +388,17 @@ class Llama(nnx.Module):
     def _embed(self, tokens_bt: jax.Array) -> jax.Array:
         return self.embed_vd[...][tokens_bt].astype(self.compute_dtype)
 
-    def _queries(self, x_btd: jax.Array, weights: LayerWeights, cos_bth: jax.Array, sin_bth: jax.Array) -> jax.Array:
+    def _queries(
+        self, normed_btd: jax.Array, weights: LayerWeights, cos_bth: jax.Array, sin_bth: jax.Array
+    ) -> jax.Array:
         """Queries [B, T, N, H] of one layer as `attend` takes them."""
-        q_btnh = self._project_in(self._rms_norm(x_btd, weights["attn_norm_ld"]), "q", weights)
+        q_btnh = self._project_in(normed_btd, "q", weights)
         return checkpoint_name(rotate_queries(q_btnh, cos_bth, sin_bth), "query")
 
     def _keys_values(
-        self, x_btd: jax.Array, weights: LayerWeights, cos_bth: jax.Array, sin_bth: jax.Array
+        self, normed_btd: jax.Array, weights: LayerWeights, cos_bth: jax.Array, sin_bth: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Keys and values [B, T, K, H] of one layer, rotary embedding applied to the keys."""
-        normed_btd = self._rms_norm(x_btd, weights["attn_norm_ld"])
         k_btkh = rotate(self._project_in(normed_btd, "k", weights), cos_bth, sin_bth)
         v_btkh = self._project_in(normed_btd, "v", weights)
         return checkpoint_name(k_btkh, "key"), checkpoint_name(v_btkh, "value")
