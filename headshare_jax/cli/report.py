@@ -41,12 +41,9 @@ _ARC = np.linspace(0, 1, 9)
 
 
 def check_installed() -> None:
-    """Raises HeadshareError if a package that the page is made with is missing."""
-    missing = [name for name in ("jinja2", "plotly") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise HeadshareError(
-            f"The report needs {' and '.join(missing)}; install what is missing: pip install 'headshare-jax[report]'."
-        )
+    """Raises HeadshareError if plotly is missing."""
+    if importlib.util.find_spec("plotly") is None:
+        raise HeadshareError("The report needs plotly; install it: pip install 'headshare-jax[report]'.")
 
 
 def page(record: dict[str, Any], scores: Sequence[MatchResult]) -> str:
