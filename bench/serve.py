@@ -195,7 +195,7 @@ def contender(options: Options) -> dict[str, Any]:
     tokens = options.batch * options.prompt
     head = 2.0 * config.hidden_size * config.vocab_size
     flops = step_flops(config, options.prompt, tokens) / 3 - head * (tokens - options.batch)
-    layer = flops / config.num_layers
+    layer = (flops - head * options.batch) / config.num_layers
     keys_values = 4.0 * config.hidden_size * config.head_dim * config.num_kv_heads * tokens
     return result | {
         "prefill_flops": flops,

@@ -19,10 +19,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from headshare_jax import parameters
+from headshare_jax.attention import attend
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.mesh import batch_sharding, make_mesh, replicated
-from headshare_jax.modeling import _ACTIVATIONS, attend, head_logits, normalized_rows
+from headshare_jax.modeling import _ACTIVATIONS, head_logits, normalized_rows
 from headshare_jax.parameters import WeightSource
 from headshare_jax.rope import rotary_angles, rotate, rotate_queries
 
@@ -165,7 +166,7 @@ def head_outputs(config: LlamaConfig, weights: dict[str, jax.Array], normed_btd:
     positions_bt = jnp.broadcast_to(jnp.arange(normed_btd.shape[1], dtype=jnp.int32), normed_btd.shape[:2])
     angles = rotary_angles(config, positions_bt)
     q_btnh, k_btkh = rotate_queries(project("q"), *angles), rotate(project("k"), *angles)
-    return attend(q_btnh, k_btkh, project("v"), causal=True)
+    return attend(q_btnh, k_btkh, project("v"))
 
 
 def mlp_units(config: LlamaConfig, weights: dict[str, jax.Array], normed_btd: jax.Array) -> jax.Array:

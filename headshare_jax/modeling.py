@@ -1,8 +1,7 @@
 """The LLaMA-family decoder on pooled attention heads, as a Flax NNX module."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Self
 
 import jax
@@ -13,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 
 from headshare_jax import parameters
-from headshare_jax.attention import flash_attention, has_kernel
+from headshare_jax.attention import Rows, attend, flash_attention, has_kernel, rows_apart, rows_in_place
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.parameters import WeightSource, index_name, pool_name
@@ -32,14 +31,8 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-# Queries whose attention scores are in memory at a time, unless that makes more blocks than are good to unroll.
-ATTENTION_BLOCK, MAX_ATTENTION_BLOCKS = 128, 8
 
 LayerWeights = Mapping[str, Any]
-# Arrays with a batch on their first axis, such as queries, keys, values and a mask; and what runs a function of one row
-# on them.
-Rows = tuple[jax.Array, ...]
-InTurns = Callable[[Callable[..., jax.Array], Rows], jax.Array]
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -207,9 +200,7 @@ class Llama(nnx.Module):
         document_bt = jnp.zeros_like(tokens_bt) if segments_bt is None else segments_bt
 
         def layer(x_btd: jax.Array, weights: dict[str, jax.Array]) -> tuple[jax.Array, None]:
-            normed_btd = self._rms_norm(x_btd, weights["attn_norm_ld"])
-            q_btnh = self._queries(normed_btd, weights, *angles)
-            k_btkh, v_btkh = self._keys_values(normed_btd, weights, *angles)
+            q_btnh, k_btkh, v_btkh = self._qkv(x_btd, weights, *angles)
             if kernel_mesh is not None:
                 heads_btnh = flash_attention(q_btnh, k_btkh, v_btkh, document_bt, kernel_mesh)
             else:
@@ -243,10 +234,8 @@ class Llama(nnx.Module):
         stacked, last = self._layer_weights(), self.config.num_layers - 1
 
         def of_part(x_btd: jax.Array, weights: LayerWeights) -> tuple[jax.Array, jax.Array, jax.Array]:
-            normed_btd = self._rms_norm(x_btd, weights["attn_norm_ld"])
-            q_btnh = self._queries(normed_btd, weights, *angles)
-            k_btkh, v_btkh = self._keys_values(normed_btd, weights, *angles)
-            heads_btnh = attend(q_btnh, k_btkh, v_btkh, causal=True, in_turns=rows_in_place)
+            q_btnh, k_btkh, v_btkh = self._qkv(x_btd, weights, *angles)
+            heads_btnh = attend(q_btnh, k_btkh, v_btkh, in_turns=rows_in_place)
             return self._layer_output(x_btd, heads_btnh, weights), k_btkh, v_btkh
 
         def layer(carry: tuple[Rows, KVCache], place: jax.Array) -> tuple[tuple[Rows, KVCache], None]:
@@ -307,9 +296,8 @@ class Llama(nnx.Module):
                 weights = {**weights, **{name: LayerOf(each, place) for name, each in layers.items()}}
             elif in_stack:
                 weights = {**weights, **self._in_stack(place, weights)}
-            normed_btd = self._rms_norm(x_btd, weights["attn_norm_ld"])
-            q_btnh = self._queries(normed_btd, weights, *angles)
-            cache = cache.with_layer(place, *self._keys_values(normed_btd, weights, *angles))
+            q_btnh, k_btkh, v_btkh = self._qkv(x_btd, weights, *angles)
+            cache = cache.with_layer(place, k_btkh, v_btkh)
             heads_btnh = attend(q_btnh, cache.k_lbskh[place], cache.v_lbskh[place], mask_bts, in_turns=rows_in_place)
             return (self._layer_output(x_btd, heads_btnh, weights), cache), None
 
@@ -387,6 +375,14 @@ class Llama(nnx.Module):
 
     def _embed(self, tokens_bt: jax.Array) -> jax.Array:
         return self.embed_vd[...][tokens_bt].astype(self.compute_dtype)
+
+    def _qkv(
+        self, x_btd: jax.Array, weights: LayerWeights, cos_bth: jax.Array, sin_bth: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values of one layer for the same tokens."""
+        normed_btd = self._rms_norm(x_btd, weights["attn_norm_ld"])
+        q_btnh = self._queries(normed_btd, weights, cos_bth, sin_bth)
+        return q_btnh, *self._keys_values(normed_btd, weights, cos_bth, sin_bth)
 
     def _queries(
         self, normed_btd: jax.Array, weights: LayerWeights, cos_bth: jax.Array, sin_bth: jax.Array
@@ -476,89 +472,3 @@ def _positions(tokens_bt: jax.Array, segments_bt: jax.Array | None) -> jax.Array
         return place_bt
     begins_bt = jnp.diff(segments_bt, axis=1, prepend=segments_bt[:, :1] - 1) != 0
     return place_bt - jax.lax.cummax(jnp.where(begins_bt, place_bt, 0), axis=1)
-
-
-def attend(
-    q_btnh: jax.Array,
-    k_bskh: jax.Array,
-    v_bskh: jax.Array,
-    mask_bts: jax.Array | None = None,
-    *,
-    causal: bool = False,
-    in_turns: InTurns | None = None,
-) -> jax.Array:
-    """Head outputs [B, T, N, H].
-
-    Args:
-      q_btnh: queries, divided by the square root of H, as `rotate_queries` does.
-      k_bskh, v_bskh: keys and values.
-      mask_bts: bool [B or 1, T, S], what each query sees; at least one key. None if causality is all that limits it.
-      causal: query t sees no key after t, so that blocks of queries need only the keys before their end.
-      in_turns: how a CPU runs row after row, whose scores then stay in its cache; None runs all rows together.
-    """
-    batch, length = q_btnh.shape[:2]
-    of_row = partial(_attend_row, causal=causal)
-    rows: Rows = (q_btnh, k_bskh, v_bskh)
-    if mask_bts is not None:
-        rows = (*rows, jnp.broadcast_to(mask_bts, (batch, *mask_bts.shape[1:])))
-    together = jax.vmap(of_row)
-    if in_turns is None or batch == 1 or length == 1:
-        return together(*rows)
-    out_btnh: jax.Array = jax.lax.platform_dependent(*rows, cpu=lambda *rows: in_turns(of_row, rows), default=together)
-    return out_btnh
-
-
-def rows_apart(of_row: Callable[..., jax.Array], rows: Rows) -> jax.Array:
-    """Row after row, outputs in an array of their own."""
-    return jax.lax.map(lambda row: of_row(*row), rows)
-
-
-def rows_in_place(of_row: Callable[..., jax.Array], rows: Rows) -> jax.Array:
-    """Row after row, outputs in place of the queries: not for training, which needs these again."""
-    queries, *others = rows
-
-    def of_next(row: jax.Array, out_btnh: jax.Array) -> jax.Array:
-        return out_btnh.at[row].set(of_row(out_btnh[row], *(each[row] for each in others)))
-
-    return jax.lax.fori_loop(0, len(queries), of_next, queries)
-
-
-def _attend_row(
-    q_tnh: jax.Array, k_skh: jax.Array, v_skh: jax.Array, mask_ts: jax.Array | None = None, *, causal: bool
-) -> jax.Array:
-    """Head outputs [T, N, H] of one row."""
-    length, heads, width = q_tnh.shape
-    slots, groups = k_skh.shape[:2]
-    q_ktgh = q_tnh.reshape(length, groups, heads // groups, width).swapaxes(0, 1)
-    k_ksh, v_ksh = k_skh.swapaxes(0, 1), v_skh.swapaxes(0, 1)
-    block = max(ATTENTION_BLOCK, -(-length // MAX_ATTENTION_BLOCKS))
-    earlier_tt = jnp.tril(jnp.ones((block, block), bool))
-    blocks = []
-    for begin in range(0, length, block):
-        end = min(begin + block, length)
-        seen = end if causal else slots
-        mask_tm = earlier_tt[: end - begin, : end - begin] if mask_ts is None else mask_ts[begin:end, :seen]
-        blocks.append(_attend_block(q_ktgh[:, begin:end], k_ksh[:, :seen], v_ksh[:, :seen], mask_tm))
-    return jnp.concatenate(blocks, axis=1).swapaxes(0, 1).reshape(q_tnh.shape)
-
-
-@jax.checkpoint
-def _attend_block(q_ktgh: jax.Array, k_ksh: jax.Array, v_ksh: jax.Array, mask_tm: jax.Array) -> jax.Array:
-    """Outputs [K, T, G, H] of a block of queries, each of which sees all keys but those of the last M that it masks.
-
-    Scores are computed again in the backward pass.
-    """
-    groups, length, heads, width = q_ktgh.shape
-    # A group's heads have their keys in common: they are rows of one product.
-    q_kmh = q_ktgh.reshape(groups, length * heads, width)
-    scores_kms = jnp.einsum("kmh,ksh->kms", q_kmh, k_ksh, preferred_element_type=jnp.float32)
-    scores_ktgs = scores_kms.reshape(groups, length, heads, -1)
-    masked = slice(k_ksh.shape[1] - mask_tm.shape[1], None)
-    left_ktgm = jnp.where(mask_tm[None, :, None], scores_ktgs[..., masked], -jnp.inf)
-    scores_ktgs = scores_ktgs.at[..., masked].set(left_ktgm)
-    top_ktgs = jax.lax.stop_gradient(jnp.max(scores_ktgs, axis=-1, keepdims=True))
-    weights_ktgs = jnp.exp(scores_ktgs - top_ktgs)
-    weights_kms = weights_ktgs.astype(v_ksh.dtype).reshape(scores_kms.shape)
-    out_kmh = jnp.einsum("kms,ksh->kmh", weights_kms, v_ksh, preferred_element_type=jnp.float32)
-    out_ktgh = out_kmh.reshape(q_ktgh.shape) / jnp.sum(weights_ktgs, axis=-1)[..., None]
-    return out_ktgh.astype(q_ktgh.dtype)

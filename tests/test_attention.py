@@ -49,7 +49,7 @@ def test_kernels_give_what_blocks_give(groups: int, sizes: tuple[int, int, int],
     mask_bts = CAUSAL & (SEGMENTS[:, :, None] == SEGMENTS[:, None, :])
     mesh = make_mesh(sizes, jax.devices()[: int(np.prod(sizes))])
     expected, expected_gradients = value_and_gradients(
-        lambda q, k, v: modeling.attend(q, k, v, mask_bts, causal=True), of
+        lambda q, k, v: attention.attend(q, k, v, mask_bts, causal=True), of
     )
     got, gradients = value_and_gradients(
         lambda q, k, v: flash_attention(q, k, v, jnp.asarray(SEGMENTS), mesh, kernel=KERNELS[kernel]), of
@@ -58,13 +58,13 @@ def test_kernels_give_what_blocks_give(groups: int, sizes: tuple[int, int, int],
         np.testing.assert_allclose(mine, theirs, atol=3e-6 * float(jnp.abs(theirs).max()))
 
 
-@pytest.mark.parametrize("in_turns", [modeling.rows_apart, modeling.rows_in_place])
+@pytest.mark.parametrize("in_turns", [attention.rows_apart, attention.rows_in_place])
 @pytest.mark.parametrize("masks", [0, 1, 2])
-def test_rows_in_turns_give_what_all_give_together(masks: int, in_turns: modeling.InTurns) -> None:
+def test_rows_in_turns_give_what_all_give_together(masks: int, in_turns: attention.InTurns) -> None:
     of, mask_bts = heads(4, 2), None
     if masks:
         mask_bts = CAUSAL & (SEGMENTS[:, :, None] == SEGMENTS[:, None, :])[:masks]
-    attend = partial(modeling.attend, mask_bts=mask_bts, causal=True)
+    attend = partial(attention.attend, mask_bts=mask_bts, causal=True)
     expected = value_and_gradients(attend, of)
     got = value_and_gradients(partial(attend, in_turns=in_turns), of)
     for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
@@ -73,19 +73,19 @@ def test_rows_in_turns_give_what_all_give_together(masks: int, in_turns: modelin
 
 def test_blocks_without_a_mask_see_what_is_not_later() -> None:
     of = heads(4, 2)
-    assert LENGTH >= 2 * modeling.ATTENTION_BLOCK
-    expected = value_and_gradients(partial(modeling.attend, mask_bts=CAUSAL), of)
-    got = value_and_gradients(partial(modeling.attend, causal=True), of)
+    assert LENGTH >= 2 * attention.QUERY_BLOCK
+    expected = value_and_gradients(partial(attention.attend, mask_bts=CAUSAL), of)
+    got = value_and_gradients(partial(attention.attend, causal=True), of)
     for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-6 * float(jnp.abs(theirs).max()))
 
 
 def test_a_cpu_has_the_scores_of_one_row_in_memory() -> None:
-    def temporary_bytes(in_turns: modeling.InTurns | None) -> int:
-        attend = partial(modeling.attend, causal=True, in_turns=in_turns)
+    def temporary_bytes(in_turns: attention.InTurns | None) -> int:
+        attend = partial(attention.attend, causal=True, in_turns=in_turns)
         return int(jax.jit(attend).lower(*heads(4, 2)).compile().memory_analysis().temp_size_in_bytes)
 
-    for in_turns in (modeling.rows_apart, modeling.rows_in_place):
+    for in_turns in (attention.rows_apart, attention.rows_in_place):
         assert temporary_bytes(in_turns) < 0.7 * temporary_bytes(None)
 
 

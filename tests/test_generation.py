@@ -233,10 +233,10 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(sampling: Sampling, expect
     ],
 )
 def test_what_cannot_be_continued_is_refused(
-    model: Llama, prompts: list[list[int]], settings: dict[str, int], reason: str
+    model: Llama, prompts: list[list[int]], settings: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(HeadshareError, match=reason):
-        generate(model, prompts, **settings)  # type: ignore[arg-type]
+        generate(model, prompts, **settings)
 
 
 @pytest.mark.parametrize(
