@@ -10,13 +10,14 @@ demo: .venv/base
 test: .venv/test
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-# The type checker cannot follow the mapping of convert/ and train/ into the package, so it is shown the tree it makes.
+# Tools that cannot follow the mapping of convert/ and train/ into the package are shown the tree it makes.
 check: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf .venv/typed && mkdir -p .venv/typed/headshare_jax
-	ln -s $(CURDIR)/headshare_jax/* $(CURDIR)/convert $(CURDIR)/train .venv/typed/headshare_jax/
-	MYPYPATH=.venv/typed $(BIN)/mypy -p headshare_jax
+	rm -rf .venv/tree && mkdir -p .venv/tree
+	cp -rp headshare_jax .venv/tree/ && cp -rp convert train .venv/tree/headshare_jax/
+	cd .venv/tree && ../bin/lint-imports ../../pyproject.toml --no-cache
+	MYPYPATH=.venv/tree $(BIN)/mypy -p headshare_jax
 
 .venv/base: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -24,7 +24,7 @@ CHILD = """
 import sys, time
 start = time.perf_counter()
 from headshare_jax import convert
-from headshare_jax.ledger import ledger
+from headshare_jax.sharing.ledger import ledger
 imported = time.perf_counter()
 import json
 from common import peak_rss

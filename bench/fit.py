@@ -60,8 +60,9 @@ def one_size(options: Options) -> dict[str, Any]:
     """Seconds of both, compiling included, as a user waits for them."""
     import jax
 
-    from headshare_jax import Llama, LlamaConfig, match_functional, refit, share, sharing_map
-    from headshare_jax.functional import Search
+    from headshare_jax import Llama, LlamaConfig, match_functional, share, sharing_map
+    from headshare_jax.fit import refit
+    from headshare_jax.matching.functional import Search
 
     heads = GROUP * options.kv_heads
     config = LlamaConfig(

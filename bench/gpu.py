@@ -137,7 +137,7 @@ class JaxModel:
         import jax
 
         from headshare_jax import Llama, LlamaConfig, share
-        from headshare_jax.train.planning import random_map
+        from headshare_jax.plan.planning import random_map
 
         self.device = jax.devices()[0].device_kind
         self.config = LlamaConfig.from_hf(shape | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
@@ -156,7 +156,7 @@ class JaxModel:
         import jax
         from jax.sharding import NamedSharding, PartitionSpec
 
-        from headshare_jax.mesh import make_mesh
+        from headshare_jax.model.mesh import make_mesh
 
         # A mesh, of one device too, says which attention kernel there is.
         whole = NamedSharding(make_mesh((1, 1, 1), jax.devices()[:1]), PartitionSpec())

@@ -19,7 +19,8 @@ import tyro
 from common import child_result, cores, machine, peak_rss, report, seconds
 from rich.table import Table
 
-from headshare_jax import LlamaConfig, fingerprint, match, similarity
+from headshare_jax import LlamaConfig, fingerprint, match
+from headshare_jax.matching import cosine as similarity
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -240,12 +240,12 @@ def torch_model(options: Options) -> tuple[Run, Run, int]:
 
 def jax_model(options: Options) -> tuple[Run, Run, int]:
     """The command's own path from a native checkpoint to tokens, with its cache of compiled programs."""
-    from headshare_jax import convert, generate
+    from headshare_jax import generate, load
     from headshare_jax.cli.command import keep_compiled
-    from headshare_jax.ledger import ledger
+    from headshare_jax.sharing.ledger import ledger
 
     keep_compiled()
-    model = convert.load(options.src)
+    model = load(options.src)
     many, one = (tokens.tolist() for tokens in prompts(options, model.config.vocab_size))
     return (
         lambda: generate(model, many, max_new_tokens=1, stop_tokens=()),

@@ -3,17 +3,18 @@
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headshare_jax.convert import card, compact, gguf_file, huggingface, map_file, native, tokenizer
 from headshare_jax.convert.atomic import new_directory
-from headshare_jax.convert.cast import cast
 from headshare_jax.convert.tensor_files import TensorCheckpoint
 from headshare_jax.errors import HeadshareError
-from headshare_jax.modeling import Llama
-from headshare_jax.parameters import WeightSource
+from headshare_jax.sharing.source import WeightSource
 
-__all__ = ["FORMATS", "MAP_FILE", "load", "locate", "open_checkpoint", "save"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["FORMATS", "MAP_FILE", "locate", "open_checkpoint", "save"]
 
 Checkpoint = TensorCheckpoint | native.NativeCheckpoint
 
@@ -69,30 +70,12 @@ def open_checkpoint(src: str | Path) -> Checkpoint:
     )
 
 
-def load(
-    src: str | Path | WeightSource, *, dtype: str | None = None, compute_dtype: str = "float32", remat: str = "none"
-) -> Llama:
-    """Loads a model; peak memory is its own size plus one parameter.
-
-    Args:
-      src: native or Hugging Face folder, GGUF file, hub id, or an opened checkpoint.
-      dtype: type to store parameters in (`float32`, `bfloat16`, `float16`); by default the checkpoint's own.
-      compute_dtype: `float32` or `bfloat16`.
-      remat: as in `Llama`.
-
-    Raises:
-      HeadshareError: as `open_checkpoint`, or a type that is none of these.
-    """
-    source = cast(open_checkpoint(src) if isinstance(src, (str, Path)) else src, dtype)
-    return Llama.of(source, compute_dtype=compute_dtype, remat=remat)
-
-
 def save(
     source: WeightSource,
     dst: str | Path,
     *,
     to: str = "native",
-    tokenizer_from: Path | None = None,
+    tokenizer_from: "str | Path | PreTrainedTokenizerBase | None" = None,
     overwrite: bool = False,
     provenance: dict[str, Any] | None = None,
     documents: Mapping[str, str] | None = None,
@@ -105,7 +88,7 @@ def save(
       to: `native` (a shared model stays small), `hf` (plain `LlamaForCausalLM`, a shared model at its full size) or
         `hf-compact` (a shared model stays small, and runs so in PyTorch with `trust_remote_code=True`); the last two
         have its map and a model card beside it.
-      tokenizer_from: checkpoint whose tokenizer to carry along.
+      tokenizer_from: tokenizer to carry along, or the name of the checkpoint that has it.
       overwrite: replace an existing output.
       provenance: plain data, such as the source's name, to keep in a native checkpoint's `headshare.json` or to tell in
         a model card.
@@ -116,12 +99,15 @@ def save(
     """
     if to not in FORMATS:
         raise HeadshareError(f"The format {to!r} is not one of {', '.join(FORMATS)}.")
-    files = (getattr(source, "path", None), tokenizer_from)
+    if isinstance(tokenizer_from, (str, Path)):
+        tokenizer_from = locate(tokenizer_from)
+    beside = tokenizer_from if isinstance(tokenizer_from, Path) else None
+    files = (getattr(source, "path", None), beside)
     with new_directory(Path(dst), overwrite=overwrite, keep=tuple(filter(None, files))) as folder:
         told = dict(provenance or {})
         if tokenizer_from is not None:
             tokenizer.carry(tokenizer_from, folder)
-            license = card.license_of(tokenizer_from)
+            license = None if beside is None else card.license_of(beside)
             told = told if license is None else {"license": license} | told
         if to == "native":
             native.write(source, folder, provenance=told)

@@ -7,9 +7,9 @@ from typing import Any
 
 from headshare_jax.convert import huggingface
 from headshare_jax.convert.gguf_header import read_header
-from headshare_jax.ledger import NOT_SAVED, Ledger, ledger
-from headshare_jax.parameters import WeightSource
-from headshare_jax.sharing import SharingMap
+from headshare_jax.sharing.ledger import NOT_SAVED, Ledger, ledger
+from headshare_jax.sharing.map import SharingMap
+from headshare_jax.sharing.source import WeightSource
 
 NAME = "README.md"
 _LOADING = {

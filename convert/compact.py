@@ -6,6 +6,7 @@ saying which row each head is; everything else lies as in a plain LLaMA checkpoi
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from headshare_jax.convert import huggingface, keys
 from headshare_jax.convert.safetensors_files import SafetensorsReader
 from headshare_jax.convert.tensor_files import TensorCheckpoint
 from headshare_jax.errors import HeadshareError
-from headshare_jax.parameters import WeightSource
-from headshare_jax.sharing import SharingMap
+from headshare_jax.parameters import PARAMETERS
+from headshare_jax.sharing.map import SharingMap
+from headshare_jax.sharing.source import WeightSource, assemble, pool_index, read_heads, stored_shape
 
 MODEL_TYPE, ARCHITECTURE, MAP_FIELD = "headshare", "HeadshareForCausalLM", "headshare_map"
 # Shipped inside every checkpoint and run there by transformers; never imported here, since it needs torch.
@@ -52,16 +54,16 @@ class CompactCheckpoint(TensorCheckpoint):
 
     reader: SafetensorsReader
 
-    def read(self, name: str, layer: int | None = None) -> np.ndarray:
-        projection = parameters.pooled_projection(name)
+    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
+        projection = PARAMETERS[name].pool
         if layer is None or projection is None or projection not in _pooled_projections(self.sharing):
-            return super().read(name, layer)
+            return super().read(name, layer, heads)
         pool = POOLS[name].template
 
         def read_rows(rows: np.ndarray) -> np.ndarray:
             return keys.decode(POOLS, self.config, name, self.reader.read_rows(self._infos[pool], pool, rows))
 
-        return parameters.read_heads(self, name, layer, read_rows)
+        return read_heads(self, name, layer, heads, read_rows)
 
     def _expected(self) -> dict[str, keys.Tensor]:
         return _pooled(super()._expected(), self.config, self.sharing)
@@ -112,7 +114,7 @@ def write(source: WeightSource, folder: Path, *, shard_bytes: int = huggingface.
         if name in indices:
             return indices[name]
         if name in pools:
-            return keys.encode(POOLS, config, pools[name], parameters.assemble(source, pools[name]))
+            return keys.encode(POOLS, config, pools[name], assemble(source, pools[name]))
         return huggingface.encoded(source, tensors[name])
 
     huggingface.write_weights(folder, layout, value, shard_bytes)
@@ -138,12 +140,10 @@ def _settings(sharing: SharingMap | None) -> dict[str, Any]:
 def _pooled(dense: dict[str, keys.Tensor], config: LlamaConfig, sharing: SharingMap | None) -> dict[str, keys.Tensor]:
     """Every tensor of a compact checkpoint, from those of the expanded one."""
     pooled = _pooled_projections(sharing)
-    tensors = {
-        name: tensor for name, tensor in dense.items() if parameters.pooled_projection(tensor.parts[0]) not in pooled
-    }
+    tensors = {name: tensor for name, tensor in dense.items() if PARAMETERS[tensor.parts[0]].pool not in pooled}
     for name in parameters.parameter_names(config):
-        if parameters.pooled_projection(name) in pooled:
-            shape = parameters.stored_shape(config, name, sharing)
+        if PARAMETERS[name].pool in pooled:
+            shape = stored_shape(config, name, sharing)
             shape = keys.encode(POOLS, config, name, np.broadcast_to(np.int8(0), shape)).shape
             tensors[POOLS[name].template] = keys.Tensor((name,), None, shape)
     # An index is no parameter's tensor.
@@ -152,7 +152,7 @@ def _pooled(dense: dict[str, keys.Tensor], config: LlamaConfig, sharing: Sharing
 
 def _indices(config: LlamaConfig, sharing: SharingMap | None) -> dict[str, np.ndarray]:
     """The tensors that say which pool row each head of each layer is, int32 [L, heads], by name."""
-    return {_index_name(p): parameters.pool_index(config, p, sharing) for p in _pooled_projections(sharing)}
+    return {_index_name(p): pool_index(config, p, sharing) for p in _pooled_projections(sharing)}
 
 
 def _index_name(projection: str) -> str:

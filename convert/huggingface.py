@@ -16,8 +16,8 @@ from headshare_jax.convert.safetensors_files import SafetensorsReader, write_saf
 from headshare_jax.convert.tensor_files import TensorCheckpoint, TensorReader
 from headshare_jax.convert.torch_files import TorchReader
 from headshare_jax.errors import HeadshareError
-from headshare_jax.modeling import normalized_rows
-from headshare_jax.parameters import WeightSource
+from headshare_jax.output_head import normalized_rows
+from headshare_jax.sharing.source import WeightSource
 
 SHARD_BYTES = 5 * 10**9
 _TABLES = {

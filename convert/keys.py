@@ -10,6 +10,7 @@ import numpy as np
 
 from headshare_jax import parameters
 from headshare_jax.config import LlamaConfig
+from headshare_jax.parameters import PARAMETERS
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def tensors(table: KeyTable, config: LlamaConfig) -> dict[str, Tensor]:
         found[tensor] = Tensor((*before, name), layer, (shape[0] * key.parts, *shape[1:]))
 
     names = parameters.parameter_names(config)
-    layered = [name for name in names if parameters.is_layered(name)]
+    layered = [name for name in names if PARAMETERS[name].layered]
     first_layered = names.index(layered[0])
     for name in names[:first_layered]:
         add(name, None)
@@ -181,5 +182,5 @@ def encode(table: KeyTable, config: LlamaConfig, name: str, value: np.ndarray) -
 
 
 def _heads(config: LlamaConfig, name: str) -> int:
-    projection = parameters.pooled_projection(name)
+    projection = PARAMETERS[name].pool
     return parameters.heads_per_layer(config, projection) if projection else 1

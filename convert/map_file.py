@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from headshare_jax.errors import HeadshareError
-from headshare_jax.sharing import SharingMap
+from headshare_jax.sharing.map import SharingMap
 
 # Beside an exported Hugging Face model.
 NAME = "headshare_map.json"

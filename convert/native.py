@@ -23,8 +23,9 @@ from orbax.checkpoint import type_handlers
 from headshare_jax import parameters
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
-from headshare_jax.parameters import WeightSource, index_name
-from headshare_jax.sharing import PROJECTIONS, SharingMap
+from headshare_jax.parameters import PARAMETERS, PROJECTIONS, index_name
+from headshare_jax.sharing.map import SharingMap
+from headshare_jax.sharing.source import WeightSource, assemble, pool_index, read_heads, stored_shape
 
 DOCUMENT, WEIGHTS = "headshare.json", "weights"
 FORMAT, VERSION = "headshare-native", 1
@@ -71,13 +72,13 @@ class NativeCheckpoint:
     def dtype(self, name: str) -> np.dtype[Any]:
         return np.dtype(self._arrays[name].dtype.numpy_dtype)
 
-    def read(self, name: str, layer: int | None = None) -> np.ndarray:
+    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
         array = self._arrays[name]
         if layer is None:
             return self._values(array, name)
-        if parameters.pooled_projection(name) is None:
+        if PARAMETERS[name].pool is None:
             return self._values(array[layer], name)
-        return parameters.read_heads(self, name, layer, lambda rows: self._values(array[rows], name))
+        return read_heads(self, name, layer, heads, lambda rows: self._values(array[rows], name))
 
     def _values(self, array: ts.TensorStore, name: str) -> np.ndarray:
         try:
@@ -105,7 +106,7 @@ class NativeCheckpoint:
         """Compares every array's shape and type with those that the configuration and the map call for."""
         problems = []
         for name in parameters.parameter_names(self.config):
-            problems += self._mismatch(name, parameters.stored_shape(self.config, name, self.sharing), FLOATS)
+            problems += self._mismatch(name, stored_shape(self.config, name, self.sharing), FLOATS)
         for projection in PROJECTIONS:
             shape = (self.config.num_layers, parameters.heads_per_layer(self.config, projection))
             problems += self._mismatch(index_name(projection), shape, ("int32",))
@@ -123,7 +124,7 @@ class NativeCheckpoint:
 
     def _check_index(self, projection: str) -> None:
         name = index_name(projection)
-        expected = parameters.pool_index(self.config, projection, self.sharing)
+        expected = pool_index(self.config, projection, self.sharing)
         if not np.array_equal(self._values(self._arrays[name], name), expected):
             raise HeadshareError(f"{name} in {self.path} disagrees with the map in {DOCUMENT}.")
 
@@ -140,9 +141,9 @@ def write(source: WeightSource, folder: Path, *, provenance: dict[str, Any] | No
       OSError: the folder cannot be written to.
     """
     config, names = source.config, parameters.parameter_names(source.config)
-    tree = {name: _Deferred(partial(parameters.assemble, source, name), parameters.is_layered(name)) for name in names}
+    tree = {name: _Deferred(partial(assemble, source, name), PARAMETERS[name].layered) for name in names}
     for projection in PROJECTIONS:
-        index = partial(parameters.pool_index, config, projection, source.sharing)
+        index = partial(pool_index, config, projection, source.sharing)
         tree[index_name(projection)] = _Deferred(index, layered=False)
     _store(tree, folder.resolve() / WEIGHTS)
     document = {
@@ -153,7 +154,7 @@ def write(source: WeightSource, folder: Path, *, provenance: dict[str, Any] | No
         "config": config.to_json(),
         "parameters": {
             name: {
-                "shape": parameters.stored_shape(config, name, source.sharing),
+                "shape": stored_shape(config, name, source.sharing),
                 "dtype": str(source.dtype(name)),
             }
             for name in names

@@ -7,7 +7,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from headshare_jax.errors import HeadshareError
-from headshare_jax.similarity import MatchResult
+from headshare_jax.sharing.scores import MatchResult
 
 _ARRAYS = ("donor_layer", "donor_unit", "value", "scores", "drop_score")
 # Before the name of a tie.

@@ -1,6 +1,6 @@
 """Checkpoints made of named tensors: strict checking, and reading one layer at a time through the key table."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +10,7 @@ import numpy as np
 from headshare_jax.config import LlamaConfig
 from headshare_jax.convert import keys
 from headshare_jax.errors import HeadshareError
-from headshare_jax.sharing import SharingMap
+from headshare_jax.sharing.map import SharingMap
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,10 @@ class TensorCheckpoint:
         types = {info.dtype for info in self._by_parameter[name] if info.dtype is not None}
         return types.pop() if len(types) == 1 else np.dtype(np.float32)
 
-    def read(self, name: str, layer: int | None = None) -> np.ndarray:
+    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
         tensor = self.table[name].name(layer)
-        return keys.decode(self.table, self.config, name, self.reader.read(self._infos[tensor], tensor))
+        value = keys.decode(self.table, self.config, name, self.reader.read(self._infos[tensor], tensor))
+        return value if heads is None else value[list(heads)]
 
     def _expected(self) -> dict[str, keys.Tensor]:
         """Every tensor that the configuration asks for, unless its sizes are beyond any file."""

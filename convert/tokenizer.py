@@ -78,11 +78,14 @@ def _class_name(path: Path) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def carry(source: Path, folder: Path) -> None:
-    """Puts a checkpoint's tokenizer into another checkpoint's folder.
+def carry(source: "Path | PreTrainedTokenizerBase", folder: Path) -> None:
+    """Puts a tokenizer, or that of a checkpoint, into another checkpoint's folder.
 
     A checkpoint without one is left without; so is a GGUF file with an unusable one, with a warning.
     """
+    if not isinstance(source, Path):
+        source.save_pretrained(folder)
+        return
     if source.is_dir():
         for name in FILES:
             if (source / name).is_file():

@@ -1,25 +1,39 @@
 """Makes LLaMA-family language models smaller by letting attention heads share weights, in JAX and Flax."""
 
-from headshare_jax.budget import budget_map
-from headshare_jax.calibration import calibration_windows
+import warnings
+from pathlib import Path
+from typing import Any
+
+# In a clone, convert/ and train/ lie beside this folder, not in it; Python that starts there finds this folder first.
+if not (Path(__file__).parent / "convert").exists():
+    __path__.append(str(Path(__file__).parents[1]))
+
+from headshare_jax.calibration.windows import calibration_windows
+from headshare_jax.compression import Compressed, compress
 from headshare_jax.config import LlamaConfig, RopeScaling
-from headshare_jax.convert import load, open_checkpoint, save
+from headshare_jax.convert import open_checkpoint, save
 from headshare_jax.convert.journal_folder import JournalFolder
 from headshare_jax.errors import HeadshareError
-from headshare_jax.evaluation import Perplexity, perplexity
-from headshare_jax.functional import Search, match_functional
-from headshare_jax.generation import Sampling, generate
-from headshare_jax.ledger import Ledger, ledger
-from headshare_jax.modeling import Llama
-from headshare_jax.parameters import WeightSource, fingerprint
-from headshare_jax.refit import BlockFit, RefitReport, RefitSettings, refit
-from headshare_jax.selection import drop_map, sharing_map
-from headshare_jax.sharing import SharingMap
-from headshare_jax.similarity import MatchResult, match
-from headshare_jax.transform import share, unshare
+from headshare_jax.evaluate.perplexity import Perplexity, perplexity
+from headshare_jax.fit.refit import BlockFit, RefitReport, RefitSettings, refit
+from headshare_jax.loading import load, load_tokenizer
+from headshare_jax.matching.cosine import match
+from headshare_jax.matching.functional import FunctionalSettings, match_functional
+from headshare_jax.model.generate import Sampling, generate
+from headshare_jax.model.llama import Llama
+from headshare_jax.model.share import share, unshare
+from headshare_jax.sharing.budget import budget_map
+from headshare_jax.sharing.choose import drop_map, sharing_map
+from headshare_jax.sharing.ledger import Ledger, ledger
+from headshare_jax.sharing.map import SharingMap
+from headshare_jax.sharing.scores import MatchResult
+from headshare_jax.sharing.source import WeightSource, fingerprint
+from headshare_jax.sharing.view import SharedView
 
 __all__ = [
     "BlockFit",
+    "Compressed",
+    "FunctionalSettings",
     "HeadshareError",
     "JournalFolder",
     "Ledger",
@@ -31,16 +45,18 @@ __all__ = [
     "RefitSettings",
     "RopeScaling",
     "Sampling",
-    "Search",
+    "SharedView",
     "SharingMap",
     "WeightSource",
     "budget_map",
     "calibration_windows",
+    "compress",
     "drop_map",
     "fingerprint",
     "generate",
     "ledger",
     "load",
+    "load_tokenizer",
     "match",
     "match_functional",
     "open_checkpoint",
@@ -51,3 +67,13 @@ __all__ = [
     "sharing_map",
     "unshare",
 ]
+
+# Old names, kept for one release.
+_RENAMED = {"Search": "FunctionalSettings"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{name} is now {_RENAMED[name]}.", DeprecationWarning, stacklevel=2)
+    return globals()[_RENAMED[name]]

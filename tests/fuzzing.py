@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import headshare_jax
 from headshare_jax import HeadshareError, parameters
+from headshare_jax.sharing.source import assemble
 
 
 def damaged(content: bytes, data: st.DataObject) -> bytes:
@@ -24,4 +25,4 @@ def open_or_refuse(path: Path) -> None:
     with suppress(HeadshareError):
         source = headshare_jax.open_checkpoint(path)
         for name in parameters.parameter_names(source.config):
-            parameters.assemble(source, name)
+            assemble(source, name)

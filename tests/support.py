@@ -11,7 +11,8 @@ import torch
 import transformers
 
 from headshare_jax import Llama, LlamaConfig, SharingMap, parameters
-from headshare_jax.sharing import DROPPED
+from headshare_jax.sharing.map import DROPPED
+from headshare_jax.sharing.source import stored_shape
 
 TINY: dict[str, Any] = {
     "vocab_size": 160,
@@ -103,7 +104,7 @@ def tiny_model(seed: int = 0, dtype: str = "float32", **overrides: Any) -> Llama
     rng = np.random.default_rng(seed)
 
     def draw(name: str) -> jax.Array:
-        shape = parameters.stored_shape(config, name)
+        shape = stored_shape(config, name)
         return jnp.asarray(rng.uniform(0.5, 1.5, shape) if "norm" in name else rng.normal(0, 0.08, shape), dtype)
 
     return Llama(config, {name: draw(name) for name in parameters.parameter_names(config)})

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from headshare_jax import Llama, LlamaConfig, SharingMap, parameters
+from headshare_jax.sharing.source import pool_index
 
 Weights = dict[str, torch.Tensor]
 
@@ -30,7 +31,7 @@ def hf_weights(config: LlamaConfig, sharing: SharingMap | None, params: Mapping[
     """transformers' weights made of pools, so that heads which share a row are tied."""
     weights = {"model.embed_tokens.weight": params["embed_vd"], "model.norm.weight": params["final_norm_d"]}
     weights["lm_head.weight"] = params["embed_vd" if config.tie_word_embeddings else "head_vd"]
-    rows = {projection: parameters.pool_index(config, projection, sharing).tolist() for projection in "qkvo"}
+    rows = {projection: pool_index(config, projection, sharing).tolist() for projection in "qkvo"}
     for layer in range(config.num_layers):
         place = f"model.layers.{layer}"
         for name, theirs in _LAYER_WEIGHTS.items():

@@ -10,6 +10,10 @@ from support import VARIANTS, saved_hf_model, sharing_by_hand, tiny_model
 
 import headshare_jax
 from headshare_jax import Llama, fingerprint, parameters, share, unshare
+from headshare_jax.model import place
+from headshare_jax.parameters import PARAMETERS
+from headshare_jax.sharing.source import WeightSource, assemble, stored_shape
+from headshare_jax.sharing.view import View
 
 
 @pytest.mark.parametrize("name", ["gqa", "tied", "attention bias", "mlp bias", "wide heads"])
@@ -18,9 +22,9 @@ def test_parameters_have_the_shapes_that_their_names_spell(name: str) -> None:
     for model in (dense, share(dense, sharing_by_hand(dense, "qk", {3: 0}))):
         for parameter in parameters.parameter_names(model.config):
             value = getattr(model, parameter)
-            assert value.shape == parameters.stored_shape(model.config, parameter, model.sharing)
-            assert value.ndim == len(parameters.axes(parameter))
-            layer = 1 if parameters.is_layered(parameter) else None
+            assert value.shape == stored_shape(model.config, parameter, model.sharing)
+            assert value.ndim == len(PARAMETERS[parameter].axes)
+            layer = 1 if PARAMETERS[parameter].layered else None
             assert model.read(parameter, layer).shape == parameters.slice_shape(model.config, parameter)
 
 
@@ -28,26 +32,25 @@ def test_a_model_assembled_from_its_slices_is_the_same() -> None:
     dense = tiny_model(attention_bias=True)
     for model in (dense, *(share(dense, sharing_by_hand(dense, tie, {2: 0, 5: 1})) for tie in ("qkvo", "mixed"))):
         for name in parameters.parameter_names(model.config):
-            np.testing.assert_array_equal(parameters.assemble(model, name), getattr(model, name)[...])
+            np.testing.assert_array_equal(assemble(model, name), getattr(model, name)[...])
 
 
 def test_a_loaded_model_takes_over_what_was_built_for_it_and_nothing_of_its_source(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    source = tiny_model()
+    source = View(tiny_model())
     built: dict[str, np.ndarray] = {}
-    assemble = parameters.assemble
 
-    def noted(source: Llama, name: str) -> np.ndarray:
+    def noted(source: WeightSource, name: str) -> np.ndarray:
         built[name] = assemble(source, name)
         return built[name]
 
-    monkeypatch.setattr(parameters, "assemble", noted)
+    monkeypatch.setattr(place, "assemble", noted)
     model = Llama.of(source)
     for name, value in built.items():
-        held = getattr(model, name)[...].unsafe_buffer_pointer()
-        assert (held == value.ctypes.data) == parameters.is_layered(name)
-        assert held != getattr(source, name)[...].unsafe_buffer_pointer()
+        held = model.array(name).unsafe_buffer_pointer()
+        assert (held == value.ctypes.data) == PARAMETERS[name].layered
+        assert held != source.base.array(name).unsafe_buffer_pointer()  # type: ignore[attr-defined]
 
 
 def changed(model: Llama, name: str) -> Llama:
@@ -62,7 +65,7 @@ def test_fingerprints_are_of_the_attention_weights() -> None:
     model = tiny_model()
     for name in parameters.parameter_names(model.config):
         same = fingerprint(changed(model, name)) == fingerprint(model)
-        assert same == (parameters.pooled_projection(name) is None), name
+        assert same == (PARAMETERS[name].pool is None), name
 
 
 def test_a_fingerprint_does_not_depend_on_storage(tmp_path: Path) -> None:

@@ -19,25 +19,27 @@ from headshare_jax import convert
 from headshare_jax.convert import map_file, text, tokenizer
 from headshare_jax.convert.atomic import check_output, new_directory, new_file
 from headshare_jax.convert.cache import cache_directory
-from headshare_jax.convert.cast import cast
 from headshare_jax.errors import HeadshareError
-from headshare_jax.evaluation import perplexity
-from headshare_jax.mesh import batch_sharding, make_mesh, replicated
-from headshare_jax.modeling import Llama
-from headshare_jax.parameters import WeightSource, fingerprint, parameter_names, pool_name
-from headshare_jax.refit import refit
-from headshare_jax.selection import sharing_map
-from headshare_jax.sharing import SharingMap
+from headshare_jax.evaluate.perplexity import perplexity
+from headshare_jax.fit.refit import refit
+from headshare_jax.matching.cosine import match
+from headshare_jax.model.llama import Llama
+from headshare_jax.model.mesh import batch_sharding, make_mesh, replicated
+from headshare_jax.model.place import place
+from headshare_jax.model.share import share
+from headshare_jax.parameters import parameter_names, pool_name
+from headshare_jax.sharing.choose import sharing_map
+from headshare_jax.sharing.map import SharingMap
+from headshare_jax.sharing.source import WeightSource, fingerprint
+from headshare_jax.sharing.view import SharedView, cast
 from headshare_jax.signals import Stop, handled
-from headshare_jax.similarity import match
 from headshare_jax.train import data
 from headshare_jax.train import recipe as recipes
 from headshare_jax.train.checkpoints import RunCheckpoints
 from headshare_jax.train.losses import pair_cosine, tied_projections
 from headshare_jax.train.metrics import MetricsLog, is_spike, matrix_rate, step_flops
-from headshare_jax.train.placement import abstract_params, abstract_state, begin, gathered, place
+from headshare_jax.train.placement import abstract_params, abstract_state, begin, gathered
 from headshare_jax.train.step import Params, StageContext, TrainState, make_step, trainable_names
-from headshare_jax.transform import share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -290,29 +292,28 @@ class _Trainer:
             return convert.open_checkpoint(start)
         if self.task.recipe.stages[0].kind == "align":
             return source
-        dense = convert.load(source)
-        return self._refitted(dense, share(dense, self.task.sharing))
+        return self._refitted(source, SharedView(source, self.task.sharing))
 
     def train(self) -> bool:
         """Runs every stage that is left; False if it was told to stop before the end."""
         stages = self.task.recipe.stages
         for number in range(self.number, len(stages)):
             if number > self.number:
-                self._enter(number, self._trained(stages[number].kind, for_good=True))
+                self._enter(number, self._finished(stages[number].kind))
             if not self._train_stage():
                 return False
         return True
 
     def export(self) -> dict[str, Any]:
         """Writes the shared model, in the source's own types, with its tokenizer; returns the last step's metrics."""
-        model, source = self._trained("tied", for_good=True), self.task.source
+        finished, source = self._finished("tied"), self.task.source
         self.log.close()
         lines = self.log.lines()
         last = (lines[-1] if lines else {}) | {"spikes": [line["step"] for line in lines if line.get("spike")]}
         refitted = self.context.stage.kind == "align" and self.task.recipe.sharing.refit_windows
         if refitted and "shared_perplexity" in last:
-            last["shared_perplexity"] = self._perplexity(model)
-        whole = gathered(model)
+            last["shared_perplexity"] = self._perplexity(self._placed(finished))
+        whole = finished if jax.process_count() == 1 else gathered(self._placed(finished))
         if jax.process_index() == 0:
             convert.save(
                 cast(whole, str(source.dtype("embed_vd"))),
@@ -406,37 +407,42 @@ class _Trainer:
                 result["dense_perplexity"] = self._perplexity(self._trained("align"))
         return result
 
+    def _placed(self, source: WeightSource) -> Llama:
+        return Llama.of(source, mesh=self.task.mesh, compute_dtype=self.task.recipe.compute_dtype)
+
     def _perplexity(self, model: Llama) -> float:
         settings = self.task.recipe.data
         tokens, windows = self.task.eval_tokens, settings.eval_windows
         return perplexity(model, tokens, seq_len=settings.seq_len, max_windows=windows).token_perplexity
 
-    def _trained(self, kind: str, *, for_good: bool = False) -> Llama:
-        """The model as trained so far: dense for an align stage, shared for a tied one, and refitted if `for_good`."""
+    def _trained(self, kind: str) -> Llama:
+        """The model as trained so far: dense for an align stage, shared for a tied one."""
         model = self.context.model({**self.frozen, **self.state.params})
         if kind == "align" or model.sharing is not None:
             return model
-        shared = share(model, self.task.sharing, check_source=False)
-        return self._refitted(model, shared) if for_good else shared
+        return share(model, self.task.sharing, check_source=False)
 
-    def _refitted(self, dense: Llama, shared: Llama) -> Llama:
+    def _finished(self, kind: str) -> WeightSource:
+        """As `_trained`, for good: a model that becomes shared is refitted if the recipe says so."""
+        model = self.context.model({**self.frozen, **self.state.params})
+        if kind == "align" or model.sharing is not None:
+            return model
+        if self.task.recipe.sharing.refit_windows:
+            model = gathered(model)
+        return self._refitted(model, SharedView(model, self.task.sharing, check_source=False))
+
+    def _refitted(self, dense: WeightSource, shared: WeightSource) -> WeightSource:
         """A model that has become shared, its output weights fitted to the dense one if the recipe says so."""
         windows = self.task.recipe.sharing.refit_windows
         if not windows:
             return shared
         fitted, report = refit(
-            gathered(dense),
-            gathered(shared),
-            self.task.blocks.tokens[:windows],
-            progress=partial(self.progress, "refitting"),
+            dense, shared, self.task.blocks.tokens[:windows], progress=partial(self.progress, "refitting")
         )
         if jax.process_index() == 0:
             with new_file(self.task.output / REFIT, overwrite=True) as path:
                 path.write_text(json.dumps(asdict(report), indent=1))
-        params = place(fitted, parameter_names(fitted.config), self.task.mesh)
-        return Llama(
-            fitted.config, params, sharing=fitted.sharing, compute_dtype=fitted.compute_dtype, remat=fitted.remat
-        )
+        return fitted
 
     def _arrays(self) -> dict[str, Any]:
         return {"state": vars(self.state), "frozen": self.frozen}

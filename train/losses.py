@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from headshare_jax.modeling import Llama, head_logits
-from headshare_jax.parameters import pool_name
-from headshare_jax.sharing import PROJECTIONS, SharingMap
+from headshare_jax.model.llama import Llama
+from headshare_jax.output_head import head_logits
+from headshare_jax.parameters import PROJECTIONS, pool_name
+from headshare_jax.sharing.map import SharingMap
 
 PENALTIES = ("norm", "mse", "kl", "js")
 # Tokens on one device whose logits are in memory at a time.

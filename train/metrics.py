@@ -62,7 +62,7 @@ class MetricsLog:
             self._board.close()
         lines = self.lines()
         if lines:
-            from headshare_jax.pictures import draw_training
+            from headshare_jax.report.pictures import draw_training
 
             with new_file(self.path.with_name(PLOT), overwrite=True) as partial:
                 draw_training(lines, partial)

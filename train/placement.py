@@ -6,27 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from headshare_jax import parameters
-from headshare_jax.mesh import parameter_sharding, replicated
-from headshare_jax.modeling import Llama
-from headshare_jax.parameters import WeightSource
+from headshare_jax.model.llama import Llama
+from headshare_jax.model.mesh import parameter_sharding, replicated
+from headshare_jax.model.place import place
+from headshare_jax.sharing.source import WeightSource, stored_shape
 from headshare_jax.train.step import Params, StageContext, TrainState, first_state, trainable_names
-
-
-def place(source: WeightSource, names: Iterable[str], mesh: Mesh, dtype: str | None = None) -> Params:
-    """Parameters of a source on a mesh, in the given type or in the source's own."""
-    placed = {}
-    for name in names:
-        target = jnp.dtype(dtype or source.dtype(name))
-        array = getattr(source, name)[...] if isinstance(source, Llama) else None
-        if isinstance(array, jax.Array) and not array.is_fully_addressable:
-            placed[name] = _moved(array, parameter_sharding(mesh, source.config, name, array.shape), target)
-        else:
-            placed[name] = _read_onto(source, name, mesh, target)
-    return placed
 
 
 def begin(context: StageContext, source: WeightSource, mesh: Mesh) -> tuple[TrainState, Params]:
@@ -61,7 +48,7 @@ def abstract_params(
     context: StageContext, names: Iterable[str], mesh: Mesh, dtype: Any
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and shardings of parameters as a stage's model stores them."""
-    shapes = {name: parameters.stored_shape(context.config, name, context.model_sharing) for name in names}
+    shapes = {name: stored_shape(context.config, name, context.model_sharing) for name in names}
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=parameter_sharding(mesh, context.config, name, shape))
         for name, shape in shapes.items()
@@ -85,22 +72,3 @@ def gathered(model: Llama) -> Llama:
         for name in parameters.parameter_names(model.config)
     }
     return Llama(model.config, whole, sharing=model.sharing, compute_dtype=model.compute_dtype, remat=model.remat)
-
-
-def _moved(array: jax.Array, sharding: NamedSharding, dtype: np.dtype[Any]) -> jax.Array:
-    """An array that several hosts hold, in another place and type; all processes must call it together."""
-    return jax.jit(lambda array: array.astype(dtype), out_shardings=sharding)(array)
-
-
-def _read_onto(source: WeightSource, name: str, mesh: Mesh, dtype: np.dtype[Any]) -> jax.Array:
-    shape = parameters.stored_shape(source.config, name, source.sharing)
-    sharding = parameter_sharding(mesh, source.config, name, shape)
-    parts: dict[tuple[tuple[int, ...], ...], np.ndarray] = {}
-    placed = []
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        assert index is not None
-        key = tuple(cut.indices(size) for cut, size in zip(index, shape, strict=True))
-        if key not in parts:
-            parts[key] = parameters.assemble(source, name, index).astype(dtype)
-        placed.append(jax.device_put(parts[key], device))
-    return jax.make_array_from_single_device_arrays(shape, sharding, placed)

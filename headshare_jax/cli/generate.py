@@ -11,10 +11,12 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from headshare_jax import convert
-from headshare_jax.cli.command import Command, ComputeDtype, Source, keep_compiled, say
+from headshare_jax.cli.command import Command, ComputeDtype, Source, keep_compiled
 from headshare_jax.convert import tokenizer
 from headshare_jax.errors import HeadshareError
-from headshare_jax.generation import Sampling, generate
+from headshare_jax.loading import load
+from headshare_jax.model.generate import Sampling, generate
+from headshare_jax.report.progress import say
 from headshare_jax.signals import handled
 
 
@@ -59,7 +61,7 @@ class Generate(Command):
         keep_compiled()
         # XLA's CPU backend converts 16-bit weights anew for every token.
         dtype = self.dtype or ("float32" if jax.default_backend() == "cpu" else None)
-        model = convert.load(path, dtype=dtype, compute_dtype=self.compute_dtype)
+        model = load(path, dtype=dtype, compute_dtype=self.compute_dtype)
         longest, context = max(map(len, prompts)) + self.max_new_tokens, model.config.max_position_embeddings
         if longest > context:
             say(f"a prompt with its new tokens may be {longest} tokens long; the model was made for up to {context}")

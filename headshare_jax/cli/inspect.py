@@ -10,10 +10,11 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from headshare_jax import convert, parameters
-from headshare_jax.budget import crossing_parameters
-from headshare_jax.cli.command import Command, Source, megabytes
-from headshare_jax.ledger import NOT_SAVED, Ledger, ledger
-from headshare_jax.sharing import shard_of_units
+from headshare_jax.cli.command import Command, Source
+from headshare_jax.sharing.budget import crossing_parameters
+from headshare_jax.sharing.ledger import NOT_SAVED, Ledger, ledger, megabytes
+from headshare_jax.sharing.map import shard_of_units
+from headshare_jax.sharing.source import stored_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class Inspect(Command):
             "path": str(path),
             "config": config.to_json(),
             "parameters": {
-                name: {"shape": parameters.stored_shape(config, name, sharing), "dtype": str(source.dtype(name))}
+                name: {"shape": stored_shape(config, name, sharing), "dtype": str(source.dtype(name))}
                 for name in parameters.parameter_names(config)
             },
             "map": None if sharing is None else json.loads(sharing.to_json()),

@@ -10,11 +10,14 @@ import tyro
 from rich.console import RenderableType
 from rich.table import Table
 
-from headshare_jax import convert, pictures
-from headshare_jax.cli.command import Command, Overwrite, Source, progress
+from headshare_jax import convert
+from headshare_jax.cli.command import Command, Overwrite, Source
 from headshare_jax.convert.atomic import check_output, new_file
 from headshare_jax.errors import HeadshareError
-from headshare_jax.similarity import MatchResult, match
+from headshare_jax.matching.cosine import match
+from headshare_jax.report import pictures
+from headshare_jax.report.progress import progress
+from headshare_jax.sharing.scores import MatchResult
 
 MatchFunction = Annotated[
     str, tyro.conf.arg(help="Score of a pair: cosine of q, k, v, qk, qkv or total weights; or random, a baseline.")

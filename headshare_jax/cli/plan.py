@@ -11,15 +11,16 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from headshare_jax import convert
-from headshare_jax.cli.command import Command, say
+from headshare_jax.cli.command import Command
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
-from headshare_jax.modeling import REMAT_POLICIES
+from headshare_jax.model.layer import REMAT_POLICIES
+from headshare_jax.plan import planning
+from headshare_jax.plan.estimate import STAGES, Workload
+from headshare_jax.plan.topology import EXAMPLES, chip_of, require_libtpu
 from headshare_jax.presets import PRESETS
-from headshare_jax.sharing import SharingMap
-from headshare_jax.train import planning
-from headshare_jax.train.estimate import STAGES, Workload
-from headshare_jax.train.topology import EXAMPLES, chip_of, require_libtpu
+from headshare_jax.report.progress import say
+from headshare_jax.sharing.map import SharingMap
 
 _MEMORY = {
     "parameters": "parameter_bytes",

@@ -12,11 +12,13 @@ from rich.console import RenderableType
 from rich.syntax import Syntax
 from rich.table import Table
 
-from headshare_jax.cli.command import Command, megabytes, progress_with_text
+from headshare_jax.cli.command import Command
 from headshare_jax.errors import HeadshareError
+from headshare_jax.plan.footprint import footprint
+from headshare_jax.report.progress import progress_with_text
+from headshare_jax.sharing.ledger import megabytes
 from headshare_jax.train import loop
 from headshare_jax.train import recipe as recipes
-from headshare_jax.train.footprint import footprint
 
 
 @dataclass(frozen=True, kw_only=True)

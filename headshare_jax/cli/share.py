@@ -1,44 +1,22 @@
 """`headshare share`."""
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import tyro
 from rich.console import RenderableType
 from rich.table import Table
 
-from headshare_jax import convert, methods, pictures
-from headshare_jax.budget import attention_budget
-from headshare_jax.cli.command import Command, Destination, Overwrite, Source, progress
+from headshare_jax.cli.command import Command, Destination, Overwrite, Source
 from headshare_jax.cli.inspect import ledger_data, ledger_table
-from headshare_jax.cli.match import Seed
-from headshare_jax.cli.sharing import (
-    Calibrate,
-    CalibrateTokens,
-    CalibrationText,
-    Chains,
-    MatchFunction,
-    SeqLen,
-    Tie,
-    calibration_text,
-)
-from headshare_jax.convert import map_file
+from headshare_jax.cli.sharing import Calibrate, CalibrateTokens, Chains, MatchFunction, Seed, SeqLen, Tie
+from headshare_jax.compression import compress
 from headshare_jax.convert.atomic import check_output, new_file
-from headshare_jax.convert.journal_folder import JournalFolder
-from headshare_jax.errors import HeadshareError
-from headshare_jax.ledger import NOT_SAVED, ledger
-from headshare_jax.methods import METHODS, Amount, Method, MethodSettings
-from headshare_jax.refit import RefitReport
-from headshare_jax.sharing import SharingMap, shard_of_units
-
-# What may be done by a map that exists.
-MAP_METHODS = ("direct", "refit")
-# Beside a refitted model: what was fitted, and the errors before and after.
-FIT_FILE = "headshare_fit.json"
+from headshare_jax.fit.methods import METHODS
+from headshare_jax.report import pictures
+from headshare_jax.sharing.ledger import NOT_SAVED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +50,8 @@ class Share(Command):
     calibrate_tokens: CalibrateTokens = 12288
     seq_len: SeqLen = 512
     match: MatchFunction = None
-    seed: Seed = 0
-    tie: Tie = "qkv"
+    seed: Seed = None
+    tie: Tie = None
     chains: Chains = None
     within_shards: Annotated[
         int | None,
@@ -94,53 +72,35 @@ class Share(Command):
     overwrite: Overwrite = False
 
     def run(self) -> dict[str, Any]:
-        check_output(Path(self.dst), folder=True, overwrite=self.overwrite)
         for output in filter(None, (self.save_map, self.plot)):
             check_output(output, folder=False, overwrite=self.overwrite)
         if self.plot is not None:
             pictures.check_name(self.plot)
-        given = [choice for choice in (self.ratio, self.budget, self.model_budget, self.map) if choice is not None]
-        if len(given) != 1:
-            raise HeadshareError(
-                f"Give {'only ' if given else ''}one of --ratio, --budget or --model-budget, to match and choose, or "
-                "--map, to use a map that exists."
-            )
-        settings = MethodSettings(self.match, self.seed, self.tie, self.chains, self.within_shards)
-        method = self._checked_method(settings)
-        journals = self._journals(method)
-        path = convert.locate(self.src)
-        source = convert.open_checkpoint(path)
-        calibration = None
-        if self.calibrate is not None:
-            calibration = calibration_text(path, source, self.calibrate, self.calibrate_tokens, self.seq_len)
-        windows_wt = None if calibration is None else calibration.windows_wt
-        sharing = self._map(source, windows_wt, method, settings, journals)
-        with progress("refitting" if method.refits else "sharing") as step:
-            model, report = methods.apply(method, source, sharing, windows_wt, journals=journals, progress=step)
-        convert.save(
-            model,
+        done = compress(
+            self.src,
             self.dst,
+            calibrate=self.calibrate,
             to=self.to,
-            tokenizer_from=path,
+            work=self.work,
             overwrite=self.overwrite,
-            provenance={"source": self.src, "method": self.method, "calibration": _told(calibration)},
-            documents={} if report is None else {FIT_FILE: json.dumps(self._record(report), indent=1)},
+            **{name: getattr(self, name) for name in _SETTINGS},
         )
-        self._write_extras(sharing)
+        if self.save_map is not None:
+            with new_file(self.save_map, overwrite=self.overwrite) as path:
+                path.write_text(done.map.to_json())
+        if self.plot is not None:
+            with new_file(self.plot, overwrite=self.overwrite) as path:
+                pictures.draw_map(done.map, path)
         return {
             "output": self.dst,
             "format": self.to,
-            "summary": sharing.summary(),
-            "receivers": len(sharing.receivers),
-            "dropped": int(sharing.dropped.sum()),
-            "units": sharing.donor.size,
-            "ratio": sharing.ratio,
-            "budget": sharing.budget,
-            "tie": sharing.tie,
-            "method": sharing.method,
-            "match": sharing.match,
-            "fit": None if report is None else self._record(report),
-            "ledger": ledger_data(ledger(model, path=Path(self.dst))),
+            "summary": done.map.summary(),
+            "receivers": len(done.map.receivers),
+            "dropped": int(done.map.dropped.sum()),
+            "units": done.map.donor.size,
+            **{name: getattr(done.map, name) for name in ("ratio", "budget", "tie", "method", "match")},
+            "fit": done.record,
+            "ledger": ledger_data(done.sizes),
         }
 
     def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
@@ -152,73 +112,12 @@ class Share(Command):
         if self.to == "hf":
             yield "A plain LLaMA checkpoint holds every head, also those that share: on disk it is at its full size."
 
-    def _checked_method(self, settings: MethodSettings) -> Method:
-        method = methods.find(self.method, settings)
-        if method.needs_text != (self.calibrate is not None):
-            raise HeadshareError(
-                f"The method {self.method} "
-                + ("needs a text: --calibrate TEXT." if method.needs_text else "needs no text; leave out --calibrate.")
-            )
-        if self.map is not None and self.within_shards is not None:
-            raise HeadshareError("A map has its donors already; leave out --within-shards, or let it choose them.")
-        if self.map is not None and self.method not in MAP_METHODS:
-            raise HeadshareError(
-                f"A map says who shares with whom, as the method {self.method} would; leave out --map, or use one of "
-                f"the methods {' and '.join(MAP_METHODS)}."
-            )
-        return method
 
-    def _journals(self, method: Method) -> JournalFolder | None:
-        if self.work is None:
-            return None
-        if not method.needs_text:
-            users = ", ".join(other.name for other in METHODS.values() if other.needs_text)
-            raise HeadshareError(
-                f"The method {self.method} has no use for --work, which keeps what others ({users}) compute on a text; "
-                "leave it out."
-            )
-        journals = JournalFolder(self.work)
-        work, output = self.work.resolve(), Path(self.dst).resolve()
-        if output in (work, *work.parents):
-            raise HeadshareError(f"The folder {self.work} lies in the output {self.dst}; choose another for --work.")
-        return journals
-
-    def _record(self, report: RefitReport) -> dict[str, Any]:
-        return {"calibrate": self.calibrate, **asdict(report)}
-
-    def _map(
-        self,
-        source: convert.Checkpoint,
-        windows_wt: np.ndarray | None,
-        method: Method,
-        settings: MethodSettings,
-        journals: JournalFolder | None,
-    ) -> SharingMap:
-        if self.map is not None:
-            return map_file.read(self.map)
-        budget = self.budget if self.model_budget is None else attention_budget(source.config, self.model_budget)
-        amount = Amount(ratio=self.ratio, budget=budget)
-        methods.check_amount(amount, source.config)
-        if self.within_shards is not None:
-            shard_of_units(source.config.num_kv_heads, self.within_shards)
-        with progress("matching") as step:
-            scores = method.scores(source, windows_wt, settings, step, journals)
-        return methods.choose(method, scores, amount, source.config, settings)
-
-    def _write_extras(self, sharing: SharingMap) -> None:
-        if self.save_map is not None:
-            with new_file(self.save_map, overwrite=self.overwrite) as path:
-                path.write_text(sharing.to_json())
-        if self.plot is not None:
-            with new_file(self.plot, overwrite=self.overwrite) as path:
-                pictures.draw_map(sharing, path)
-
-
-def _told(calibration: CalibrationText | None) -> dict[str, Any] | None:
-    if calibration is None:
-        return None
-    windows = list(calibration.windows_wt.shape)
-    return {"name": calibration.name, "digest": calibration.digest, "windows": windows}
+# Settings of a compression that are options by the same name.
+_SETTINGS = (
+    *("ratio", "budget", "model_budget", "map", "method", "calibrate_tokens", "seq_len"),
+    *("match", "seed", "tie", "chains", "within_shards"),
+)
 
 
 def fit_table(record: dict[str, Any]) -> Table:

@@ -16,32 +16,32 @@ import tyro
 from rich.console import RenderableType
 from rich.table import Table
 
-from headshare_jax import convert, methods
-from headshare_jax.calibration import tokens_digest
-from headshare_jax.cli import report
-from headshare_jax.cli.command import Command, Source, megabytes, plain, progress_with_text
+from headshare_jax import convert
+from headshare_jax.calibration.windows import tokens_digest
+from headshare_jax.cli.command import Command, Source, plain
 from headshare_jax.cli.inspect import ledger_data
-from headshare_jax.cli.match import Seed
 from headshare_jax.cli.sharing import (
     Calibrate,
     CalibrateTokens,
-    CalibrationText,
     MatchFunction,
+    Seed,
     SeqLen,
     Tie,
-    calibration_text,
 )
 from headshare_jax.cli.sweep_folder import SweepFolder
-from headshare_jax.convert import text, tokenizer
 from headshare_jax.convert.atomic import check_output
 from headshare_jax.errors import HeadshareError
-from headshare_jax.evaluation import Perplexity, perplexity
-from headshare_jax.ledger import ledger
-from headshare_jax.methods import METHODS, Amount, Method, MethodSettings
-from headshare_jax.modeling import Llama
-from headshare_jax.parameters import fingerprint
-from headshare_jax.sharing import check_tie
-from headshare_jax.similarity import MatchResult
+from headshare_jax.evaluate.perplexity import Perplexity, perplexity
+from headshare_jax.fit import methods
+from headshare_jax.fit.methods import METHODS, Amount, Method, MethodSettings
+from headshare_jax.loading import CalibrationText, calibration_text, text_tokens
+from headshare_jax.model.llama import Llama
+from headshare_jax.report import page as report
+from headshare_jax.report.progress import progress_with_text
+from headshare_jax.sharing.ledger import ledger, megabytes
+from headshare_jax.sharing.map import check_tie
+from headshare_jax.sharing.scores import MatchResult
+from headshare_jax.sharing.source import fingerprint
 
 PAGE, DATA, TABLE = "index.html", "sweep.json", "points.csv"
 _COLUMNS = (
@@ -75,8 +75,8 @@ class Sweep(Command):
     seq_len: SeqLen = 512
     max_windows: Annotated[int | None, tyro.conf.arg(help="Measure on the first windows of the text only.")] = None
     match: MatchFunction = None
-    seed: Seed = 0
-    tie: Tie = "qkv"
+    seed: Seed = None
+    tie: Tie = None
     resume: Annotated[
         bool, tyro.conf.arg(help="Go on in a folder that exists, also with further methods and ratios.")
     ] = False
@@ -95,9 +95,10 @@ class Sweep(Command):
             methods.check_amount(amount, source.config)
         calibration = None
         if self.calibrate is not None:
-            calibration = calibration_text(path, source, self.calibrate, self.calibrate_tokens, self.seq_len)
-        held_out = tokenizer.load(path)(text.read(self.text), verbose=False).input_ids
-        run = _Run(self, source, calibration, np.asarray(held_out, np.int32))
+            calibration = calibration_text(
+                self.calibrate, path, self.calibrate_tokens, self.seq_len, source.config.vocab_size
+            )
+        run = _Run(self, source, calibration, text_tokens(self.text, path))
         points = run.points([(method, amount) for method in chosen for amount in amounts])
         record = self._record(run, points)
         with run.folder.result(DATA) as file:
@@ -132,10 +133,17 @@ class Sweep(Command):
         yield f"text: {self.text}; {result['protocol']}"
         yield f"written: {result['page']}; {DATA} and {TABLE} beside it"
 
+    def _settings(self) -> MethodSettings:
+        return MethodSettings(match=self.match, seed=self.seed, tie=self.tie)
+
     def _checked_methods(self) -> list[Method]:
-        check_tie(self.tie)
         names = list(dict.fromkeys(",".join(self.methods).replace(" ", "").split(",")))
-        chosen = [methods.find(name, MethodSettings()) for name in names]
+        chosen = [methods.find(name) for name in names]
+        for setting, value in self._settings().given.items():
+            if setting == "tie":
+                check_tie(value)
+            if not any(setting in method.uses for method in chosen):
+                raise HeadshareError(f"None of the methods {', '.join(names)} has a use for {setting}.", option=setting)
         needy = [method.name for method in chosen if method.needs_text]
         if needy and self.calibrate is None:
             raise HeadshareError(f"The methods {', '.join(needy)} need a text: --calibrate TEXT.")
@@ -181,7 +189,7 @@ class _Run:
     ):
         self.source, self.calibration, self.held_out = source, calibration, held_out
         self.seq_len, self.max_windows = sweep.seq_len, sweep.max_windows
-        self.settings = MethodSettings(match=sweep.match, seed=sweep.seed, tie=sweep.tie)
+        self.settings = sweep._settings()
         self.windows_wt = None if calibration is None else calibration.windows_wt
         self.identity = {
             "model": fingerprint(source),
@@ -189,6 +197,8 @@ class _Run:
             "held-out text": tokens_digest(held_out),
             "settings": {
                 **asdict(self.settings),
+                "seed": self.settings.seed or 0,
+                "tie": self.settings.shared_tie,
                 "seq_len": sweep.seq_len,
                 "max_windows": sweep.max_windows,
                 "release": importlib.metadata.version("headshare-jax"),
@@ -227,8 +237,10 @@ class _Run:
             sharing = methods.choose(method, scores, amount, self.source.config, self.settings)
         except HeadshareError as error:
             return {"perplexity": None, "reason": str(error)}
-        model, fit = methods.apply(method, self.source, sharing, self.windows_wt, progress=_counted(tell, "sharing"))
-        return self._measured(model, tell) | {
+        model, fit = methods.apply(
+            method, self.source, sharing, self.windows_wt, check_source=False, progress=_counted(tell, "sharing")
+        )
+        return self._measured(Llama.of(model), tell) | {
             "map": json.loads(sharing.to_json()),
             "fit": None if fit is None else asdict(fit),
         }

@@ -11,7 +11,7 @@ from headshare_jax.convert import scores_file
 from headshare_jax.convert.atomic import new_directory, new_file
 from headshare_jax.convert.journal_folder import JournalFolder
 from headshare_jax.errors import HeadshareError
-from headshare_jax.similarity import MatchResult
+from headshare_jax.sharing.scores import MatchResult
 
 # Inside the sweep's folder; needed only to go on.
 CACHE = "cache"

@@ -18,6 +18,7 @@ import headshare_jax
 from headshare_jax import HeadshareError, parameters
 from headshare_jax.convert import open_checkpoint, save
 from headshare_jax.convert.atomic import check_output, new_directory, new_file
+from headshare_jax.sharing.source import assemble
 
 
 @pytest.fixture(params=["folder", "file"])
@@ -196,7 +197,7 @@ def test_the_home_folder_is_never_replaced(tmp_path: Path, monkeypatch: pytest.M
 
 def parameters_of(path: Path) -> dict[str, bytes]:
     source = open_checkpoint(path)
-    return {name: parameters.assemble(source, name).tobytes() for name in parameters.parameter_names(source.config)}
+    return {name: assemble(source, name).tobytes() for name in parameters.parameter_names(source.config)}
 
 
 @pytest.mark.parametrize("to", ["native", "hf"])

@@ -13,6 +13,7 @@ from support import hf_logits, jax_logits, random_tokens, tiny_hf_model
 
 import headshare_jax
 from headshare_jax import HeadshareError, parameters
+from headshare_jax.sharing.source import assemble
 
 BAICHUAN_1, BAICHUAN_2 = "BaiChuanForCausalLM", "BaichuanForCausalLM"
 
@@ -79,7 +80,7 @@ def test_baichuan_2_keeps_its_head_in_native_and_exports_it_normalised(tmp_path:
     native = headshare_jax.open_checkpoint(tmp_path / "native")
     assert native.config == source.config
     for name in parameters.parameter_names(source.config):
-        assert parameters.assemble(native, name).tobytes() == parameters.assemble(source, name).tobytes(), name
+        assert assemble(native, name).tobytes() == assemble(source, name).tobytes(), name
     headshare_jax.save(native, tmp_path / "hf", to="hf")
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     exported, info = loaded

@@ -19,6 +19,7 @@ from support import hf_logits, jax_logits, random_tokens, saved_hf_model, sharin
 import headshare_jax
 from headshare_jax import HeadshareError, Llama, parameters
 from headshare_jax.convert import MAP_FILE, compact, tokenizer
+from headshare_jax.sharing.source import assemble, pool_index
 
 # In a model of three layers with two units: two receivers of one donor, and one of another.
 PAIRS = {2: 1, 5: 1, 4: 0}
@@ -79,7 +80,7 @@ def assert_same(actual: Any, expected: Any) -> None:
     assert actual.config == expected.config
     assert actual.sharing == expected.sharing
     for name in parameters.parameter_names(expected.config):
-        one, other = (parameters.assemble(source, name) for source in (actual, expected))
+        one, other = (assemble(source, name) for source in (actual, expected))
         assert one.dtype == other.dtype
         assert np.array_equal(one, other), name
 
@@ -157,7 +158,7 @@ def test_files_are_smaller_by_the_saving(tmp_path: Path, tie: str, dtype: str) -
     full, small = (payload(folder) for folder in (tmp_path / "hf", exported(model, tmp_path / "compact")))
     sizes = headshare_jax.ledger(model)
     pooled = "qkvo" if tie == "mixed" else tie
-    index_bytes = sum(parameters.pool_index(model.config, projection).nbytes for projection in pooled)
+    index_bytes = sum(pool_index(model.config, projection).nbytes for projection in pooled)
     assert full - small == sizes.dense_bytes - sizes.stored_bytes - index_bytes
     assert small == sizes.stored_bytes + index_bytes
 
@@ -232,7 +233,7 @@ def test_a_row_gets_the_gradients_of_all_its_users(
         mine = getattr(small.model, f"{projection}_pool").weight.grad
         # One row more, for what dropped heads get.
         gradient = torch.zeros(len(mine) + 1, 16, 64)
-        index = parameters.pool_index(model.config, projection, model.sharing)
+        index = pool_index(model.config, projection, model.sharing)
         for rows, layer in zip(index, expanded.model.layers, strict=True):
             theirs = getattr(layer.self_attn, f"{projection}_proj").weight.grad
             heads = (theirs.T if projection == "o" else theirs).reshape(4, 16, 64)
@@ -247,7 +248,7 @@ def test_a_model_from_its_configuration_alone(tmp_path: Path) -> None:
     fresh = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     for projection in "qkvo":
         pool = getattr(fresh.model, f"{projection}_pool")
-        assert np.array_equal(pool.index, parameters.pool_index(model.config, projection, model.sharing))
+        assert np.array_equal(pool.index, pool_index(model.config, projection, model.sharing))
         assert 0.015 < pool.weight.std().item() < 0.025
     assert not fresh.model.v_pool.bias.any()
 

@@ -21,6 +21,7 @@ import headshare_jax
 from headshare_jax import HeadshareError, LlamaConfig, RopeScaling, parameters
 from headshare_jax.convert.gguf_header import read_header
 from headshare_jax.rope import inverse_frequencies
+from headshare_jax.sharing.source import assemble
 
 # Wide enough for one block of the coarsest types.
 WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
@@ -95,7 +96,7 @@ def check_same(path: Path, reference: Any) -> None:
     expected, actual = (headshare_jax.open_checkpoint(place) for place in (path.parent / "reference", path))
     assert actual.config == expected.config
     for name in parameters.parameter_names(expected.config):
-        assert np.array_equal(parameters.assemble(actual, name), parameters.assemble(expected, name)), name
+        assert np.array_equal(assemble(actual, name), assemble(expected, name)), name
 
 
 @pytest.mark.parametrize("kind", DEQUANTISABLE, ids=lambda kind: kind.name)
@@ -231,7 +232,7 @@ def test_gguf_to_native_to_hf_to_native_keeps_every_bit(tmp_path: Path, tied: bo
     last = headshare_jax.open_checkpoint(tmp_path / "again")
     assert last.config == first.config
     for name in parameters.parameter_names(first.config):
-        one, other = parameters.assemble(first, name), parameters.assemble(last, name)
+        one, other = assemble(first, name), assemble(last, name)
         assert one.dtype == other.dtype
         assert one.tobytes() == other.tobytes(), name
     exported: Any = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf")

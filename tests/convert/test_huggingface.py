@@ -29,6 +29,7 @@ from support import (
 import headshare_jax
 from headshare_jax import HeadshareError, SharingMap, parameters
 from headshare_jax.convert import MAP_FILE, huggingface
+from headshare_jax.sharing.source import assemble
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -147,7 +148,7 @@ def test_an_expanded_shared_model_computes_the_same(tmp_path: Path, tie: str) ->
     unshared = headshare_jax.unshare(shared)
     reread = headshare_jax.open_checkpoint(tmp_path / "out")
     for name in parameters.parameter_names(dense.config):
-        assert np.array_equal(parameters.assemble(reread, name), parameters.assemble(unshared, name)), name
+        assert np.array_equal(assemble(reread, name), assemble(unshared, name)), name
     sharing = SharingMap.from_json((tmp_path / "out" / MAP_FILE).read_text())
     assert sharing == shared.sharing
     again = headshare_jax.share(headshare_jax.load(tmp_path / "out"), sharing)

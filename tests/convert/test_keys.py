@@ -11,6 +11,7 @@ from support import VARIANTS, hf_config, tiny_hf_model
 
 from headshare_jax import LlamaConfig, parameters
 from headshare_jax.convert import keys
+from headshare_jax.parameters import PARAMETERS
 
 TABLES = {"llama": keys.LLAMA, "baichuan": keys.BAICHUAN, "gguf": keys.GGUF}
 
@@ -70,7 +71,7 @@ def test_every_parameter_has_a_tensor_in_every_layer(table: str, variant: str) -
     assert found == {
         (name, layer)
         for name in parameters.parameter_names(config)
-        for layer in (range(config.num_layers) if parameters.is_layered(name) else [None])
+        for layer in (range(config.num_layers) if PARAMETERS[name].layered else [None])
     }
 
 

@@ -20,9 +20,9 @@ from support import VARIANTS, jax_logits, random_tokens, sharing_by_hand, tiny_m
 import headshare_jax
 from headshare_jax import HeadshareError, Llama, SharingMap, parameters
 from headshare_jax.convert.native import DOCUMENT, WEIGHTS
-from headshare_jax.ledger import ledger
-from headshare_jax.parameters import index_name
-from headshare_jax.sharing import PROJECTIONS
+from headshare_jax.parameters import PROJECTIONS, index_name
+from headshare_jax.sharing.ledger import ledger
+from headshare_jax.sharing.source import assemble, pool_index, stored_shape
 
 PAIRS = {2: 0, 4: 1, 5: 1}
 
@@ -39,9 +39,9 @@ def check_same(source: Any, folder: Path) -> None:
     if stored.sharing is not None:
         assert stored.sharing.to_json() == source.sharing.to_json()
     for name in parameters.parameter_names(source.config):
-        expected, actual = parameters.assemble(source, name), parameters.assemble(stored, name)
+        expected, actual = assemble(source, name), assemble(stored, name)
         assert actual.dtype == expected.dtype
-        assert actual.shape == parameters.stored_shape(source.config, name, source.sharing)
+        assert actual.shape == stored_shape(source.config, name, source.sharing)
         assert actual.tobytes() == expected.tobytes(), name
 
 
@@ -100,7 +100,7 @@ def test_plain_orbax_reads_the_tree(tmp_path: Path, dtype: str) -> None:
         value = np.asarray(getattr(model, name)[...])
         assert tree.pop(name).tobytes() == value.tobytes(), name
     for projection in PROJECTIONS:
-        index = parameters.pool_index(model.config, projection, model.sharing)
+        index = pool_index(model.config, projection, model.sharing)
         assert np.array_equal(tree.pop(index_name(projection)), index)
     assert not tree
 

@@ -16,6 +16,7 @@ from support import saved_hf_model, tiny_hf_model
 
 import headshare_jax
 from headshare_jax import HeadshareError, parameters
+from headshare_jax.sharing.source import assemble
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -42,7 +43,7 @@ def write_bin(folder: Path, dtype: torch.dtype = torch.float32, shards: int = 1,
 def check_same(folder: Path, reference: Path) -> None:
     expected, actual = headshare_jax.open_checkpoint(reference), headshare_jax.open_checkpoint(folder)
     for name in parameters.parameter_names(expected.config):
-        one, other = parameters.assemble(actual, name), parameters.assemble(expected, name)
+        one, other = assemble(actual, name), assemble(expected, name)
         assert one.dtype == other.dtype
         assert one.tobytes() == other.tobytes(), name
 

@@ -20,13 +20,13 @@ import yaml
 import headshare_jax as hs
 from headshare_jax import cli
 from headshare_jax.convert import map_file, tokenizer
-from headshare_jax.convert.cast import cast
 from headshare_jax.errors import HeadshareError
+from headshare_jax.fit.refit import refit
 from headshare_jax.parameters import parameter_names
-from headshare_jax.refit import refit
+from headshare_jax.plan.footprint import footprint
+from headshare_jax.sharing.view import cast
 from headshare_jax.train import loop
 from headshare_jax.train import recipe as recipes
-from headshare_jax.train.footprint import footprint
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps.\n" * 150
 ALIGN = {"kind": "align", "steps": 5, "learning_rate": 1e-3}

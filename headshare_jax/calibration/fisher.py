@@ -1,0 +1,150 @@
+"""What predictions depend on: gradients by every layer's attention output, layer by layer from a weight source."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from headshare_jax.calibration.streams import (
+    Weights,
+    advance,
+    batches,
+    calibration_mesh,
+    cut,
+    embedded,
+    layer_weights,
+    on_disk,
+    room_on_disk,
+    through_layer,
+    whole,
+    window_sharding,
+)
+from headshare_jax.config import LlamaConfig
+from headshare_jax.model.layer import rms_norm
+from headshare_jax.model.mesh import replicated
+from headshare_jax.output_head import head_logits, normalized_rows
+from headshare_jax.sharing.source import WeightSource
+
+# Tokens whose logits are in a device's memory at a time.
+_HEAD_TOKENS = 256
+
+
+@partial(jax.jit, static_argnames="config")
+def _backward(
+    config: LlamaConfig, weights: Weights, x_btd: jax.Array, gradient_btd: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients behind a layer's attention and before the layer, from its input and the gradient behind it."""
+    middle_btd, through_attention = jax.vjp(lambda x: advance(config, weights, x, "attention"), x_btd)
+    _, through_mlp = jax.vjp(lambda x: advance(config, weights, x, "mlp"), middle_btd)
+    (middle_gradient_btd,) = through_mlp(gradient_btd)
+    return middle_gradient_btd, through_attention(middle_gradient_btd)[0]
+
+
+@partial(jax.jit, static_argnames=("config", "mesh"))
+def _head_gradient(
+    config: LlamaConfig, mesh: Mesh, final_norm_d: jax.Array, head_vd: jax.Array, x_btd: jax.Array, keys_bt: jax.Array
+) -> jax.Array:
+    """Gradient of the log-probability of tokens drawn by the model itself, by the stream before the final norm."""
+    everywhere, rows = replicated(mesh).spec, window_sharding(len(x_btd), mesh).spec
+    of_windows = jax.shard_map(
+        partial(_head_gradient_of_windows, config),
+        mesh=mesh,
+        in_specs=(everywhere, everywhere, rows, rows),
+        out_specs=rows,
+        check_vma=False,
+    )
+    gradient_btd: jax.Array = of_windows(final_norm_d, head_vd, x_btd, keys_bt)
+    return gradient_btd
+
+
+def _head_gradient_of_windows(
+    config: LlamaConfig, final_norm_d: jax.Array, head_vd: jax.Array, x_btd: jax.Array, keys_bt: jax.Array
+) -> jax.Array:
+    def of_token(row: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x_d, key = row
+
+        def logits(x_d: jax.Array) -> jax.Array:
+            return head_logits(rms_norm(x_d, final_norm_d, config.rms_norm_eps), head_vd)
+
+        logits_v, through_logits = jax.vjp(logits, x_d)
+        drawn_v = jax.nn.one_hot(jax.random.categorical(key, logits_v), logits_v.size, dtype=jnp.float32)
+        return through_logits(drawn_v - jax.nn.softmax(logits_v))[0]
+
+    tokens = (x_btd.reshape(-1, x_btd.shape[-1]), keys_bt.ravel())
+    return jax.lax.map(of_token, tokens, batch_size=_HEAD_TOKENS).reshape(x_btd.shape)
+
+
+def _draw_keys(seed: int, windows: slice, seq_len: int) -> jax.Array:
+    """Keys of a draw for every token, [W, T]; a window's do not depend on the others."""
+
+    def of_window(window: jax.Array) -> jax.Array:
+        return jax.random.split(jax.random.fold_in(jax.random.key(seed), window), seq_len)
+
+    return jax.vmap(of_window)(jnp.arange(windows.start, windows.stop))
+
+
+@contextmanager
+def attention_gradients(
+    source: WeightSource,
+    windows_wt: np.ndarray,
+    *,
+    batch_tokens: int = 2048,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[np.ndarray]:
+    """What predictions depend on: gradients by every layer's attention output, one drawn token a position.
+
+    The next token of every position is drawn from the model's own distribution. For a small change d of an output,
+    half the mean of (g d)^2 then is the change's KL divergence, as far as tokens do not act together: the Fisher
+    information, one draw a token.
+
+    Args:
+      source: the model; one layer's parameters are in memory at a time.
+      windows_wt: int32 [W, T].
+      batch_tokens: tokens run at a time on a device.
+      seed: of the draws.
+      mesh: by default `calibration_mesh()`.
+      progress: called with the layers done, forward and backward, and in all.
+
+    Yields:
+      float32 [L, W, T, D], mapped from a temporary file that goes with the block: gradients of the log-probability of
+      all of a window's drawn tokens together.
+
+    Raises:
+      HeadshareError: the disk is full.
+    """
+    config, total = source.config, 2 * source.config.num_layers
+    mesh = mesh or calibration_mesh()
+    windows, seq_len = windows_wt.shape
+    parts = list(batches(slice(0, windows), batch_tokens, seq_len, mesh.size))
+    shape = (config.num_layers, windows, seq_len, config.hidden_size)
+    with room_on_disk(shape) as states_lwtd, on_disk(embedded(source, windows_wt)) as x_wtd:
+        for layer in range(config.num_layers):
+            weights = layer_weights(source, layer, mesh)
+            for part in parts:
+                states_lwtd[layer, part] = x_wtd[part]
+                x_wtd[part] = through_layer(config, weights, cut(x_wtd[part], mesh))
+            progress(layer + 1, total)
+        final_norm_d, head_vd = whole(source.read("final_norm_d"), mesh), whole(output_head(source), mesh)
+        for part in parts:
+            keys_bt = _draw_keys(seed, part, seq_len)
+            x_wtd[part] = _head_gradient(config, mesh, final_norm_d, head_vd, cut(x_wtd[part], mesh), keys_bt)
+        for layer in reversed(range(config.num_layers)):
+            weights = layer_weights(source, layer, mesh)
+            for part in parts:
+                states_lwtd[layer, part], x_wtd[part] = _backward(
+                    config, weights, cut(states_lwtd[layer, part], mesh), cut(x_wtd[part], mesh)
+                )
+            progress(total - layer, total)
+        yield states_lwtd
+
+
+def output_head(source: WeightSource) -> jax.Array:
+    """Weights of the output head, float32 [V, D]."""
+    head_vd = jnp.asarray(source.read("embed_vd" if source.config.tie_word_embeddings else "head_vd"), jnp.float32)
+    return normalized_rows(head_vd) if source.config.normalize_head else head_vd

@@ -1,0 +1,41 @@
+"""Windows of calibration text."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import numpy as np
+
+from headshare_jax.errors import HeadshareError
+
+
+def calibration_windows(tokens: Sequence[int] | np.ndarray, count: int, seq_len: int, vocab_size: int) -> np.ndarray:
+    """The text's first windows, int32 [count, seq_len].
+
+    Args:
+      tokens: the text as one sequence of token ids.
+      count, seq_len: windows, and tokens in each.
+      vocab_size: V.
+
+    Raises:
+      HeadshareError: the text is too short, a token is outside the vocabulary, or the windows have no tokens.
+    """
+    tokens = np.asarray(tokens)
+    if count < 1 or seq_len < 2:
+        raise HeadshareError(
+            f"Calibration needs at least one window of two tokens, not {count} of {seq_len}; give it more tokens."
+        )
+    if tokens.size < count * seq_len:
+        raise HeadshareError(
+            f"The calibration text has {tokens.size} tokens, but {count} windows of {seq_len} need {count * seq_len}; "
+            "give a longer text, or ask for fewer tokens."
+        )
+    windows = tokens[: count * seq_len].reshape(count, seq_len)
+    if windows.dtype.kind not in "iu" or windows.min() < 0 or windows.max() >= vocab_size:
+        raise HeadshareError(f"The calibration text holds a token outside the model's vocabulary of {vocab_size}.")
+    return windows.astype(np.int32)
+
+
+def tokens_digest(tokens: np.ndarray) -> str:
+    """SHA-256 of token ids, int32 [...], as a model reads them: of how they are cut, too."""
+    return f"sha256:{hashlib.sha256(json.dumps(tokens.shape).encode() + tokens.tobytes()).hexdigest()}"

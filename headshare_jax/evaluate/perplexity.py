@@ -1,0 +1,158 @@
+"""Perplexity by the standard protocol: one long token sequence, cut into fixed windows."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from headshare_jax.errors import HeadshareError
+from headshare_jax.model.llama import Llama
+
+# Tokens whose logits are in memory at a time.
+_HEAD_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A perplexity and the protocol it was measured by.
+
+    Attributes:
+      token_perplexity: exp of the mean negative log-likelihood of a scored token, in nats.
+      word_perplexity: exp of the negative log-likelihood per whitespace-separated word, taking the scored tokens to
+        have the whole text's words per token; None where the words were not counted.
+      scored_tokens: number of tokens predicted.
+      windows: number of windows run.
+      seq_len: tokens in a window.
+      stride: tokens from one window's start to the next.
+      total_tokens: tokens in the text; what is left after the last whole window is not scored.
+    """
+
+    token_perplexity: float
+    word_perplexity: float | None
+    scored_tokens: int
+    windows: int
+    seq_len: int
+    stride: int
+    total_tokens: int
+
+    @property
+    def protocol(self) -> str:
+        """The protocol in one sentence."""
+        scored = (
+            "every token but a window's first is scored"
+            if self.stride == self.seq_len
+            else f"each window scores the {self.stride} tokens new in it (the first: all but its first)"
+        )
+        windows = "1 window" if self.windows == 1 else f"{self.windows} windows"
+        return (
+            f"{self.total_tokens} tokens in one sequence, {windows} of {self.seq_len} tokens "
+            f"at a stride of {self.stride}; {scored}; {self.scored_tokens} tokens scored"
+        )
+
+
+def perplexity(
+    model: Llama,
+    tokens: Sequence[int] | np.ndarray,
+    *,
+    seq_len: int = 2048,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    batch_size: int = 1,
+    words: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Perplexity:
+    """Perplexity of a model on a text.
+
+    Args:
+      model: dense or shared.
+      tokens: the whole text as one sequence of token ids.
+      seq_len: tokens in a window; a shorter text is one window.
+      stride: tokens from one window's start to the next; by default windows do not overlap.
+      max_windows: run the first windows only.
+      batch_size: windows run at a time.
+      words: number of words in the text, for the word perplexity.
+      progress: called with the windows done and in all.
+
+    Raises:
+      HeadshareError: fewer than two tokens, one outside the vocabulary, or an impossible window, stride, number of
+        windows or batch size.
+    """
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 1 or tokens.size < 2:
+        raise HeadshareError(f"Perplexity needs a text of at least two tokens, not {tokens.size}.")
+    vocab_size = model.config.vocab_size
+    if tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise HeadshareError(f"The text holds a token outside the model's vocabulary of {vocab_size}.")
+    seq_len = min(seq_len, tokens.size)
+    stride = seq_len if stride is None else stride
+    if seq_len < 2:
+        raise HeadshareError(f"A window must have at least 2 tokens (seq_len), not {seq_len}.")
+    if batch_size < 1:
+        raise HeadshareError(f"batch_size must be at least 1, not {batch_size}.")
+    if not 1 <= stride <= seq_len:
+        raise HeadshareError(f"The stride must be from 1 to seq_len ({seq_len}), not {stride}.")
+    if max_windows is not None and max_windows < 1:
+        raise HeadshareError(f"max_windows must be at least 1, not {max_windows}.")
+    starts = np.arange(0, tokens.size - seq_len + 1, stride)[:max_windows]
+    total, scored = 0.0, 0
+    for done, (batch, first_scored) in _batches(tokens, starts, seq_len, stride, batch_size):
+        nll_bt = np.asarray(next_token_scores(model, jnp.asarray(batch))[0], np.float64)
+        # Column t holds the loss of the window's token t + 1.
+        counted_bt = np.arange(1, seq_len)[None, :] >= first_scored[:, None]
+        total += float(nll_bt[counted_bt].sum())
+        scored += int(counted_bt.sum())
+        progress(done, len(starts))
+    mean = total / scored
+    return Perplexity(
+        token_perplexity=_exp(mean),
+        word_perplexity=_exp(mean * tokens.size / words) if words else None,
+        scored_tokens=scored,
+        windows=len(starts),
+        seq_len=seq_len,
+        stride=stride,
+        total_tokens=tokens.size,
+    )
+
+
+def _batches(
+    tokens: np.ndarray, starts: np.ndarray, seq_len: int, stride: int, batch_size: int
+) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray]]]:
+    """Windows done after this batch, tokens [batch_size, seq_len], and each row's first scored place.
+
+    The last batch is filled up with rows of which nothing is scored, so that all batches have one shape.
+    """
+    for begin in range(0, len(starts), batch_size):
+        chosen = starts[begin : begin + batch_size]
+        batch = np.zeros((batch_size, seq_len), np.int32)
+        first_scored = np.full(batch_size, seq_len)
+        for row, start in enumerate(chosen):
+            batch[row] = tokens[start : start + seq_len]
+            first_scored[row] = 1 if start == 0 else max(1, seq_len - stride)
+        yield begin + len(chosen), (batch, first_scored)
+
+
+@jax.jit
+def next_token_scores(model: Llama, tokens_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How well every token but the first is predicted by those before it.
+
+    Returns:
+      Negative log-likelihoods, float32 [B, T - 1], in nats; and whether each token is the most likely one, bool
+      [B, T - 1].
+    """
+    features_btd = model.features(tokens_bt)[:, :-1]
+
+    def score(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        feature_d, token = pair
+        logits_v = model.logits(feature_d)
+        return jax.nn.logsumexp(logits_v) - logits_v[token], jnp.argmax(logits_v) == token
+
+    pairs = (features_btd.reshape(-1, features_btd.shape[-1]), tokens_bt[:, 1:].reshape(-1))
+    nll_m, greedy_m = jax.lax.map(score, pairs, batch_size=_HEAD_TOKENS)
+    return nll_m.reshape(features_btd.shape[:2]), greedy_m.reshape(features_btd.shape[:2])
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

@@ -1,0 +1,489 @@
+"""Repairing a shared model in closed form: output weights are fitted to the dense model on calibration text.
+
+The dense and the compressed model are walked side by side. A layer consists of two blocks, attention and MLP, and each
+adds H W + b to the residual stream, H [M, I] being what its output weight W [I, D] multiplies. On the compressed
+model's own input x', W is fitted to what brings its stream back to the dense one.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from scipy import linalg
+
+from headshare_jax.calibration.journal import Journal, Journals, NoJournal
+from headshare_jax.calibration.streams import (
+    BLOCKS,
+    OUTPUT,
+    Weights,
+    advance,
+    batches,
+    block_output,
+    calibration_mesh,
+    cut,
+    embedded,
+    features,
+    layer_weights,
+    on_disk,
+    output_weight,
+    residual_weights,
+    run_block,
+)
+from headshare_jax.calibration.windows import tokens_digest
+from headshare_jax.config import LlamaConfig
+from headshare_jax.errors import HeadshareError
+from headshare_jax.model.llama import Llama
+from headshare_jax.sharing.source import WeightSource, pool_index, pool_rows, whole_fingerprint
+from headshare_jax.sharing.view import ReplacedView
+
+SCOPES = ("receivers", "attention", "all")
+# Where a ridge is too small for the system to be solved, it is raised tenfold until it is not, from this least value.
+LEAST_RIDGE = 1e-12
+# What a journal keeps of a block: its `BlockFit` as JSON, and its new output weight if that changed.
+_FIT, _WEIGHT = "fit", "weight"
+
+
+@dataclass(frozen=True)
+class RefitSettings:
+    """How output weights are fitted.
+
+    Attributes:
+      scope: which output weights: `receivers`, those of attention in layers with receivers or dropped units;
+        `attention`, those of attention in the first such layer and all above it; `all`, those of its MLPs too.
+      ridges: lambda, of which each block takes what is best on held-out text; times the mean square of a feature.
+      drifts: beta, likewise: the part of the distance between the streams that a block is to make good.
+      held_out: part of the windows, the last ones, that choose lambda and beta; the weights are then fitted to all.
+      batch_tokens: tokens run at a time on a device.
+    """
+
+    scope: str = "receivers"
+    ridges: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
+    drifts: tuple[float, ...] = (0.0, 0.5, 1.0)
+    held_out: float = 1 / 6
+    batch_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.scope not in SCOPES:
+            raise HeadshareError(f"The scope of a refit must be one of {', '.join(SCOPES)}, not {self.scope!r}.")
+        if not self.ridges or not all(0 <= ridge < np.inf for ridge in self.ridges):
+            raise HeadshareError(f"The ridges must be numbers of at least 0, unlike {self.ridges}.")
+        if not self.drifts or not all(0 <= drift <= 1 for drift in self.drifts):
+            raise HeadshareError(f"The drifts must lie between 0 and 1, unlike {self.drifts}.")
+        if not 0 < self.held_out < 1 or self.batch_tokens < 1:
+            raise HeadshareError(
+                f"held_out ({self.held_out}) must lie between 0 and 1, and batch_tokens ({self.batch_tokens}) be "
+                "positive."
+            )
+
+
+@dataclass(frozen=True)
+class BlockFit:
+    """What fitting one block did.
+
+    Errors are distances between the two streams behind the block, relative to the dense stream's norm, as root mean
+    square over tokens.
+
+    Attributes:
+      layer, block: which block, `attention` or `mlp`.
+      rows, fitted_rows: I, and how many rows of the output weight are stored and used by no other head, so that they
+        could be fitted.
+      error_before, error_after: on all calibration text.
+      held_out_before, held_out_after: on its held-out part, fitted to the rest.
+      ridge, drift: lambda and beta that were chosen; None where the weights stay as they were.
+      raised: lambda had to be raised for the system to be solvable.
+    """
+
+    layer: int
+    block: str
+    rows: int
+    fitted_rows: int
+    error_before: float
+    error_after: float
+    held_out_before: float
+    held_out_after: float
+    ridge: float | None
+    drift: float | None
+    raised: bool
+
+
+@dataclass(frozen=True)
+class RefitReport:
+    """What a refit did, block by block, in the order of the walk."""
+
+    blocks: tuple[BlockFit, ...]
+    windows: int
+    seq_len: int
+    settings: RefitSettings
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Weighted sums over tokens, in float64: all that fitting needs of any amount of text.
+
+    Targets are what W_0 leaves: row 0 is the block's own error e = y - H W_0, row 1 the drift d = x - x'.
+
+    Attributes:
+      gram: [I, I], H^T w^2 H.
+      cross: [2, I, D], H^T w^2 (e, d).
+      energy: [2, 2], inner products of e and d.
+      tokens: M.
+    """
+
+    gram: np.ndarray
+    cross: np.ndarray
+    energy: np.ndarray
+    tokens: int
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(
+            self.gram + other.gram,
+            self.cross + other.cross,
+            self.energy + other.energy,
+            self.tokens + other.tokens,
+        )
+
+    def of_rows(self, rows: np.ndarray) -> "Moments":
+        """The same with only some of the features."""
+        return Moments(self.gram[np.ix_(rows, rows)], self.cross[:, rows], self.energy, self.tokens)
+
+    def error(self, change: np.ndarray) -> float:
+        """Root mean square of w (e + d - H change)."""
+        cross = self.cross[0] + self.cross[1]
+        squares = self.energy.sum() + np.sum(change * (self.gram @ change - 2 * cross))
+        return float(np.sqrt(max(squares, 0.0) / self.tokens))
+
+
+def solve_ridge(gram: np.ndarray, cross: np.ndarray, ridge: float) -> tuple[np.ndarray, float]:
+    """Minimises ||H X - t||^2 + rho ||X||^2, rho being `ridge` times the mean square of a feature.
+
+    Args:
+      gram: float64 [I, I], H^T H.
+      cross: float64 [I, ...], H^T t.
+      ridge: raised until the system can be solved, if need be.
+
+    Returns:
+      X, shaped like `cross`, and the ridge that was used.
+    """
+    scale = np.trace(gram) / len(gram)
+    if scale == 0:
+        return np.zeros_like(cross), ridge
+    while True:
+        try:
+            factor = linalg.cho_factor(gram + ridge * scale * np.eye(len(gram)), lower=True, check_finite=False)
+        except linalg.LinAlgError:
+            ridge = max(10 * ridge, LEAST_RIDGE)
+        else:
+            return linalg.cho_solve(factor, cross.reshape(len(gram), -1)).reshape(cross.shape), ridge
+
+
+@overload
+def refit(
+    dense: WeightSource,
+    shared: Llama,
+    windows_wt: np.ndarray,
+    settings: RefitSettings | None = None,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    journals: Journals | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Llama, RefitReport]: ...
+
+
+@overload
+def refit(
+    dense: WeightSource,
+    shared: WeightSource,
+    windows_wt: np.ndarray,
+    settings: RefitSettings | None = None,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    journals: Journals | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[WeightSource, RefitReport]: ...
+
+
+def refit(
+    dense: WeightSource,
+    shared: WeightSource,
+    windows_wt: np.ndarray,
+    settings: RefitSettings | None = None,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    journals: Journals | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[WeightSource, RefitReport]:
+    """Fits the output weights of a shared model to the dense one.
+
+    Per block, in order: min over W of sum over tokens of w^2 ||H W - t||^2 + rho ||W - W_0||^2 with t = y + beta
+    (x - x'), y the dense block's output without its bias, x and x' the two streams before it, and w the reciprocal of
+    the dense stream's norm behind it, which is what the next norm divides by. Weights that do not lower the error on
+    held-out text stay as they were. Rows of the output projection that several heads use are never fitted, and dropped
+    heads have none. Below the first layer that the map changes both models are the same, and nothing is fitted.
+
+    Memory of a device: one layer's parameters, its sums of products, and a batch of tokens. Streams are in temporary
+    files. Of a shared source that is no model in memory, what comes out is a view in which the fitted weights, alone in
+    memory, take the place of its own.
+
+    Args:
+      dense: the model to come close to.
+      shared: the model to repair, such as a `SharedView` of the dense one; it is left as it is.
+      windows_wt: int32 [W, T], the calibration text.
+      settings: by default `RefitSettings()`.
+      devices: what the windows are cut among, by default all devices of this process.
+      journals: where finished blocks are kept, as the steps of a work `refit`; those that are there already, for these
+        models, this text and these settings, are not fitted again.
+      progress: called with the layers done and in all.
+
+    Raises:
+      HeadshareError: too few windows to hold any out, two models of different shape, or no room for the streams or the
+        journal.
+    """
+    settings = settings or RefitSettings()
+    if len(windows_wt) < 2:
+        raise HeadshareError(
+            f"A refit needs at least two windows of text, one of them to hold out, so {2 * windows_wt.shape[1]} tokens "
+            f"at {windows_wt.shape[1]} a window; give more tokens or shorter windows."
+        )
+    if shared.sharing is None or dense.config != shared.config:
+        raise HeadshareError("A refit needs a shared model and the dense model that it was made from.")
+    journal = _journal(journals, dense, shared, windows_wt, settings)
+    fitted = _Fitted(shared)
+    blocks: list[BlockFit] = []
+    with ExitStack() as files:
+        walk = _Walk(dense, windows_wt, settings, calibration_mesh(devices), files)
+        for layer in range(dense.config.num_layers):
+            changed = bool((shared.sharing.receives | shared.sharing.dropped)[layer].any())
+            walk.enter(layer, layer_weights(shared, layer, walk.mesh) if changed or walk.parted else None)
+            for block in BLOCKS:
+                if not walk.parted or not _in_scope(settings.scope, block, changed):
+                    walk.advance(block)
+                    continue
+                name = f"layer-{layer}-{block}"
+                step = journal.read(name)
+                if step is None:
+                    step = _fit_block(walk, fitted, layer, block, settings)
+                    journal.write(name, step)
+                else:
+                    walk.advance_dense(block)
+                fit = BlockFit(**json.loads(step[_FIT].tobytes()))
+                if _WEIGHT in step:
+                    walk.compressed[OUTPUT[block]] = fitted.put(layer, block, step[_WEIGHT])
+                walk.advance_compressed(block)
+                blocks.append(fit)
+            progress(layer + 1, dense.config.num_layers)
+    report = RefitReport(tuple(blocks), walk.windows, walk.seq_len, settings)
+    view = ReplacedView(shared, fitted.values)
+    return Llama.of(view, **shared.settings) if isinstance(shared, Llama) else view, report
+
+
+def _journal(
+    journals: Journals | None,
+    dense: WeightSource,
+    shared: WeightSource,
+    windows_wt: np.ndarray,
+    settings: RefitSettings,
+) -> Journal:
+    if journals is None:
+        return NoJournal()
+    assert shared.sharing is not None
+    assert shared.sharing.unit_tie is not None
+    return journals.of(
+        "refit",
+        {
+            "model": whole_fingerprint(dense),
+            "shared model": whole_fingerprint(shared),
+            "types": {name: str(shared.dtype(name)) for name in OUTPUT.values()},
+            "donor": shared.sharing.donor.tolist(),
+            "tie": shared.sharing.unit_tie.tolist(),
+            "text": tokens_digest(windows_wt),
+            "settings": asdict(settings),
+        },
+    )
+
+
+class _Walk:
+    """Both streams, at one block of one layer; they are one until the first layer that the map changes."""
+
+    def __init__(
+        self, dense: WeightSource, windows_wt: np.ndarray, settings: RefitSettings, mesh: Mesh, files: ExitStack
+    ):
+        self.source, self.config, self.mesh, self.files = dense, dense.config, mesh, files
+        self.windows, self.seq_len = windows_wt.shape
+        kept = self.windows - min(max(1, round(settings.held_out * self.windows)), self.windows - 1)
+        self.fit_to, self.held_out = (
+            list(batches(part, settings.batch_tokens, self.seq_len, mesh.size))
+            for part in (slice(0, kept), slice(kept, self.windows))
+        )
+        # The streams run in these batches alone, so that they have the same bits whether or not a block is fitted.
+        self.parts = self.fit_to + self.held_out
+        self.x_wtd = self.compressed_wtd = files.enter_context(on_disk(embedded(dense, windows_wt)))
+        self.compressed: Weights = {}
+
+    @property
+    def parted(self) -> bool:
+        """Whether the compressed stream is one of its own."""
+        return self.compressed_wtd is not self.x_wtd
+
+    def enter(self, layer: int, compressed: Weights | None) -> None:
+        """Goes on to a layer; `compressed` are its weights in the compressed model, None where they are the dense's."""
+        self.dense = layer_weights(self.source, layer, self.mesh)
+        if compressed is None:
+            return
+        self.compressed = compressed
+        if not self.parted:
+            self.compressed_wtd = self.files.enter_context(on_disk(self.x_wtd[part] for part in self.parts))
+
+    def moments(self, block: str) -> tuple[Moments, Moments]:
+        """Sums over the windows to fit to, and over those held out; the dense stream is then behind the block."""
+        return self._moments(block, self.fit_to), self._moments(block, self.held_out)
+
+    def advance(self, block: str) -> None:
+        """Takes both streams behind a block."""
+        if self.parted:
+            self.advance_compressed(block)
+        self.advance_dense(block)
+
+    def advance_dense(self, block: str) -> None:
+        """Takes the dense stream alone behind a block."""
+        for part in self.parts:
+            self.x_wtd[part] = advance(self.config, self.dense, cut(self.x_wtd[part], self.mesh), block)
+
+    def advance_compressed(self, block: str) -> None:
+        """Takes the compressed stream alone behind a block."""
+        for part in self.parts:
+            before_btd = cut(self.compressed_wtd[part], self.mesh)
+            self.compressed_wtd[part] = advance(self.config, self.compressed, before_btd, block)
+
+    def _moments(self, block: str, parts: list[slice]) -> Moments:
+        width = output_weight(self.dense, block).shape[0]
+        shape = (2, width, self.config.hidden_size)
+        total = Moments(np.zeros((width, width)), np.zeros(shape), np.zeros((2, 2)), 0)
+        for part in parts:
+            x_btd, compressed_btd = cut(self.x_wtd[part], self.mesh), cut(self.compressed_wtd[part], self.mesh)
+            y_btd, after_btd = run_block(self.config, self.dense, x_btd, block)
+            sums = _moments(self.config, self.compressed, x_btd, y_btd, after_btd, compressed_btd, block)
+            gram, cross, energy = (np.asarray(value, np.float64) for value in sums)
+            total += Moments(gram, cross, energy, x_btd.shape[0] * x_btd.shape[1])
+            self.x_wtd[part] = after_btd
+        return total
+
+
+@partial(jax.jit, static_argnames=("config", "block"))
+def _moments(
+    config: LlamaConfig,
+    compressed: Weights,
+    x_btd: jax.Array,
+    y_btd: jax.Array,
+    after_btd: jax.Array,
+    compressed_btd: jax.Array,
+    block: str,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`Moments.gram`, `.cross` and `.energy` of a batch, float32; y and the stream behind the block are the dense's."""
+    with jax.default_matmul_precision("highest"):
+        w_bt1 = residual_weights(after_btd)
+        h_bti = features(config, compressed, compressed_btd, block)
+        error_btd = y_btd - block_output(compressed, h_bti, block)
+        h_mi = (w_bt1 * h_bti).reshape(-1, h_bti.shape[-1])
+        targets_rbtd = w_bt1[None] * jnp.stack([error_btd, x_btd - compressed_btd])
+        targets_rmd = targets_rbtd.reshape(2, -1, x_btd.shape[-1])
+        cross_rid = jnp.einsum("mi,rmd->rid", h_mi, targets_rmd)
+        energy_rs = jnp.einsum("rmd,smd->rs", targets_rmd, targets_rmd)
+        return h_mi.T @ h_mi, cross_rid, energy_rs
+
+
+def _in_scope(scope: str, block: str, changed: bool) -> bool:
+    return scope == "all" or (block == "attention" and (changed or scope == "attention"))
+
+
+def _solutions(moments: Moments, ridge: float) -> tuple[np.ndarray, float]:
+    """Changes for the error and for the drift, [2, I, D], which add up for any beta; and the ridge that was used."""
+    solution, used = solve_ridge(moments.gram, np.moveaxis(moments.cross, 0, 1), ridge)
+    return np.moveaxis(solution, 1, 0), used
+
+
+def _fit(
+    fit: Moments, held_out: Moments, rows: np.ndarray, layer: int, block: str, settings: RefitSettings
+) -> tuple[np.ndarray, BlockFit]:
+    """The change of an output weight, float64 [I, D], zero outside `rows`; and what it does to the errors."""
+    own, judge = fit.of_rows(rows), held_out.of_rows(rows)
+    everything = own + judge
+    change = np.zeros_like(own.cross[0])
+    before = best = judge.error(change)
+    chosen: tuple[float, float] | None = None
+    for ridge in settings.ridges if len(rows) else ():
+        (for_error, for_drift), _ = _solutions(own, ridge)
+        for drift in settings.drifts:
+            error = judge.error(for_error + drift * for_drift)
+            if error < best:
+                best, chosen = error, (ridge, drift)
+    raised = False
+    if chosen is not None:
+        (for_error, for_drift), used = _solutions(everything, chosen[0])
+        candidate = for_error + chosen[1] * for_drift
+        raised = bool(used > chosen[0])
+        if everything.error(candidate) < everything.error(change):
+            change, chosen = candidate, (float(used), float(chosen[1]))
+        else:
+            best, chosen = before, None
+    whole = np.zeros_like(fit.cross[0])
+    whole[rows] = change
+    return whole, BlockFit(
+        layer=layer,
+        block=block,
+        rows=len(whole),
+        fitted_rows=len(rows),
+        error_before=everything.error(np.zeros_like(change)),
+        error_after=everything.error(change),
+        held_out_before=before,
+        held_out_after=best,
+        ridge=chosen and chosen[0],
+        drift=chosen and chosen[1],
+        raised=raised,
+    )
+
+
+def _fit_block(
+    walk: _Walk, fitted: "_Fitted", layer: int, block: str, settings: RefitSettings
+) -> dict[str, np.ndarray]:
+    """What a journal keeps of a block, which is fitted for it; the dense stream is then behind the block."""
+    change, fit = _fit(*walk.moments(block), fitted.free_rows(layer, block), layer, block, settings)
+    step = {_FIT: np.frombuffer(json.dumps(asdict(fit)).encode(), np.uint8)}
+    if fit.drift is not None:
+        step[_WEIGHT] = fitted.changed(layer, block, change)
+    return step
+
+
+class _Fitted:
+    """Output weights of a shared source, of which those that change are kept."""
+
+    def __init__(self, shared: WeightSource):
+        self.shared = shared
+        self.values: dict[tuple[str, int], np.ndarray] = {}
+
+    def free_rows(self, layer: int, block: str) -> np.ndarray:
+        """Rows of the block's output weight that are stored and that nothing else uses, ascending."""
+        config = self.shared.config
+        if block == "mlp":
+            return np.arange(config.intermediate_size)
+        index_ln = pool_index(config, "o", self.shared.sharing)
+        users = np.bincount(index_ln.ravel())
+        stored_n = index_ln[layer] < pool_rows(config, "o", self.shared.sharing)
+        heads = np.flatnonzero((users[index_ln[layer]] == 1) & stored_n)
+        return (heads[:, None] * config.head_dim + np.arange(config.head_dim)).ravel()
+
+    def changed(self, layer: int, block: str, change: np.ndarray) -> np.ndarray:
+        """The block's output weight and a change [I, D], in the weight's own shape and type."""
+        before = self.shared.read(OUTPUT[block], layer)
+        return (before.astype(np.float64) + change.reshape(before.shape)).astype(before.dtype)
+
+    def put(self, layer: int, block: str, weight: np.ndarray) -> jax.Array:
+        """Takes over what `changed` gave; returns it as `layer_weights` would."""
+        self.values[OUTPUT[block], layer] = weight
+        return jnp.asarray(weight, jnp.float32)

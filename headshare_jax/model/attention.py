@@ -1,0 +1,171 @@
+"""Attention: in blocks of queries on any device, and in training by the kernels that JAX ships.
+
+Splash attention on TPUs and cuDNN's on GPUs store no scores. They give what the blocks give for tokens that see the
+earlier tokens of their own segment.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from headshare_jax.model.mesh import BATCH, nvidia_capability
+
+# Queries whose attention scores are in memory at a time, unless that makes more blocks than are good to unroll.
+QUERY_BLOCK, MAX_QUERY_BLOCKS = 128, 8
+# Queries, and keys, that the TPU's kernel holds at a time; lengths must be multiples of the smallest of them.
+SPLASH_BLOCKS = (512, 256, 128)
+# What cuDNN's kernel takes: types, widest heads, and GPUs from Ampere on.
+_CUDNN_TYPES, _CUDNN_WIDTH, _CUDNN_CAPABILITY = ("bfloat16", "float16"), 128, 8.0
+
+# Arrays with a batch on their first axis, such as queries, keys, values and a mask; and what runs a function of one row
+# on them.
+Rows = tuple[jax.Array, ...]
+InTurns = Callable[[Callable[..., jax.Array], Rows], jax.Array]
+
+
+def attend(
+    q_btnh: jax.Array,
+    k_bskh: jax.Array,
+    v_bskh: jax.Array,
+    mask_bts: jax.Array | None = None,
+    *,
+    causal: bool = False,
+    in_turns: InTurns | None = None,
+) -> jax.Array:
+    """Head outputs [B, T, N, H].
+
+    Args:
+      q_btnh: queries, divided by the square root of H, as `rotate_queries` does.
+      k_bskh, v_bskh: keys and values.
+      mask_bts: bool [B or 1, T, S], what each query sees; at least one key. None: all that is not later.
+      causal: with a mask, that it lets query t see no key after t: blocks of queries then need only the keys before
+        their end.
+      in_turns: how a CPU runs row after row, whose scores then stay in its cache; None runs all rows together.
+    """
+    batch, length = q_btnh.shape[:2]
+    of_row = partial(_attend_row, causal=causal or mask_bts is None)
+    rows: Rows = (q_btnh, k_bskh, v_bskh)
+    if mask_bts is not None:
+        rows = (*rows, jnp.broadcast_to(mask_bts, (batch, *mask_bts.shape[1:])))
+    together = jax.vmap(of_row)
+    if in_turns is None or batch == 1 or length == 1:
+        return together(*rows)
+    out_btnh: jax.Array = jax.lax.platform_dependent(*rows, cpu=lambda *rows: in_turns(of_row, rows), default=together)
+    return out_btnh
+
+
+def rows_apart(of_row: Callable[..., jax.Array], rows: Rows) -> jax.Array:
+    """Row after row, outputs in an array of their own."""
+    return jax.lax.map(lambda row: of_row(*row), rows)
+
+
+def rows_in_place(of_row: Callable[..., jax.Array], rows: Rows) -> jax.Array:
+    """Row after row, outputs in place of the queries: not for training, which needs these again."""
+    queries, *others = rows
+
+    def of_next(row: jax.Array, out_btnh: jax.Array) -> jax.Array:
+        return out_btnh.at[row].set(of_row(out_btnh[row], *(each[row] for each in others)))
+
+    return jax.lax.fori_loop(0, len(queries), of_next, queries)
+
+
+def _attend_row(
+    q_tnh: jax.Array, k_skh: jax.Array, v_skh: jax.Array, mask_ts: jax.Array | None = None, *, causal: bool
+) -> jax.Array:
+    """Head outputs [T, N, H] of one row."""
+    length, heads, width = q_tnh.shape
+    slots, groups = k_skh.shape[:2]
+    q_ktgh = q_tnh.reshape(length, groups, heads // groups, width).swapaxes(0, 1)
+    k_ksh, v_ksh = k_skh.swapaxes(0, 1), v_skh.swapaxes(0, 1)
+    block = max(QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))
+    earlier_tt = jnp.tril(jnp.ones((block, block), bool))
+    blocks = []
+    for begin in range(0, length, block):
+        end = min(begin + block, length)
+        seen = end if causal else slots
+        mask_tm = earlier_tt[: end - begin, : end - begin] if mask_ts is None else mask_ts[begin:end, :seen]
+        blocks.append(_attend_block(q_ktgh[:, begin:end], k_ksh[:, :seen], v_ksh[:, :seen], mask_tm))
+    return jnp.concatenate(blocks, axis=1).swapaxes(0, 1).reshape(q_tnh.shape)
+
+
+@jax.checkpoint
+def _attend_block(q_ktgh: jax.Array, k_ksh: jax.Array, v_ksh: jax.Array, mask_tm: jax.Array) -> jax.Array:
+    """Outputs [K, T, G, H] of a block of queries, each of which sees all keys but those of the last M that it masks.
+
+    Scores are computed again in the backward pass.
+    """
+    groups, length, heads, width = q_ktgh.shape
+    # A group's heads have their keys in common: they are rows of one product.
+    q_kmh = q_ktgh.reshape(groups, length * heads, width)
+    scores_kms = jnp.einsum("kmh,ksh->kms", q_kmh, k_ksh, preferred_element_type=jnp.float32)
+    scores_ktgs = scores_kms.reshape(groups, length, heads, -1)
+    masked = slice(k_ksh.shape[1] - mask_tm.shape[1], None)
+    left_ktgm = jnp.where(mask_tm[None, :, None], scores_ktgs[..., masked], -jnp.inf)
+    scores_ktgs = scores_ktgs.at[..., masked].set(left_ktgm)
+    top_ktgs = jax.lax.stop_gradient(jnp.max(scores_ktgs, axis=-1, keepdims=True))
+    weights_ktgs = jnp.exp(scores_ktgs - top_ktgs)
+    weights_kms = weights_ktgs.astype(v_ksh.dtype).reshape(scores_kms.shape)
+    out_kmh = jnp.einsum("kms,ksh->kmh", weights_kms, v_ksh, preferred_element_type=jnp.float32)
+    out_ktgh = out_kmh.reshape(q_ktgh.shape) / jnp.sum(weights_ktgs, axis=-1)[..., None]
+    return out_ktgh.astype(q_ktgh.dtype)
+
+
+def has_kernel(mesh: Mesh, length: int, width: int, dtype: str) -> bool:
+    """Whether there is a kernel for a mesh's devices, sequences of this length, and heads of this width and type."""
+    device = mesh.devices.flat[0]
+    if device.platform == "tpu":
+        return length % SPLASH_BLOCKS[-1] == 0
+    if device.platform == "gpu":
+        fits = dtype in _CUDNN_TYPES and width <= _CUDNN_WIDTH and width % 8 == 0 and length % 64 == 0
+        return fits and nvidia_capability(device) >= _CUDNN_CAPABILITY
+    return False
+
+
+def flash_attention(
+    q_btnh: jax.Array,
+    k_btkh: jax.Array,
+    v_btkh: jax.Array,
+    segments_bt: jax.Array,
+    mesh: Mesh,
+    *,
+    kernel: Callable[..., jax.Array] | None = None,
+) -> jax.Array:
+    """Head outputs [B, T, N, H] of causal attention within segments.
+
+    The batch is cut over the mesh's data and fsdp axes, heads over tensor where it divides them: no device needs
+    another's part.
+
+    Args:
+      q_btnh, k_btkh, v_btkh: queries, divided by the square root of H, keys and values.
+      segments_bt: int32 [B, T], document of every token.
+      mesh: where they lie.
+      kernel: `splash` of `kernels.splash` or `cudnn` of `kernels.cudnn`; by default that of the mesh's devices.
+    """
+    if kernel is None:
+        kernel = _kernel_of(mesh)
+    tensor = mesh.shape["tensor"]
+    heads = "tensor" if q_btnh.shape[2] % tensor == 0 and k_btkh.shape[2] % tensor == 0 else None
+    placed = PartitionSpec(BATCH, None, heads, None)
+    local = jax.shard_map(
+        kernel,
+        mesh=mesh,
+        in_specs=(placed, placed, placed, PartitionSpec(BATCH, None)),
+        out_specs=placed,
+        check_vma=False,
+    )
+    out_btnh: jax.Array = local(q_btnh, k_btkh, v_btkh, segments_bt)
+    return out_btnh
+
+
+def _kernel_of(mesh: Mesh) -> Callable[..., jax.Array]:
+    # Imported only where they run, for they rest on parts of JAX that are not promised to stay.
+    if mesh.devices.flat[0].platform == "tpu":
+        from headshare_jax.model.kernels.splash import splash
+
+        return splash
+    from headshare_jax.model.kernels.cudnn import cudnn
+
+    return cudnn

@@ -1,0 +1,239 @@
+"""Text generation with a key/value cache, on the device from the first token to the last."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from headshare_jax.errors import HeadshareError
+from headshare_jax.model.cache import KVCache
+from headshare_jax.model.llama import Llama
+from headshare_jax.model.reading import (
+    STACKED_MATRICES,
+    OwnMatrices,
+    Reading,
+    choose,
+    choose_for_prompts,
+    unstacked,
+)
+
+# Prompts and answers are padded to multiples of this, so that nearby lengths share one compilation.
+BUCKET = 64
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
+
+    Attributes:
+      temperature: divides the logits; 0 takes the most likely token.
+      top_k: only the k most likely tokens can be drawn; None for all.
+      top_p: only the most likely tokens that together reach this probability can be drawn; 1 for all.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise HeadshareError(f"temperature must be at least 0, not {self.temperature}.")
+        if self.top_k is not None and self.top_k < 1:
+            raise HeadshareError(f"top_k must be at least 1, not {self.top_k}.")
+        if not 0 < self.top_p <= 1:
+            raise HeadshareError(f"top_p must be above 0 and at most 1, not {self.top_p}.")
+
+
+def generate(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 64,
+    sampling: Sampling | None = None,
+    stop_tokens: Sequence[int] | None = None,
+    seed: int = 0,
+) -> list[list[int]]:
+    """Continues a batch of prompts of any lengths.
+
+    Compiles once for each batch size and bucket of lengths.
+
+    Args:
+      model: dense or shared.
+      prompts: token ids, at least one in every prompt.
+      max_new_tokens: most tokens to add to each prompt.
+      sampling: greedy by default.
+      stop_tokens: a row ends before the first of these; by default the model's end-of-sequence tokens.
+      seed: of the draws.
+
+    Returns:
+      The new tokens of every prompt, without the stop token.
+
+    Raises:
+      HeadshareError: no prompt, an empty prompt, or a token outside the vocabulary.
+    """
+    sampling = sampling or Sampling()
+    lengths = [len(prompt) for prompt in prompts]
+    if not lengths or min(lengths) == 0:
+        raise HeadshareError("Generation needs at least one token in every prompt.")
+    if max_new_tokens < 1:
+        raise HeadshareError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
+    if not all(0 <= token < model.config.vocab_size for prompt in prompts for token in prompt):
+        raise HeadshareError(f"A prompt holds a token outside the vocabulary of {model.config.vocab_size}.")
+    padded, new = _bucket(max(lengths)), _bucket(max_new_tokens)
+    tokens_bt = np.zeros((len(prompts), padded), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens_bt[row, : len(prompt)] = prompt
+    stops = model.config.eos_token_ids if stop_tokens is None else tuple(stop_tokens)
+    cache = model.empty_cache(len(prompts), padded + new)
+    first_key, key = jax.random.split(jax.random.key(seed))
+    device, batch = model.device, len(prompts)
+    token_b, cache = prefill(
+        model,
+        jnp.asarray(tokens_bt),
+        jnp.asarray(lengths, jnp.int32),
+        cache,
+        first_key,
+        sampling=sampling,
+        reading=choose_for_prompts(device, batch, tokens_bt.size),
+    )
+    if max_new_tokens == 1:
+        return [[] if token in stops else [token] for token in token_b.tolist()]
+    out_bt, length_b, _ = decode(
+        model,
+        token_b,
+        cache,
+        key,
+        jnp.int32(max_new_tokens),
+        jnp.asarray(stops, jnp.int32),
+        room=new,
+        sampling=sampling,
+        reading=_to_decode(model, batch),
+    )
+    return [row[:length].tolist() for row, length in zip(np.asarray(out_bt), np.asarray(length_b), strict=True)]
+
+
+def _to_decode(model: Llama, batch: int) -> Reading:
+    reading, device = choose(model.config, model.device, batch), model.device
+    if device is None or device.platform != "cpu":
+        return reading
+    # XLA's CPU backend copies what it slices from a stack.
+    return OwnMatrices(reading, unstacked({name: model.array(name) for name in STACKED_MATRICES}))
+
+
+def _bucket(length: int) -> int:
+    return -(-length // BUCKET) * BUCKET
+
+
+@partial(jax.jit, static_argnames="sampling", donate_argnames="cache")
+def prefill(
+    model: Llama,
+    tokens_bt: jax.Array,
+    prompt_b: jax.Array,
+    cache: KVCache,
+    key: jax.Array,
+    *,
+    sampling: Sampling,
+    reading: Reading | None = None,
+) -> tuple[jax.Array, KVCache]:
+    """Reads the prompts, as `Llama.prefill` does, and draws the first new token of every row."""
+    features_bd, cache = model.prefill(tokens_bt, prompt_b, cache, reading)
+    return _draw(model.logits(features_bd), key, sampling), cache
+
+
+@partial(jax.jit, static_argnames=("room", "sampling"), donate_argnames="cache")
+def decode(
+    model: Llama,
+    token_b: jax.Array,
+    cache: KVCache,
+    key: jax.Array,
+    limit: jax.Array,
+    stop_tokens: jax.Array,
+    *,
+    room: int,
+    sampling: Sampling,
+    reading: Reading | None = None,
+) -> tuple[jax.Array, jax.Array, KVCache]:
+    """Adds tokens until every row has met a stop token or `limit` is reached.
+
+    Args:
+      model: dense or shared.
+      token_b: int32 [B], the first new tokens.
+      cache: holds the prompts.
+      key: of the draws.
+      limit: int32 scalar, most new tokens.
+      stop_tokens: int32 [any number].
+      room: at least `limit`.
+      sampling: how tokens are drawn.
+      reading: as for `Llama.extend`.
+
+    Returns:
+      Tokens, int32 [B, room]; how many of each row come before its stop token, int32 [B]; and the cache, so that the
+      donated one can be written in place.
+    """
+
+    def stops(token_b: jax.Array) -> jax.Array:
+        return jnp.any(token_b[:, None] == stop_tokens[None, :], axis=1)
+
+    def unfinished(rows: _Rows) -> jax.Array:
+        return (rows.count < limit) & ~jnp.all(rows.done_b)
+
+    def step(rows: _Rows) -> _Rows:
+        features_btd, cache = model.extend(rows.token_b[:, None], rows.cache, reading)
+        draw_key = jax.random.fold_in(key, rows.count - 1)
+        return placed(_draw(model.logits(features_btd[:, -1]), draw_key, sampling), rows, cache)
+
+    def placed(token_b: jax.Array, rows: _Rows, cache: KVCache) -> _Rows:
+        done_b = rows.done_b | stops(token_b)
+        return _Rows(
+            count=rows.count + 1,
+            token_b=token_b,
+            out_bt=jax.lax.dynamic_update_slice(rows.out_bt, token_b[:, None], (0, rows.count)),
+            done_b=done_b,
+            length_b=rows.length_b + (~done_b).astype(jnp.int32),
+            cache=cache,
+        )
+
+    batch = token_b.shape[0]
+    nothing = _Rows(
+        count=jnp.int32(0),
+        token_b=token_b,
+        out_bt=jnp.zeros((batch, room), jnp.int32),
+        done_b=jnp.zeros(batch, bool),
+        length_b=jnp.zeros(batch, jnp.int32),
+        cache=cache,
+    )
+    rows = jax.lax.while_loop(unfinished, step, placed(token_b, nothing, cache))
+    return rows.out_bt, rows.length_b, rows.cache
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Rows:
+    """A batch being continued: tokens placed, the last of them, all of them, and which rows are done."""
+
+    count: jax.Array
+    token_b: jax.Array
+    out_bt: jax.Array
+    done_b: jax.Array
+    length_b: jax.Array
+    cache: KVCache
+
+
+def _draw(logits_bv: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    """The next token of every row, int32 [B]."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
+    logits_bv = logits_bv / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits_bv.shape[-1]:
+        least_b = jax.lax.top_k(logits_bv, sampling.top_k)[0][:, -1:]
+        logits_bv = jnp.where(logits_bv < least_b, -jnp.inf, logits_bv)
+    if sampling.top_p < 1:
+        sorted_bv = jnp.sort(logits_bv, axis=-1, descending=True)
+        probability_bv = jax.nn.softmax(sorted_bv, axis=-1)
+        before_bv = jnp.cumsum(probability_bv, axis=-1) - probability_bv
+        least_b = jnp.min(jnp.where(before_bv < sampling.top_p, sorted_bv, jnp.inf), axis=-1, keepdims=True)
+        logits_bv = jnp.where(logits_bv < least_b, -jnp.inf, logits_bv)
+    return jax.random.categorical(key, logits_bv, axis=-1).astype(jnp.int32)

@@ -1,0 +1,1 @@
+"""Kernels of Pallas and cuDNN; each is imported only where it runs."""

@@ -1,0 +1,136 @@
+"""One decoder layer: the attention block and the MLP block, which everything that runs a model runs.
+
+A block is a pure function of a configuration, a `reading.Layer` and activations: in training, for prompts, decoding,
+perplexity, calibration, gradients of predictions and refits alike. Each ends in a linear map of its features: head
+outputs, or gated MLP units.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from headshare_jax.config import LlamaConfig
+from headshare_jax.model.reading import Layer
+from headshare_jax.rope import rotate, rotate_queries
+
+Kept = TypeVar("Kept")
+# Cosine and sine of every position and rotary pair, as `rope.rotary_angles` gives them.
+Angles = tuple[jax.Array, jax.Array]
+# From queries, keys and values to head outputs [B, T, N, H], and whatever is kept besides, such as a cache.
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Kept]]
+
+# What costs a product or the attention; norms and the gated product are computed again in the backward pass, which is
+# cheaper than writing them to memory and reading them back.
+_COSTLY = ("query", "key", "value", "heads", "middle", "gate", "up")
+# Activations of a layer kept for the backward pass, most first; everything else is computed again.
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.save_only_these_names(*_COSTLY),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def attention_block(
+    config: LlamaConfig,
+    layer: Layer,
+    x_btd: jax.Array,
+    angles: Angles,
+    attend: Attend[Kept],
+    at_b: jax.Array | None = None,
+) -> tuple[jax.Array, Kept]:
+    """The residual stream behind attention, and what `attend` kept; arguments as of `head_outputs`.
+
+    With `at_b`, the stream is that of one token of every row, [B, 1, D].
+    """
+    heads_btnh, kept = head_outputs(config, layer, x_btd, angles, attend, at_b)
+    x_btd = _at(x_btd, at_b)
+    return checkpoint_name(x_btd + attention_output(layer, heads_btnh), "middle"), kept
+
+
+def mlp_block(config: LlamaConfig, layer: Layer, x_btd: jax.Array) -> jax.Array:
+    """The residual stream behind the MLP, [B, T, D]."""
+    return x_btd + mlp_output(layer, mlp_units(config, layer, x_btd)).reshape(x_btd.shape)
+
+
+def head_outputs(
+    config: LlamaConfig,
+    layer: Layer,
+    x_btd: jax.Array,
+    angles: Angles,
+    attend: Attend[Kept],
+    at_b: jax.Array | None = None,
+) -> tuple[jax.Array, Kept]:
+    """What attention's output projection multiplies, [B, T, N, H], and what `attend` kept.
+
+    Args:
+      config: the architecture.
+      layer: the layer; N and K are those of its weights.
+      x_btd: the residual stream.
+      angles: of the stream's positions, [B or 1, T, H / 2] each.
+      attend: the attention.
+      at_b: int32 [B], one token of every row whose output is wanted: no other's query is computed. By default all.
+    """
+    normed_btd = rms_norm(x_btd, _norm(layer, "attn_norm_ld"), config.rms_norm_eps)
+    k_btkh = checkpoint_name(rotate(layer.heads_in("k", normed_btd), *angles), "key")
+    v_btkh = checkpoint_name(layer.heads_in("v", normed_btd), "value")
+    normed_btd = _at(normed_btd, at_b)
+    cos_bth, sin_bth = angles if at_b is None else (angle_1th[0][at_b[:, None]] for angle_1th in angles)
+    q_btnh = checkpoint_name(rotate_queries(layer.heads_in("q", normed_btd), cos_bth, sin_bth), "query")
+    return attend(q_btnh, k_btkh, v_btkh)
+
+
+def attention_output(layer: Layer, heads_btnh: jax.Array) -> jax.Array:
+    """What attention adds to the residual stream, [B, T, D], from its head outputs."""
+    return _biased(layer.heads_out(checkpoint_name(heads_btnh, "heads")), layer, "o_bias_ld")
+
+
+def mlp_units(config: LlamaConfig, layer: Layer, x_btd: jax.Array) -> jax.Array:
+    """What the MLP's down projection multiplies, [B * T, F], from the residual stream [B, T, D]."""
+    normed_btd = rms_norm(x_btd, _norm(layer, "mlp_norm_ld"), config.rms_norm_eps)
+    # Tokens along one axis: the gradient of a weight sums over them, and over two axes XLA would first copy.
+    normed_md = normed_btd.reshape(-1, normed_btd.shape[-1])
+    gate_mf = checkpoint_name(_biased(layer.product("gate_ldf", normed_md), layer, "gate_bias_lf"), "gate")
+    up_mf = checkpoint_name(_biased(layer.product("up_ldf", normed_md), layer, "up_bias_lf"), "up")
+    return _ACTIVATIONS[config.hidden_act](gate_mf) * up_mf
+
+
+def mlp_output(layer: Layer, units_mf: jax.Array) -> jax.Array:
+    """What the MLP adds to the residual stream, [B * T, D], from its units."""
+    return _biased(layer.product("down_lfd", units_mf), layer, "down_bias_ld")
+
+
+def rms_norm(x_btd: jax.Array, scale_d: jax.Array, eps: float) -> jax.Array:
+    """RMSNorm, computed in float32, in the type of x."""
+    x_f32 = x_btd.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + eps)
+    return (x_f32 * inverse).astype(x_btd.dtype) * _along_last(scale_d.astype(x_btd.dtype), x_btd)
+
+
+def _norm(layer: Layer, name: str) -> jax.Array:
+    scale_d = layer.vector(name)
+    assert scale_d is not None
+    return scale_d
+
+
+def _biased(y: jax.Array, layer: Layer, name: str) -> jax.Array:
+    bias = layer.vector(name)
+    return y if bias is None else y + _along_last(bias.astype(y.dtype), y)
+
+
+def _along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
+def _at(x_btd: jax.Array, at_b: jax.Array | None) -> jax.Array:
+    """One token of every row, [B, 1, D]; all if none is named."""
+    return x_btd if at_b is None else jnp.take_along_axis(x_btd, at_b[:, None, None], axis=1)

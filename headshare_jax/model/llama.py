@@ -1,0 +1,341 @@
+"""The LLaMA-family decoder on pooled attention heads, as a Flax NNX module."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from headshare_jax.config import LlamaConfig
+from headshare_jax.errors import HeadshareError
+from headshare_jax.model.attention import attend, flash_attention, has_kernel, rows_apart, rows_in_place
+from headshare_jax.model.cache import KVCache
+from headshare_jax.model.layer import REMAT_POLICIES, attention_block, mlp_block, rms_norm
+from headshare_jax.model.place import place
+from headshare_jax.model.reading import PER_HEAD_TOKENS, Gathered, Layer, OneByOne, Reading, Stacks
+from headshare_jax.output_head import head_logits, normalized_rows
+from headshare_jax.parameters import PARAMETERS, PROJECTIONS, index_name, parameter_names
+from headshare_jax.rope import rotary_angles
+from headshare_jax.sharing.map import SharingMap
+from headshare_jax.sharing.source import WeightSource, pool_index, read_heads, stored_shape
+
+COMPUTE_DTYPES = ("float32", "bfloat16")
+Carry = TypeVar("Carry")
+
+
+class HeadIndex(nnx.Variable[jax.Array]):
+    """int32 pool row of every head of every layer; not trained."""
+
+
+class Llama(nnx.Module):
+    """A decoder whose heads are rows of one pool per projection; a dense model is the identity map.
+
+    Its parameters are attributes, by the names of `parameters.PARAMETERS`, which spell their axes; layers are stacked
+    on a leading axis. Where the architecture has no such parameter (biases, its own head), the attribute is absent.
+
+    Attributes:
+      config: the architecture.
+      sharing: who shares with whom, or None for a dense model.
+      compute_dtype: `float32` or `bfloat16`: type of matrix products and activations. Norms, softmax, rotary angles
+        and logits are float32 always.
+      remat: which activations of a layer a training step keeps: `none` computes only norms and other cheap things
+        again, `dots` also the attention, `full` everything.
+      batch_sharding: where activations lie on a mesh of devices, by their first axis; None leaves it to the compiler.
+      q_index_ln, k_index_lk, v_index_lk, o_index_ln: pool row of every head; P, one past the last, of a dropped one.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        params: Mapping[str, Any],
+        *,
+        sharing: SharingMap | None = None,
+        compute_dtype: str = "float32",
+        remat: str = "none",
+        batch_sharding: NamedSharding | None = None,
+    ):
+        """Takes the parameters as they are; `source.stored_shape` gives the shape each must have."""
+        if compute_dtype not in COMPUTE_DTYPES:
+            raise HeadshareError(f"compute_dtype must be one of {', '.join(COMPUTE_DTYPES)}, not {compute_dtype!r}.")
+        if remat not in REMAT_POLICIES:
+            raise HeadshareError(f"remat must be one of {', '.join(REMAT_POLICIES)}, not {remat!r}.")
+        self.config = config
+        self.sharing = sharing
+        self.compute_dtype = compute_dtype
+        self.remat = remat
+        self.batch_sharding = batch_sharding
+        for name in parameter_names(config):
+            setattr(self, name, nnx.Param(params[name]))
+        for projection in PROJECTIONS:
+            setattr(self, index_name(projection), HeadIndex(jnp.asarray(pool_index(config, projection, sharing))))
+
+    @classmethod
+    def of(cls, source: WeightSource, *, mesh: Mesh | None = None, dtype: str | None = None, **settings: Any) -> Self:
+        """A source's model, placed straight from it: on one device, or on a mesh of which each process reads its part.
+
+        Args:
+          source: an opened checkpoint, a model, or a view of either; what a view leaves of a model in memory is not
+            copied.
+          mesh: devices to lie on; by default one.
+          dtype: type to hold the parameters in; by default the source's own.
+          settings: keyword arguments of the constructor: `compute_dtype`, `remat`, `batch_sharding`.
+        """
+        params = place(source, parameter_names(source.config), mesh, dtype)
+        return cls(source.config, params, sharing=source.sharing, **settings)
+
+    @classmethod
+    def init(cls, config: LlamaConfig, key: jax.Array, *, dtype: str = "float32", **settings: Any) -> Self:
+        """A dense model with random weights: normal with standard deviation 0.02, norms 1, biases 0."""
+        names = parameter_names(config)
+
+        def draw(name: str, key: jax.Array) -> jax.Array:
+            shape, kind = stored_shape(config, name), PARAMETERS[name].init
+            if kind == "normal":
+                return (0.02 * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+            return jnp.ones(shape, dtype) if kind == "ones" else jnp.zeros(shape, dtype)
+
+        keys = jax.random.split(key, len(names))
+        return cls(config, {name: draw(name, key) for name, key in zip(names, keys, strict=True)}, **settings)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Keyword arguments of the constructor that do not depend on the weights."""
+        return {
+            "compute_dtype": self.compute_dtype,
+            "remat": self.remat,
+            "batch_sharding": self.batch_sharding,
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parameters, all devices together where they are cut and not copied."""
+        return sum(self.array(name).nbytes for name in parameter_names(self.config))
+
+    @property
+    def device(self) -> jax.Device | None:
+        """The one device that holds all parameters, which may be NumPy arrays; None if there are several or none."""
+        arrays = [leaf for leaf in jax.tree.leaves(self) if isinstance(leaf, jax.Array)]
+        devices = {device for array in arrays for device in array.devices()}
+        return devices.pop() if len(devices) == 1 else None
+
+    def __call__(
+        self,
+        tokens_bt: jax.Array,
+        *,
+        positions_bt: jax.Array | None = None,
+        segments_bt: jax.Array | None = None,
+    ) -> jax.Array:
+        """Next-token logits, float32 [B, T, V].
+
+        Args:
+          tokens_bt: int32 [B, T].
+          positions_bt: int32 [B, T], rotary position of every token; by default counted from the start of its segment.
+          segments_bt: int32 [B, T], packed documents and padding: a token sees the earlier tokens of its own segment
+            only. Segments are contiguous; give padding a segment of its own.
+        """
+        return self.logits(self.features(tokens_bt, positions_bt=positions_bt, segments_bt=segments_bt))
+
+    def features(
+        self,
+        tokens_bt: jax.Array,
+        *,
+        positions_bt: jax.Array | None = None,
+        segments_bt: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalised output of the last layer, [B, T, D] in the compute dtype; arguments as in `__call__`."""
+        if positions_bt is None:
+            positions_bt = _positions(tokens_bt, segments_bt)
+        angles = rotary_angles(self.config, positions_bt)
+        stacks, attention = self._stacks(), self._attention(tokens_bt, segments_bt)
+
+        def layer(x_btd: jax.Array, slices: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+            weights = stacks.held(slices)
+            x_btd, _ = attention_block(self.config, weights, x_btd, angles, attention)
+            return self._placed(mlp_block(self.config, weights, x_btd)), None
+
+        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        # Scanned, not sliced by a counter: the gradient of a slice is then written where it belongs.
+        x_btd, _ = jax.lax.scan(layer, self._placed(self._embed(tokens_bt)), dict(stacks.layered))
+        return self._final_norm(x_btd)
+
+    def prefill(
+        self, tokens_bt: jax.Array, prompt_b: jax.Array, cache: KVCache, reading: Reading | None = None
+    ) -> tuple[jax.Array, KVCache]:
+        """Reads prompts into an empty cache.
+
+        The last layer computes its output for the last tokens alone: nothing reads the others.
+
+        Args:
+          tokens_bt: int32 [B, T], prompts, with padding behind them.
+          prompt_b: int32 [B], tokens of every prompt, at least 1.
+          cache: empty, with room for T slots.
+          reading: how heads and matrices are read; by default `Gathered()`.
+
+        Returns:
+          Normalised output of the last layer at every prompt's last token, [B, D] in the compute dtype, and the cache.
+        """
+        reading = reading or Gathered()
+        slot_t = jnp.arange(tokens_bt.shape[1], dtype=jnp.int32)
+        # Padding must not count as length, by which `dynamic` scaling goes.
+        angles = rotary_angles(self.config, jnp.minimum(slot_t, jnp.max(prompt_b) - 1)[None])
+
+        def step(
+            carry: tuple[tuple[jax.Array, ...], KVCache], place: jax.Array, layer: Layer
+        ) -> tuple[tuple[jax.Array, ...], KVCache]:
+            parts_btd, cache = carry
+            run = [attention_block(self.config, layer, x_btd, angles, _attend_and_keep) for x_btd in parts_btd]
+            parts_btd = tuple(mlp_block(self.config, layer, x_btd) for x_btd, _ in run)
+            k_btkh, v_btkh = (jnp.concatenate(parts) for parts in zip(*(kept for _, kept in run), strict=True))
+            return parts_btd, cache.with_layer(place, k_btkh, v_btkh)
+
+        last, end_b = self.config.num_layers - 1, prompt_b - 1
+        parts_btd = tuple(jnp.array_split(self._embed(tokens_bt), reading.parts))
+        parts_btd, cache = self._run_layers(step, (parts_btd, cache), reading, last)
+        seen_b1s = slot_t[None, None] <= end_b[:, None, None]
+        attention = partial(_attend_and_keep, mask_bts=seen_b1s)
+        layer = reading.layer(self._stacks(), last)
+        x_b1d, (k_btkh, v_btkh) = attention_block(
+            self.config, layer, jnp.concatenate(parts_btd), angles, attention, at_b=end_b
+        )
+        x_b1d = self._final_norm(mlp_block(self.config, layer, x_b1d))
+        filled = jnp.int32(tokens_bt.shape[1])
+        cache = replace(cache.with_layer(last, k_btkh, v_btkh), length=filled, prompt_b=prompt_b, prompt_slots=filled)
+        return x_b1d[:, 0], cache
+
+    def extend(self, tokens_bt: jax.Array, cache: KVCache, reading: Reading | None = None) -> tuple[jax.Array, KVCache]:
+        """Runs T more tokens of every row against the cache.
+
+        Args:
+          tokens_bt: int32 [B, T]; they take the cache's next T slots.
+          cache: has room for T more slots.
+          reading: how heads and matrices are read; by default what suits so many tokens on any device.
+
+        Returns:
+          Normalised output of the last layer, [B, T, D] in the compute dtype, and the cache with T more slots.
+        """
+        if reading is None:
+            reading = OneByOne() if tokens_bt.size <= PER_HEAD_TOKENS else Gathered()
+        length = tokens_bt.shape[1]
+        slot_t = cache.length + jnp.arange(length, dtype=jnp.int32)
+        angles = rotary_angles(self.config, cache.positions(slot_t))
+        seen_bts = cache.seen_by(slot_t)
+
+        def step(carry: tuple[jax.Array, KVCache], place: jax.Array, layer: Layer) -> tuple[jax.Array, KVCache]:
+            x_btd, cache = carry
+
+            def attention(q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array) -> tuple[jax.Array, KVCache]:
+                grown = cache.with_layer(place, k_btkh, v_btkh)
+                keys_values = (grown.k_lbskh[place], grown.v_lbskh[place])
+                return attend(q_btnh, *keys_values, seen_bts, in_turns=rows_in_place), grown
+
+            x_btd, cache = attention_block(self.config, layer, x_btd, angles, attention)
+            return mlp_block(self.config, layer, x_btd), cache
+
+        x_btd, cache = self._run_layers(step, (self._embed(tokens_bt), cache), reading, self.config.num_layers)
+        return self._final_norm(x_btd), replace(cache, length=cache.length + length)
+
+    def empty_cache(self, batch: int, slots: int) -> KVCache:
+        """A cache with room for `slots` positions of every row."""
+        return KVCache.empty(self.config, batch, slots, self.compute_dtype)
+
+    def logits(self, features_btd: jax.Array) -> jax.Array:
+        """Output head on the features of `features` or `extend`: float32 [..., V]."""
+        return head_logits(features_btd, self.head_weights())
+
+    def head_weights(self) -> jax.Array:
+        """Weights of the output head, [V, D] in the compute dtype."""
+        weights_vd = self.array("embed_vd" if self.config.tie_word_embeddings else "head_vd")
+        if self.config.normalize_head:
+            weights_vd = normalized_rows(weights_vd)
+        return weights_vd.astype(self.compute_dtype)
+
+    def array(self, name: str) -> jax.Array:
+        """A parameter, or a projection's head index, as it is stored."""
+        value: jax.Array = getattr(self, name)[...]
+        return value
+
+    def dtype(self, name: str) -> np.dtype:
+        """Stored type of a parameter."""
+        return np.dtype(self.array(name).dtype)
+
+    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
+        """One layer's slice of a parameter on the host, as `WeightSource` has it."""
+        value = self.array(name)
+        if layer is None:
+            return np.asarray(value)
+        if PARAMETERS[name].pool is None:
+            return np.asarray(value[layer])
+        return read_heads(self, name, layer, heads, lambda rows: np.asarray(value[rows]))
+
+    def _stacks(self) -> Stacks:
+        names = parameter_names(self.config)
+        layered = [name for name in names if PARAMETERS[name].layered and PARAMETERS[name].pool is None]
+        return Stacks(
+            layered={name: self.array(name) for name in (*layered, *map(index_name, PROJECTIONS))},
+            pools={name: self.array(name) for name in names if PARAMETERS[name].pool is not None},
+            drops=self.sharing is not None and bool(self.sharing.dropped.any()),
+        )
+
+    def _run_layers(
+        self, step: Callable[[Carry, jax.Array, Layer], Carry], carry: Carry, reading: Reading, count: int
+    ) -> Carry:
+        """What `step(carry, place, layer)` makes of a carry in the first `count` layers."""
+        stacks = self._stacks()
+
+        def body(carry: Carry, place: jax.Array) -> tuple[Carry, None]:
+            return step(carry, place, reading.layer(stacks, place)), None
+
+        carry, _ = jax.lax.scan(body, carry, jnp.arange(count, dtype=jnp.int32))
+        return carry
+
+    def _attention(
+        self, tokens_bt: jax.Array, segments_bt: jax.Array | None
+    ) -> Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, None]]:
+        """Attention among some tokens within their segments, by a kernel where the mesh has one."""
+        length = tokens_bt.shape[1]
+        mesh = None if self.batch_sharding is None else self.batch_sharding.mesh
+        if isinstance(mesh, Mesh) and has_kernel(mesh, length, self.config.head_dim, self.compute_dtype):
+            document_bt = jnp.zeros_like(tokens_bt) if segments_bt is None else segments_bt
+            return lambda q_btnh, k_btkh, v_btkh: (flash_attention(q_btnh, k_btkh, v_btkh, document_bt, mesh), None)
+        mask_bts = None
+        if segments_bt is not None:
+            earlier_ts = jnp.tril(jnp.ones((length, length), bool))
+            mask_bts = earlier_ts[None] & (segments_bt[:, :, None] == segments_bt[:, None, :])
+        in_turns = rows_apart if mesh is None or mesh.size == 1 else None
+        return lambda q_btnh, k_btkh, v_btkh: (
+            attend(q_btnh, k_btkh, v_btkh, mask_bts, causal=True, in_turns=in_turns),
+            None,
+        )
+
+    def _placed(self, x_btd: jax.Array) -> jax.Array:
+        """Activations kept where the batch lies: else they would follow the weights, which are cut along D."""
+        if self.batch_sharding is None:
+            return x_btd
+        return jax.lax.with_sharding_constraint(x_btd, self.batch_sharding)
+
+    def _embed(self, tokens_bt: jax.Array) -> jax.Array:
+        return self.array("embed_vd")[tokens_bt].astype(self.compute_dtype)
+
+    def _final_norm(self, x_btd: jax.Array) -> jax.Array:
+        return rms_norm(x_btd, self.array("final_norm_d"), self.config.rms_norm_eps)
+
+
+def _attend_and_keep(
+    q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, mask_bts: jax.Array | None = None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Attention among the tokens of prompts, whose keys and values are kept."""
+    return attend(q_btnh, k_btkh, v_btkh, mask_bts, in_turns=rows_in_place), (k_btkh, v_btkh)
+
+
+def _positions(tokens_bt: jax.Array, segments_bt: jax.Array | None) -> jax.Array:
+    """Position of every token within its segment, int32 [B, T]."""
+    place_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1], dtype=jnp.int32)[None], tokens_bt.shape)
+    if segments_bt is None:
+        return place_bt
+    begins_bt = jnp.diff(segments_bt, axis=1, prepend=segments_bt[:, :1] - 1) != 0
+    return place_bt - jax.lax.cummax(jnp.where(begins_bt, place_bt, 0), axis=1)

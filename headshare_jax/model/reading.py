@@ -1,0 +1,319 @@
+"""How a layer's heads and matrices are read: gathered, one by one, from arrays of their own, or by the GPU's kernel.
+
+The blocks of `layer` know a layer only as a `Layer`, something that multiplies by its weights. A `Reading` makes one of
+what a model stores; `choose` picks it, once, for the device and the number of tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from headshare_jax.config import LlamaConfig
+from headshare_jax.model.mesh import nvidia_capability
+from headshare_jax.parameters import PARAMETERS, PROJECTIONS, bias_name, index_name, pool_name
+
+# Up to this many tokens a projection reads its heads one by one, which costs no bytes beyond the weights; above it,
+# one gather of the layer's heads is shared by all tokens. A GPU gathers, unless its kernel reads the heads: starting a
+# kernel for every head takes it longer than the copy.
+PER_HEAD_TOKENS = 32
+# A CPU reads prompts of at least twice as many tokens in two parts; of fewer it reads all together.
+PART_TOKENS = 2048
+# What the GPU's kernel takes: so many tokens, sides that are multiples of so much, and GPUs from Ampere on.
+KERNEL_TOKENS, KERNEL_SIDE, _KERNEL_CAPABILITY = 4, 16, 8.0
+STACKED_MATRICES = ("gate_ldf", "up_ldf", "down_lfd")
+
+
+class Layer(Protocol):
+    """One layer's weights, as the blocks use them."""
+
+    def vector(self, name: str) -> jax.Array | None:
+        """A norm's or a bias's values, [D] or [F]; None where the architecture has no such parameter."""
+
+    def heads_in(self, projection: str, x_btd: jax.Array) -> jax.Array:
+        """Heads [B, T, n, H] of x, in its type; n is N for `q`, K for `k` and `v`. With their biases, if any."""
+
+    def heads_out(self, heads_btnh: jax.Array) -> jax.Array:
+        """Output [B, T, D] of head outputs, summed over heads in float32, in their type; without the bias."""
+
+    def product(self, name: str, x_mi: jax.Array) -> jax.Array:
+        """x [M, I] times a matrix [I, J], in the type of x."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Held:
+    """A layer in arrays of its own, one for each parameter.
+
+    Attributes:
+      weights: by parameter name; pools as the layer's heads, [n, D, H] or [n, H, D].
+      kept_n: bool [N], the heads that are not dropped, where those have some other head's weights; None if all are kept
+        or a dropped one's weights are zeros.
+    """
+
+    weights: Mapping[str, jax.Array]
+    kept_n: jax.Array | None = None
+
+    def vector(self, name: str) -> jax.Array | None:
+        return self.weights.get(name)
+
+    def heads_in(self, projection: str, x_btd: jax.Array) -> jax.Array:
+        heads_ndh = self.weights[pool_name(projection)].astype(x_btd.dtype)
+        out_btnh = jnp.einsum("btd,ndh->btnh", x_btd, heads_ndh)
+        return _with_bias(out_btnh, self.weights.get(bias_name(projection)))
+
+    def heads_out(self, heads_btnh: jax.Array) -> jax.Array:
+        heads_btnh = _kept(heads_btnh, self.kept_n)
+        rows_nhd = self.weights[pool_name("o")].astype(heads_btnh.dtype)
+        batch, length, count, width = heads_btnh.shape
+        out_md = heads_btnh.reshape(-1, count * width) @ rows_nhd.reshape(count * width, -1)
+        return out_md.reshape(batch, length, -1)
+
+    def product(self, name: str, x_mi: jax.Array) -> jax.Array:
+        return _times(self.weights[name], x_mi)
+
+
+@dataclass(frozen=True)
+class Stacks:
+    """What a model stores of its layers.
+
+    Attributes:
+      layered: by name, everything that has a leading layer axis, head indices among it.
+      pools: by name, everything that is stored by pool rows.
+      drops: whether some heads are dropped, whose index is one past the pool's last row.
+    """
+
+    layered: Mapping[str, jax.Array]
+    pools: Mapping[str, jax.Array]
+    drops: bool
+
+    def slice(self, name: str, place: jax.Array | int) -> jax.Array:
+        """One layer's slice of what has a leading layer axis."""
+        return jax.lax.dynamic_index_in_dim(self.layered[name], place, keepdims=False)
+
+    def rows(self, name: str, index_n: jax.Array) -> jax.Array:
+        """Rows of a pool; one past the last stands for the last."""
+        return self.pools[name].at[index_n].get(mode="clip")
+
+    def kept(self, index_n: jax.Array) -> jax.Array | None:
+        """bool [N]: heads of the output projection that are stored; None if no head of the model is dropped."""
+        return index_n < self.pools[pool_name("o")].shape[0] if self.drops else None
+
+    def held(self, slices: Mapping[str, jax.Array]) -> Held:
+        """A layer whose heads are gathered, from its slices of everything that has a leading layer axis."""
+        index = {projection: slices[index_name(projection)] for projection in PROJECTIONS}
+        heads = {name: self.rows(name, index[str(PARAMETERS[name].pool)]) for name in self.pools}
+        return Held({**slices, **heads}, self.kept(index["o"]))
+
+
+class Reading(Protocol):
+    """A way to read a model's layers, the same for all of them.
+
+    Attributes:
+      parts: in how many parts a layer runs a batch of prompts, side by side: where one leaves a core idle, another does
+        not.
+    """
+
+    @property
+    def parts(self) -> int: ...
+
+    def layer(self, stacks: Stacks, place: jax.Array | int) -> Layer:
+        """The layer at a place."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("parts",))
+@dataclass(frozen=True)
+class Gathered:
+    """Heads are gathered once per layer, for all tokens."""
+
+    parts: int = 1
+
+    def layer(self, stacks: Stacks, place: jax.Array | int) -> Layer:
+        return stacks.held({name: stacks.slice(name, place) for name in stacks.layered})
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=())
+@dataclass(frozen=True)
+class OneByOne:
+    """Heads are read one by one from their pools."""
+
+    parts = 1
+
+    def layer(self, stacks: Stacks, place: jax.Array | int) -> Layer:
+        return _HeadByHead(stacks, place)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class OwnMatrices:
+    """Matrices are in arrays of their own, one for each layer; heads are read in another way.
+
+    Attributes:
+      heads: how heads are read.
+      matrices: each layer's, by name, as `unstacked` gives them.
+    """
+
+    heads: Reading
+    matrices: Mapping[str, tuple[jax.Array, ...]]
+
+    @property
+    def parts(self) -> int:
+        return self.heads.parts
+
+    def layer(self, stacks: Stacks, place: jax.Array | int) -> Layer:
+        return _OwnMatrices(self.heads.layer(stacks, place), place, self.matrices)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=())
+@dataclass(frozen=True)
+class ByKernel:
+    """Heads and matrices are read where they lie, by a kernel of NVIDIA GPUs."""
+
+    parts = 1
+
+    def layer(self, stacks: Stacks, place: jax.Array | int) -> Layer:
+        return _InStack(stacks, place)
+
+
+@dataclass(frozen=True)
+class _Stacked:
+    """A layer that reads what it needs from stacks."""
+
+    stacks: Stacks
+    place: jax.Array | int
+
+    def vector(self, name: str) -> jax.Array | None:
+        return self.stacks.slice(name, self.place) if name in self.stacks.layered else None
+
+    def index(self, projection: str) -> jax.Array:
+        return self.stacks.slice(index_name(projection), self.place)
+
+    def biased(self, projection: str, heads_btnh: jax.Array) -> jax.Array:
+        name = bias_name(projection)
+        if name not in self.stacks.pools:
+            return heads_btnh
+        return _with_bias(heads_btnh, self.stacks.rows(name, self.index(projection)))
+
+
+@dataclass(frozen=True)
+class _HeadByHead(_Stacked):
+    def heads_in(self, projection: str, x_btd: jax.Array) -> jax.Array:
+        pool_pdh = self.stacks.pools[pool_name(projection)]
+        heads = [x_btd @ _row(pool_pdh, row).astype(x_btd.dtype) for row in self.index(projection)]
+        return self.biased(projection, jnp.stack(heads, axis=2))
+
+    def heads_out(self, heads_btnh: jax.Array) -> jax.Array:
+        pool_phd, index_n = self.stacks.pools[pool_name("o")], self.index("o")
+        heads_btnh = _kept(heads_btnh, self.stacks.kept(index_n))
+        parts_btd = [
+            jnp.matmul(
+                heads_btnh[:, :, head],
+                _row(pool_phd, row).astype(heads_btnh.dtype),
+                preferred_element_type=jnp.float32,
+            )
+            for head, row in enumerate(index_n)
+        ]
+        return sum(parts_btd[1:], start=parts_btd[0]).astype(heads_btnh.dtype)
+
+    def product(self, name: str, x_mi: jax.Array) -> jax.Array:
+        return _times(self.stacks.slice(name, self.place), x_mi)
+
+
+@dataclass(frozen=True)
+class _OwnMatrices:
+    heads: Layer
+    place: jax.Array | int
+    matrices: Mapping[str, tuple[jax.Array, ...]]
+
+    def vector(self, name: str) -> jax.Array | None:
+        return self.heads.vector(name)
+
+    def heads_in(self, projection: str, x_btd: jax.Array) -> jax.Array:
+        return self.heads.heads_in(projection, x_btd)
+
+    def heads_out(self, heads_btnh: jax.Array) -> jax.Array:
+        return self.heads.heads_out(heads_btnh)
+
+    def product(self, name: str, x_mi: jax.Array) -> jax.Array:
+        branches = [partial(_times, matrix) for matrix in self.matrices[name]]
+        out_mj: jax.Array = jax.lax.switch(self.place, branches, x_mi)
+        return out_mj
+
+
+@dataclass(frozen=True)
+class _InStack(_Stacked):
+    def heads_in(self, projection: str, x_btd: jax.Array) -> jax.Array:
+        batch, length, width = x_btd.shape
+        index_n = self.index(projection)
+        out_mj = self._times(pool_name(projection), index_n, x_btd.reshape(-1, width), side_by_side=True)
+        return self.biased(projection, out_mj.reshape(batch, length, len(index_n), -1))
+
+    def heads_out(self, heads_btnh: jax.Array) -> jax.Array:
+        index_n = self.index("o")
+        heads_btnh = _kept(heads_btnh, self.stacks.kept(index_n))
+        batch, length, count, width = heads_btnh.shape
+        out_md = self._times(pool_name("o"), index_n, heads_btnh.reshape(-1, count * width), side_by_side=False)
+        return out_md.reshape(batch, length, -1)
+
+    def product(self, name: str, x_mi: jax.Array) -> jax.Array:
+        return self._times(name, jnp.asarray(self.place)[None], x_mi, side_by_side=True)
+
+    def _times(self, name: str, index_n: jax.Array, x_mi: jax.Array, *, side_by_side: bool) -> jax.Array:
+        # The kernel's language is deprecated in JAX: whoever does not run it must not depend on it.
+        from headshare_jax.model.kernels.stack import times_in_stack
+
+        stack_sij = self.stacks.pools[name] if name in self.stacks.pools else self.stacks.layered[name]
+        return times_in_stack(x_mi, stack_sij, index_n, side_by_side=side_by_side)
+
+
+def choose(config: LlamaConfig, device: jax.Device | None, batch: int) -> Reading:
+    """How to read heads and matrices to add a token to each of some rows.
+
+    Args:
+      config: the model's architecture.
+      device: the one that holds the model; None if there are several.
+      batch: rows, each with one token.
+    """
+    if device is not None and _kernel_suits(config, device, batch):
+        return ByKernel()
+    gpu = device is not None and device.platform == "gpu"
+    return Gathered() if gpu or batch > PER_HEAD_TOKENS else OneByOne()
+
+
+def choose_for_prompts(device: jax.Device | None, batch: int, tokens: int) -> Gathered:
+    """How to read heads and matrices for prompts: `tokens` in all rows together, padding included."""
+    on_cpu = device is not None and device.platform == "cpu"
+    return Gathered(parts=2 if on_cpu and batch > 1 and tokens >= 2 * PART_TOKENS else 1)
+
+
+def unstacked(arrays: Mapping[str, jax.Array]) -> dict[str, tuple[jax.Array, ...]]:
+    """Matrices of all layers in arrays of their own, for `OwnMatrices`; on a CPU views of the stacks' memory."""
+    return {name: tuple(jax.device_put(matrix) for matrix in np.asarray(arrays[name])) for name in STACKED_MATRICES}
+
+
+def _kernel_suits(config: LlamaConfig, device: jax.Device, tokens: int) -> bool:
+    """Whether the kernel runs on a device and can cut a model's matrices into tiles, for so many tokens."""
+    sizes = (config.hidden_size, config.intermediate_size, config.head_dim)
+    even = all(size % KERNEL_SIDE == 0 for size in sizes)
+    return even and tokens <= KERNEL_TOKENS and nvidia_capability(device) >= _KERNEL_CAPABILITY
+
+
+def _with_bias(heads_btnh: jax.Array, bias_nh: jax.Array | None) -> jax.Array:
+    return heads_btnh if bias_nh is None else heads_btnh + bias_nh.astype(heads_btnh.dtype)[None, None]
+
+
+def _kept(heads_btnh: jax.Array, kept_n: jax.Array | None) -> jax.Array:
+    """Head outputs, zero for a dropped head: some other head's weights stand in for those it has not."""
+    return heads_btnh if kept_n is None else heads_btnh * kept_n.astype(heads_btnh.dtype)[None, None, :, None]
+
+
+def _row(pool: jax.Array, row: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(pool, row, keepdims=False)
+
+
+def _times(matrix_ij: jax.Array, x_mi: jax.Array) -> jax.Array:
+    return x_mi @ matrix_ij.astype(x_mi.dtype)

@@ -1,0 +1,23 @@
+"""Sharing a model in memory by a map, and undoing it."""
+
+from headshare_jax.model.llama import Llama
+from headshare_jax.sharing.map import SharingMap
+from headshare_jax.sharing.view import DenseView, SharedView
+
+
+def share(model: Llama, sharing: SharingMap, *, check_source: bool = True) -> Llama:
+    """A model in which receivers use their donors' weights and dropped units none; pools keep only what is used.
+
+    Args:
+      model: a dense model; it is left as it is. Parameters that the map does not touch are the same arrays in both.
+      sharing, check_source: as for `SharedView`, which does the same to a model that is not in memory.
+
+    Raises:
+      HeadshareError: the model already shares heads, or the map is for another model.
+    """
+    return Llama.of(SharedView(model, sharing, check_source=check_source), **model.settings)
+
+
+def unshare(model: Llama) -> Llama:
+    """The dense model that computes the same: receivers hold copies of their donors' weights, dropped units zeros."""
+    return Llama.of(DenseView(model), **model.settings)

@@ -1,0 +1,222 @@
+"""A step to plan, how it can be spread over chips, and what it needs as far as shapes tell."""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from jax.sharding import AbstractMesh
+
+from headshare_jax import parameters
+from headshare_jax.config import LlamaConfig
+from headshare_jax.errors import HeadshareError
+from headshare_jax.model.layer import REMAT_POLICIES
+from headshare_jax.model.mesh import AXES, parameter_sharding
+from headshare_jax.plan.costs import Costs
+from headshare_jax.plan.topology import Chip
+from headshare_jax.sharing.map import SharingMap
+from headshare_jax.sharing.source import stored_shape
+from headshare_jax.train.losses import HEAD_TOKENS
+
+STAGES = ("decode", "prefill", "postshare")
+# Part of the needed memory that an estimate adds for what it leaves out.
+MARGIN = 0.1
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A step to plan, in bfloat16.
+
+    Attributes:
+      config: the architecture.
+      sharing: the map of the shared model; sizes depend on its number of receivers and its tie alone.
+      stage: `decode`, a round of the loop that adds a token to every sequence; `prefill`, the run over the prompts; or
+        `postshare`, a training step: of the dense model with the penalty (align), and of the shared one (tied).
+      batch: sequences, over all chips.
+      length: tokens of a sequence; in `decode`, slots of the cache, all of which are read.
+    """
+
+    config: LlamaConfig
+    sharing: SharingMap
+    stage: str
+    batch: int
+    length: int
+
+    def __post_init__(self) -> None:
+        if self.stage not in STAGES:
+            raise HeadshareError(f"The stage must be one of {', '.join(STAGES)}, not {self.stage!r}.")
+        if self.batch < 1 or self.length < 2:
+            raise HeadshareError(f"A batch of {self.batch} x {self.length} tokens is none; give at least 1 x 2.")
+
+    @property
+    def trains(self) -> bool:
+        """Whether gradients are taken."""
+        return self.stage == "postshare"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a step adds or learns from, over all chips."""
+        return self.batch if self.stage == "decode" else self.batch * self.length
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step is spread over chips: sizes of the mesh's axes (data, fsdp, tensor), and what is kept for gradients.
+
+    Attributes:
+      mesh: sizes of the mesh's axes.
+      remat: `none`, `dots` or `full`; `none` where nothing is trained.
+    """
+
+    mesh: tuple[int, ...]
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.remat not in REMAT_POLICIES:
+            raise HeadshareError(f"remat must be one of {', '.join(REMAT_POLICIES)}, not {self.remat!r}.")
+
+    @property
+    def batch_parts(self) -> int:
+        """Parts that a batch is cut into."""
+        return self.mesh[0] * self.mesh[1]
+
+    def check(self, workload: Workload) -> None:
+        """Raises HeadshareError unless the batch can be cut over the mesh."""
+        if workload.batch % self.batch_parts:
+            raise HeadshareError(
+                f"The batch ({workload.batch}) must be a multiple of the mesh's data x fsdp ({self.batch_parts}); "
+                "change either."
+            )
+
+
+def meshes(workload: Workload, count: int) -> list[tuple[int, ...]]:
+    """Meshes of `count` chips that the batch can be cut over, those that move fewest weights first."""
+    tensors = [2**power for power in range(count.bit_length()) if count % 2**power == 0]
+    sizes: list[tuple[int, ...]] = [(count // tensor, 1, tensor) for tensor in tensors]
+    if workload.trains:
+        sizes = [(count, 1, 1), *[(1, count // tensor, tensor) for tensor in tensors]]
+    return [mesh for mesh in dict.fromkeys(sizes) if workload.batch % (mesh[0] * mesh[1]) == 0]
+
+
+def estimated(workload: Workload, layout: Layout, chip: Chip, *, shared: bool) -> dict[str, Any]:
+    """What a step needs and costs on a chip, from shapes: exact for what is stored, rough for all else.
+
+    The keys are those of `planning.measured`; `compile_seconds` is None.
+    """
+    layout.check(workload)
+    config, tensor, train = workload.config, layout.mesh[2], workload.trains
+    stored, local = _parameters(workload, layout, shared=shared)
+    used, _ = _parameters(workload, layout, shared=False)
+    tokens = workload.tokens // layout.batch_parts
+    cache, kept = cache_bytes(workload, layout), activation_bytes(workload, layout)
+    held = {
+        "parameter_bytes": local * (4 if train else 2),
+        "optimizer_bytes": local * 8 if train else 0,
+        "cache_bytes": cache,
+    }
+    layer = 2 * tokens * (8 * config.hidden_size + 4 * config.intermediate_size) // tensor
+    head = 8 * config.vocab_size * min(tokens, HEAD_TOKENS) + 4 * config.vocab_size * config.hidden_size
+    gathered = 4 * used // config.num_layers // tensor if layout.mesh[1] > 1 else 0
+    temporary = kept + layer + gathered + (4 * local + head // tensor if train else 0)
+    passes = (4 if layout.remat == "full" else 3) if train else 1
+    flops = passes * 2 * used * tokens / tensor + attention_flops(workload, layout)
+    traffic = (passes * 2 * used / tensor) + cache + 2 * kept + passes * layer * config.num_layers
+    traffic += 7 * 4 * local if train else 0
+    needed = sum(held.values()) + temporary
+    return {
+        **held,
+        "argument_bytes": sum(held.values()),
+        "activation_bytes": kept,
+        "temporary_bytes": temporary,
+        **fit(chip, round(needed * (1 + MARGIN))),
+        **speed(workload, chip, Costs(flops, traffic, _network(workload, layout, stored, tokens), {}, 0)),
+        "costs_estimated": True,
+        "compile_seconds": None,
+    }
+
+
+def cache_bytes(workload: Workload, layout: Layout) -> int:
+    """Bytes of the key/value cache on a chip."""
+    if workload.trains:
+        return 0
+    config, rows = workload.config, workload.batch // layout.batch_parts
+    heads = config.num_kv_heads // (layout.mesh[2] if config.num_kv_heads % layout.mesh[2] == 0 else 1)
+    return 2 * 2 * config.num_layers * rows * workload.length * heads * config.head_dim
+
+
+def activation_bytes(workload: Workload, layout: Layout) -> int:
+    """Bytes on a chip that the remat policy keeps for the backward pass."""
+    if not workload.trains:
+        return 0
+    config = workload.config
+    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    width = config.hidden_size
+    if layout.remat != "full":
+        width += heads + 2 * config.hidden_size + 2 * config.intermediate_size // layout.mesh[2]
+    if layout.remat == "none":
+        width += heads + 4 * config.hidden_size + 2 * config.intermediate_size // layout.mesh[2]
+    return 2 * config.num_layers * width * workload.tokens // layout.batch_parts
+
+
+def attention_flops(workload: Workload, layout: Layout) -> float:
+    """FLOPs on a chip of scores and weighted values, each query with the keys before it.
+
+    Without a policy that keeps everything, training runs the forward pass's two products twice; the backward pass's
+    two kernels have seven.
+    """
+    config = workload.config
+    seen = workload.length if workload.stage == "decode" else workload.length / 2
+    width = config.num_layers * config.num_heads * config.head_dim
+    one_product = 2 * width * seen * workload.tokens / layout.batch_parts / layout.mesh[2]
+    products = (9 if layout.remat == "none" else 11) if workload.trains else 2
+    return products * one_product
+
+
+def fit(chip: Chip, needed: int) -> dict[str, Any]:
+    """Whether so many bytes fit a chip, and what room is left."""
+    room = chip.hbm_bytes - needed
+    return {"needed_bytes": needed, "room_bytes": room, "fits": room >= 0}
+
+
+def speed(workload: Workload, chip: Chip, costs: Costs) -> dict[str, Any]:
+    """Costs of a step, and the least time it can take at the chip's published rates."""
+    seconds = {
+        "compute": costs.flops / chip.flops,
+        "memory": costs.hbm_bytes / chip.hbm_bandwidth,
+        "network": sum(costs.collective_bytes.values()) / chip.network_bandwidth,
+    }
+    bound_by = max(seconds, key=lambda name: seconds[name])
+    return {
+        "flops": costs.flops,
+        "hbm_bytes_accessed": costs.hbm_bytes,
+        "collective_bytes": costs.collective_bytes,
+        "largest_collective_bytes": costs.collective_largest,
+        "seconds": seconds,
+        "step_seconds": seconds[bound_by],
+        "bound_by": bound_by,
+        "tokens_per_second": workload.tokens / seconds[bound_by],
+    }
+
+
+def _parameters(workload: Workload, layout: Layout, *, shared: bool) -> tuple[int, int]:
+    """Stored parameters of the whole model, and on a chip."""
+    config, mesh = workload.config, AbstractMesh(layout.mesh, AXES)
+    whole = local = 0
+    for name in parameters.parameter_names(config):
+        shape = stored_shape(config, name, workload.sharing if shared else None)
+        whole += prod(shape)
+        local += prod(parameter_sharding(mesh, config, name, shape).shard_shape(shape))
+    return whole, local
+
+
+def _network(workload: Workload, layout: Layout, stored: int, tokens: int) -> dict[str, float]:
+    config, tensor = workload.config, layout.mesh[2]
+    sent: dict[str, float] = {}
+    if workload.trains and layout.mesh[1] > 1:
+        sent = {"all-gather": 2 * 2 * stored / tensor, "reduce-scatter": 2 * stored / tensor}
+    elif workload.trains and layout.mesh[0] > 1:
+        sent = {"all-reduce": 2 * 4 * stored}
+    if tensor > 1:
+        width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim + 2 * config.hidden_size
+        passes = 3 if workload.trains else 1
+        sent["all-reduce"] = sent.get("all-reduce", 0) + passes * 2 * 2 * config.num_layers * tokens * width
+    return sent

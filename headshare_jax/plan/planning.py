@@ -1,0 +1,253 @@
+"""Whether a step fits a TPU that is not at hand, and what bounds its speed: the real step, compiled for the chip."""
+
+import logging
+import re
+import time
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from headshare_jax import parameters
+from headshare_jax.config import LlamaConfig
+from headshare_jax.errors import HeadshareError
+from headshare_jax.model import generate as generation
+from headshare_jax.model.attention import has_kernel
+from headshare_jax.model.cache import KVCache
+from headshare_jax.model.layer import REMAT_POLICIES
+from headshare_jax.model.llama import Llama
+from headshare_jax.model.mesh import BATCH, batch_sharding, make_mesh, mesh_shape, parameter_sharding
+from headshare_jax.plan import estimate
+from headshare_jax.plan.costs import program_costs, round_costs
+from headshare_jax.plan.estimate import Layout, Workload
+from headshare_jax.plan.topology import Chip, chip_of, topology_devices
+from headshare_jax.sharing.choose import sharing_map
+from headshare_jax.sharing.map import SharingMap
+from headshare_jax.sharing.scores import MatchResult
+from headshare_jax.sharing.source import stored_shape
+from headshare_jax.train import recipe as recipes
+from headshare_jax.train.placement import abstract_state, bytes_on_device
+from headshare_jax.train.step import StageContext, make_step
+
+logger = logging.getLogger(__name__)
+
+# Layouts to compile before giving up.
+MOST_TRIES = 4
+
+
+def plan(
+    workload: Workload,
+    topology: str,
+    *,
+    devices: int | None = None,
+    mesh: tuple[int, ...] | None = None,
+    remat: str | None = None,
+    host: bool = False,
+) -> dict[str, Any]:
+    """Plans a step, dense and shared.
+
+    Args:
+      workload: the step.
+      topology: such as `v5e:16x16`.
+      devices: chips to use, the topology's first ones; all by default.
+      mesh: sizes of data, fsdp and tensor, one of which may be -1; by default the first that fits.
+      remat: policy of a training step; by default the first that fits.
+      host: estimate from the shapes alone, without compiling.
+
+    Returns:
+      Plain data: the request, the chip's `hbm_bytes`, the `mesh` and `remat` chosen, `tried` (layouts, and whether the
+      dense step fits), and `dense` and `shared`, each as of `measured`.
+
+    Raises:
+      HeadshareError: no such topology, more devices than it has, a mesh or a batch that does not fit, or no libtpu.
+    """
+    chip, count = chip_of(topology)
+    if devices is not None and not 1 <= devices <= count:
+        raise HeadshareError(f"{topology} has {count} chips, so --devices must be from 1 to {count}, not {devices}.")
+    count = devices or count
+    choices = _choices(workload, chip, count, mesh, remat)
+    places = None if host else topology_devices(topology)[:count]
+
+    def costs(layout: Layout, *, shared: bool) -> dict[str, Any]:
+        if places is None:
+            return estimate.estimated(workload, layout, chip, shared=shared)
+        return measured(workload, layout, chip, make_mesh(layout.mesh, places), shared=shared)
+
+    tried = []
+    for layout in choices:
+        dense = costs(layout, shared=False)
+        tried.append({"mesh": list(layout.mesh), "remat": layout.remat, "fits": dense["fits"]})
+        if dense["fits"]:
+            break
+    return {
+        "topology": topology,
+        "chip": chip.name,
+        "devices": count,
+        "hbm_bytes": chip.hbm_bytes,
+        "stage": workload.stage,
+        "batch": workload.batch,
+        "length": workload.length,
+        "receivers": len(workload.sharing.receivers),
+        "units": workload.sharing.donor.size,
+        "tie": workload.sharing.tie,
+        "compiled": not host,
+        "mesh": list(layout.mesh),
+        "remat": layout.remat,
+        "tried": tried,
+        "dense": dense,
+        "shared": costs(layout, shared=True),
+    }
+
+
+def measured(workload: Workload, layout: Layout, chip: Chip, mesh: Mesh, *, shared: bool) -> dict[str, Any]:
+    """What the compiled step needs and costs on one chip.
+
+    Returns:
+      Bytes on a chip: `argument_bytes` (of which `parameter_bytes`, `optimizer_bytes`, `cache_bytes`),
+      `temporary_bytes` (of which `activation_bytes` are kept for the backward pass), `needed_bytes` of all,
+      `room_bytes` left, and whether it `fits`. A step: `flops`, `hbm_bytes_accessed`, `collective_bytes` that a chip
+      sends, by kind, and their largest arrays, `seconds` of each at the chip's published rates, `step_seconds` as the
+      longest of them, and which one it is `bound_by`. And `compile_seconds`. A step that XLA refuses for its memory
+      has no costs; those of one that it cannot write down once it is compiled are `costs_estimated`.
+    """
+    layout.check(workload)
+    start = time.perf_counter()
+    lowered, held = (_training if workload.trains else _serving)(workload, layout, mesh, shared=shared)
+    sizes = {**held, "activation_bytes": estimate.activation_bytes(workload, layout)}
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _needed(error)
+        seconds = time.perf_counter() - start
+        unknown = dict.fromkeys(("temporary_bytes", *_COSTS)) | {"costs_estimated": False}
+        refused = {"argument_bytes": sum(held.values()), **estimate.fit(chip, needed), "compile_seconds": seconds}
+        return {**sizes, **unknown, **refused, "fits": False}
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    if memory is None:
+        raise HeadshareError("XLA does not tell what the compiled step needs; use --host for an estimate.")
+    new_output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    needed = memory.argument_size_in_bytes + new_output + memory.temp_size_in_bytes
+    return {
+        **sizes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        **estimate.fit(chip, needed + memory.generated_code_size_in_bytes),
+        **_speed(workload, layout, chip, mesh, compiled, shared=shared),
+        "compile_seconds": seconds,
+    }
+
+
+def _speed(
+    workload: Workload, layout: Layout, chip: Chip, mesh: Mesh, compiled: jax.stages.Compiled, *, shared: bool
+) -> dict[str, Any]:
+    """Costs of a compiled step, as `measured` has them; estimated where XLA cannot write the program down."""
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        logger.warning(
+            "XLA cannot write down what it compiled, whose costs are estimated (%s).", str(error).splitlines()[0]
+        )
+        text = None
+    if text is None:
+        guess = estimate.estimated(workload, layout, chip, shared=shared)
+        return {name: guess[name] for name in (*_COSTS, "costs_estimated")}
+    costs = (round_costs if workload.stage == "decode" else program_costs)(text)
+    if workload.trains and has_kernel(mesh, workload.length, workload.config.head_dim, "bfloat16"):
+        # A kernel's text does not tell what it computes.
+        costs = replace(costs, flops=costs.flops + estimate.attention_flops(workload, layout))
+    return {**estimate.speed(workload, chip, costs), "costs_estimated": False}
+
+
+_COSTS = (
+    *("flops", "hbm_bytes_accessed", "collective_bytes", "largest_collective_bytes"),
+    *("seconds", "step_seconds", "bound_by", "tokens_per_second"),
+)
+
+
+def random_map(config: LlamaConfig, ratio: float, tie: str = "qkv") -> SharingMap:
+    """A map of random pairs, for sizes; errors as of `sharing_map`."""
+    rng, shape = np.random.default_rng(0), (config.num_layers, config.num_kv_heads)
+    layer_l1 = np.arange(config.num_layers)[:, None]
+    value = np.where(layer_l1 == 0, -np.inf, rng.random(shape))
+    donor_layer = np.where(layer_l1 == 0, -1, rng.integers(0, np.maximum(layer_l1, 1), shape))
+    donor_unit = rng.integers(0, config.num_kv_heads, shape)
+    scores = MatchResult(donor_layer, donor_unit, value, match="random", heads_per_unit=config.heads_per_unit, seed=0)
+    return sharing_map(scores, ratio, tie=tie)
+
+
+def _choices(
+    workload: Workload, chip: Chip, count: int, mesh: tuple[int, ...] | None, remat: str | None
+) -> list[Layout]:
+    """Layouts to try in this order: those that an estimate says fit; without any, the one that needs least."""
+    sizes = estimate.meshes(workload, count) if mesh is None else [mesh_shape(mesh, count)]
+    remats = [remat] if remat else [*REMAT_POLICIES] if workload.trains else ["none"]
+    choices = [Layout(size, policy) for size in sizes for policy in remats]
+    if not choices:
+        raise HeadshareError(f"A batch of {workload.batch} cannot be cut over {count} chips; give another --batch.")
+    needed = [estimate.estimated(workload, choice, chip, shared=False)["needed_bytes"] for choice in choices]
+    likely = [choice for choice, bytes_ in zip(choices, needed, strict=True) if bytes_ <= chip.hbm_bytes]
+    least = choices[int(np.argmin(needed))]
+    return list(dict.fromkeys([*islice(likely, MOST_TRIES - 1), least]))
+
+
+def _training(
+    workload: Workload, layout: Layout, mesh: Mesh, *, shared: bool
+) -> tuple[jax.stages.Lowered, dict[str, int]]:
+    stage = recipes.Stage(kind="tied" if shared else "align")
+    recipe = recipes.Recipe(
+        model="planned",
+        data=recipes.Data(train="planned", seq_len=workload.length),
+        stages=(stage,),
+        batch_size=workload.batch,
+        remat=layout.remat,
+    )
+    context = StageContext(workload.config, workload.sharing, stage, recipe)
+    state = abstract_state(context, mesh)
+    shape = (1, workload.batch, workload.length)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, axis=1))
+    step = make_step(context, state_sharding=jax.tree.map(lambda leaf: leaf.sharding, state))
+    held = {"parameter_bytes": bytes_on_device(state.params), "optimizer_bytes": bytes_on_device(state.opt_state)}
+    return step.lower(state, {}, {}, tokens, tokens), {**held, "cache_bytes": 0}
+
+
+def _serving(
+    workload: Workload, layout: Layout, mesh: Mesh, *, shared: bool
+) -> tuple[jax.stages.Lowered, dict[str, int]]:
+    config, sharing = workload.config, workload.sharing if shared else None
+
+    def array(shape: tuple[int, ...], dtype: Any = jnp.int32, *axes: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+
+    params = {}
+    for name in parameters.parameter_names(config):
+        shape = stored_shape(config, name, sharing)
+        params[name] = array(shape, jnp.bfloat16, *parameter_sharding(mesh, config, name, shape).spec)
+    model = Llama(config, params, sharing=sharing, compute_dtype="bfloat16")
+    # The head indices, which the model makes by itself.
+    model = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array) else leaf, model)
+    heads = "tensor" if config.num_kv_heads % mesh.shape["tensor"] == 0 else None
+    axes = {5: (None, BATCH, None, heads), 1: (BATCH,), 0: ()}
+    row_b = array((workload.batch,), jnp.int32, BATCH)
+    cache: KVCache = jax.eval_shape(lambda: model.empty_cache(workload.batch, workload.length))
+    cache = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype, *axes[leaf.ndim]), cache)
+    key = array((), jax.eval_shape(lambda: jax.random.key(0)).dtype)
+    held = {"parameter_bytes": bytes_on_device(params), "optimizer_bytes": 0, "cache_bytes": bytes_on_device(cache)}
+    greedy = generation.Sampling()
+    if workload.stage == "prefill":
+        prompts = array((workload.batch, workload.length), jnp.int32, BATCH)
+        return generation.prefill.lower(model, prompts, row_b, cache, key, sampling=greedy), held
+    ends = (array(()), array((1,)))
+    return generation.decode.lower(model, row_b, cache, key, *ends, room=generation.BUCKET, sampling=greedy), held
+
+
+def _needed(error: jax.errors.JaxRuntimeError) -> int:
+    """Bytes that a step needs which XLA refused for its memory; any other error is raised again."""
+    found = re.search(r"RESOURCE_EXHAUSTED.*?total memory required[^(]*\(([\d.]+)([KMGT])\)", str(error), re.DOTALL)
+    if found is None:
+        raise error
+    return round(float(found[1]) * 2 ** (10 * (1 + "KMGT".index(found[2]))))

@@ -1,0 +1,4 @@
+"""Pictures and the page of a sweep.
+
+Public: `pictures`, `page.page`.
+"""

@@ -1,0 +1,123 @@
+"""What a model stores, and what sharing saves of it, in parameters and bytes."""
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from headshare_jax import parameters
+from headshare_jax.config import LlamaConfig
+from headshare_jax.parameters import PARAMETERS, PROJECTIONS
+from headshare_jax.sharing.map import SharingMap
+from headshare_jax.sharing.source import WeightSource, stored_shape
+
+NOT_SAVED = "The key/value cache and the FLOPs per token are those of the dense model: a map saves weights only."
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """One part of the model.
+
+    Attributes:
+      part: `q`, `k`, `v`, `o`, or the rest of the model: `embedding`, `mlp`, `norms`, `head`.
+      dense: parameters without sharing.
+      stored: parameters that are stored.
+      bytes_per_parameter: of its stored type.
+    """
+
+    part: str
+    dense: int
+    stored: int
+    bytes_per_parameter: int
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Sizes of a model.
+
+    Attributes:
+      rows: every part of the model.
+      nominal_saving: parameters that the map says are saved: what receivers share, and all of dropped units.
+      live_bytes: bytes of the parameter arrays on the devices; None for a checkpoint on disk.
+      disk_bytes: bytes of the checkpoint's files; None for a model in memory.
+    """
+
+    rows: tuple[LedgerRow, ...]
+    nominal_saving: int
+    live_bytes: int | None = None
+    disk_bytes: int | None = None
+
+    @property
+    def dense(self) -> int:
+        """Parameters without sharing."""
+        return sum(row.dense for row in self.rows)
+
+    @property
+    def stored(self) -> int:
+        """Parameters that are stored."""
+        return sum(row.stored for row in self.rows)
+
+    @property
+    def attention_dense(self) -> int:
+        """Parameters of the q, k, v and o projections without sharing."""
+        return sum(row.dense for row in self.rows if row.part in PROJECTIONS)
+
+    @property
+    def attention_stored(self) -> int:
+        """Parameters of the q, k, v and o projections that are stored."""
+        return sum(row.stored for row in self.rows if row.part in PROJECTIONS)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all stored parameters."""
+        return sum(row.stored * row.bytes_per_parameter for row in self.rows)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of all parameters without sharing."""
+        return sum(row.dense * row.bytes_per_parameter for row in self.rows)
+
+
+def ledger(source: WeightSource, *, path: Path | None = None) -> Ledger:
+    """Counts what a model or a checkpoint stores.
+
+    Args:
+      source: a model (its real arrays are counted) or an opened checkpoint.
+      path: the checkpoint's file or folder, whose size to add.
+    """
+    config, sharing = source.config, source.sharing
+    counts: dict[str, list[int]] = {}
+    for name in parameters.parameter_names(config):
+        dense = prod(stored_shape(config, name))
+        stored = prod(stored_shape(config, name, sharing))
+        row = counts.setdefault(PARAMETERS[name].part, [0, 0, source.dtype(name).itemsize])
+        row[0] += dense
+        row[1] += stored
+    return Ledger(
+        rows=tuple(LedgerRow(part, *row) for part, row in counts.items()),
+        nominal_saving=0 if sharing is None else _saving(config, sharing),
+        live_bytes=getattr(source, "nbytes", None),
+        disk_bytes=None if path is None else _disk_bytes(path),
+    )
+
+
+def _saving(config: LlamaConfig, sharing: SharingMap) -> int:
+    """Parameters that the map says are not stored."""
+    total = 0
+    for name in parameters.parameter_names(config):
+        projection = PARAMETERS[name].pool
+        if projection is not None:
+            gone = np.count_nonzero(sharing.tied(projection) | sharing.dropped)
+            total += int(gone) * prod(parameters.slice_shape(config, name)) // config.num_kv_heads
+    return total
+
+
+def _disk_bytes(path: Path) -> int:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return int(np.sum([file.stat().st_size for file in files], dtype=np.int64))
+
+
+def megabytes(count: int) -> str:
+    """Bytes in MB (10^6), to one decimal."""
+    return f"{count / 1e6:,.1f} MB"

@@ -1,0 +1,375 @@
+"""Sharing maps: who shares whose weights, who is dropped, and the JSON document that says so."""
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from headshare_jax.config import LlamaConfig
+from headshare_jax.errors import HeadshareError
+from headshare_jax.parameters import PROJECTIONS
+
+FORMAT, VERSION = "headshare-map", 1
+# In place of a donor: the unit is dropped, its output is zero, and nothing of it is stored.
+DROPPED = -1
+
+
+@dataclass(frozen=True, eq=False)
+class SharingMap:
+    """For every sharing unit, the unit whose weights it uses, or that it is dropped.
+
+    Attributes:
+      donor: int32 [L, U], flat index (layer * U + unit) of the root donor; a unit's own index where it keeps its
+        weights, `DROPPED` where it is dropped.
+      score: float64 [L, U], the score by which a receiver or a dropped unit was chosen; NaN elsewhere.
+      heads_per_unit: G, query heads in a unit.
+      tie: projections that receivers share, a non-empty subset of `qkvo` in that order.
+      unit_tie: str [L, U], what each receiver shares, empty for other units; `tie` for every receiver unless given.
+      method: how donors were found, e.g. `direct`.
+      match: match function.
+      chains: `resolve` or `forbid`.
+      ratio: the sharing ratio that was asked for.
+      budget: the part of the attention parameters that was to be kept.
+      seed: of the random baseline.
+      source: fingerprint of the attention weights the map was made for, or None if unknown.
+
+    Raises:
+      HeadshareError: the donors are out of range, dropped, or form a chain or a cycle; no unit keeps its weights; a tie
+        is not a subset of `qkvo`.
+    """
+
+    donor: np.ndarray
+    score: np.ndarray
+    heads_per_unit: int
+    tie: str = "qkv"
+    unit_tie: np.ndarray | None = None
+    method: str = "direct"
+    match: str | None = None
+    chains: str = "resolve"
+    ratio: float | None = None
+    budget: float | None = None
+    seed: int | None = None
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "donor", _frozen(np.asarray(self.donor, np.int32)))
+        object.__setattr__(self, "score", _frozen(np.asarray(self.score, np.float64)))
+        check_tie(self.tie)
+        if self.donor.ndim != 2 or self.donor.shape != self.score.shape:
+            raise HeadshareError("A sharing map needs donors and scores of the same shape [layers, units].")
+        _check_donors(self.donor)
+        ties = np.where(self.receives, self.tie, "") if self.unit_tie is None else np.asarray(self.unit_tie, str)
+        if ties.shape != self.donor.shape or not np.array_equal(ties != "", self.receives):
+            raise HeadshareError("A sharing map needs a tie for every receiver, and for no other unit.")
+        for tie in np.unique(ties[self.receives]):
+            check_tie(str(tie))
+        object.__setattr__(self, "unit_tie", _frozen(ties))
+
+    @property
+    def receives(self) -> np.ndarray:
+        """bool [L, U]: the unit uses another unit's weights."""
+        return (self.donor != _identity(self.donor)) & ~self.dropped
+
+    @property
+    def dropped(self) -> np.ndarray:
+        """bool [L, U]: the unit is dropped."""
+        return self.donor == DROPPED
+
+    @property
+    def receivers(self) -> np.ndarray:
+        """int64 [receivers], flat indices of the receivers in ascending order."""
+        return np.flatnonzero(self.receives)
+
+    def tied(self, projection: str) -> np.ndarray:
+        """bool [L, U]: the unit uses its donor's weights of this projection."""
+        assert self.unit_tie is not None
+        return np.strings.find(self.unit_tie, projection) >= 0
+
+    @property
+    def pooled(self) -> str:
+        """Projections of which some unit does not store its own weights, in the order q, k, v, o."""
+        return "".join(projection for projection in PROJECTIONS if not self.owns_weights(projection).all())
+
+    def slot_donor(self, projection: str) -> np.ndarray:
+        """Flat head slot whose weights each head uses, int64 [L, N] for q and o, [L, K] for k and v; -1: dropped."""
+        num_layers, units = self.donor.shape
+        group = self.heads_per_unit if projection in "qo" else 1
+        unit_lu = np.where(self.tied(projection), self.donor, _identity(self.donor)).astype(np.int64)
+        slot_lug = np.where(self.dropped[:, :, None], DROPPED, unit_lu[:, :, None] * group + np.arange(group))
+        return slot_lug.reshape(num_layers, units * group)
+
+    def owns_weights(self, projection: str) -> np.ndarray:
+        """bool, shaped like `slot_donor`: the head's own weights are stored."""
+        slot = self.slot_donor(projection)
+        return slot == _identity(slot)
+
+    def stored_slots(self, projection: str) -> np.ndarray:
+        """int64 [P], the flat head slot that each pool row holds, ascending."""
+        return np.flatnonzero(self.owns_weights(projection))
+
+    def pool_index(self, projection: str) -> np.ndarray:
+        """Pool row of every head, int32, shaped like `slot_donor`; P, one past the last row, for a dropped head."""
+        stored, slot = self.stored_slots(projection), self.slot_donor(projection)
+        return np.where(slot == DROPPED, len(stored), np.searchsorted(stored, slot)).astype(np.int32)
+
+    def crossing(self, shards: int) -> np.ndarray:
+        """bool [L, U]: the receiver's donor lies in another shard, where each layer's units are cut into `shards`.
+
+        Raises:
+          HeadshareError: the shards do not divide a layer's units.
+        """
+        shard_u = shard_of_units(self.donor.shape[1], shards)
+        donor_shard_lu = shard_u[np.where(self.receives, self.donor, 0) % len(shard_u)]
+        return self.receives & (donor_shard_lu != shard_u[None, :])
+
+    def check_model(self, config: LlamaConfig) -> None:
+        """Raises HeadshareError unless the map has the shape of this model."""
+        mine = (*self.donor.shape, self.heads_per_unit)
+        theirs = (config.num_layers, config.num_kv_heads, config.heads_per_unit)
+        if mine != theirs:
+            raise HeadshareError(
+                "The map is for another model: it has {} layers of {} units with {} query heads each, "
+                "the model {} layers of {} units with {}.".format(*mine, *theirs)
+            )
+
+    def summary(self) -> str:
+        """What the map does, e.g. `2 of 6 units use another unit's qkv or qo weights, 3 are dropped`."""
+        assert self.unit_tie is not None
+        ties = " or ".join(np.unique(self.unit_tie[self.receives])) or self.tie
+        text = f"{len(self.receivers)} of {self.donor.size} units use another unit's {ties} weights"
+        dropped = np.count_nonzero(self.dropped)
+        return f"{text}, {dropped} {'is' if dropped == 1 else 'are'} dropped" if dropped else text
+
+    def to_json(self) -> str:
+        """The map as a JSON document with one receiver or dropped unit a line, so that edits and diffs are readable."""
+        num_layers, units = self.donor.shape
+        head = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": {"num_layers": num_layers, "units_per_layer": units, "heads_per_unit": self.heads_per_unit},
+            "tie": self.tie,
+            "method": self.method,
+            "match": self.match,
+            "chains": self.chains,
+            "ratio": self.ratio,
+            **({} if self.budget is None else {"budget": self.budget}),
+            "seed": self.seed,
+            "source": self.source,
+        }
+        lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
+        if self.dropped.any():
+            lines.append(f'  "dropped": {_one_a_line(self._unit(int(flat)) for flat in np.flatnonzero(self.dropped))},')
+        lines.append(f'  "receivers": {_one_a_line(self._receiver(int(flat)) for flat in self.receivers)}')
+        return "\n".join(["{", *lines, "}", ""])
+
+    def _receiver(self, flat: int) -> dict[str, Any]:
+        assert self.unit_tie is not None
+        place, tie = self._unit(flat), str(self.unit_tie.flat[flat])
+        donor = list(divmod(int(self.donor.flat[flat]), self.donor.shape[1]))
+        score = {"score": place.pop("score")}
+        return place | {"donor": donor} | ({} if tie == self.tie else {"tie": tie}) | score
+
+    def _unit(self, flat: int) -> dict[str, Any]:
+        layer, unit = divmod(int(flat), self.donor.shape[1])
+        score = float(self.score.flat[flat])
+        return {"layer": layer, "unit": unit, "score": None if np.isnan(score) else score}
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Reads `to_json`'s document, edited by hand or not.
+
+        Raises:
+          HeadshareError: not JSON, not such a document, or a map that cannot be: units out of range or named twice,
+            a receiver that is its own donor, a dropped donor, a chain or a cycle, every unit dropped.
+        """
+        try:
+            document = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise HeadshareError(f"The map is not valid JSON ({error}); give one that `--save-map` wrote.") from error
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise HeadshareError(f'The map is not a {FORMAT} document (its "format" says otherwise).')
+        if document.get("version") != VERSION:
+            raise HeadshareError(f"The map has version {document.get('version')!r}; this release reads {VERSION}.")
+        try:
+            return cls(**_map_fields(document))
+        except KeyError as error:
+            raise HeadshareError(f"The map lacks the field {error}.") from error
+
+    def _key(self) -> tuple[Any, ...]:
+        assert self.unit_tie is not None
+        arrays = (self.donor.tobytes(), self.score.tobytes(), tuple(self.unit_tie.flat))
+        settings = (self.heads_per_unit, self.tie, self.method, self.match, self.chains, self.source)
+        return (self.donor.shape, *arrays, *settings, self.ratio, self.budget, self.seed)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SharingMap) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+
+def check_tie(tie: str) -> str:
+    """The tie itself; raises HeadshareError unless it is a non-empty subset of `qkvo` in that order."""
+    if not tie or tie != "".join(projection for projection in PROJECTIONS if projection in tie):
+        raise HeadshareError(f"The tie must name some of q, k, v, o in that order (such as qkv or qk), not {tie!r}.")
+    return tie
+
+
+def _check_donors(donor: np.ndarray) -> None:
+    flat, units = donor.ravel(), donor.shape[1]
+
+    def label(unit: int) -> str:
+        return f"{unit // units}.{unit % units}"
+
+    outside = np.flatnonzero((flat < DROPPED) | (flat >= flat.size))
+    if outside.size:
+        raise HeadshareError(f"Unit {label(outside[0])} of the map has a donor outside the model.")
+    kept = np.flatnonzero(flat != DROPPED)
+    if not kept.size:
+        raise HeadshareError("The map drops every unit; keep at least one.")
+    orphans = kept[flat[flat[kept]] == DROPPED]
+    if orphans.size:
+        dropped, receiver = label(flat[orphans[0]]), label(orphans[0])
+        raise HeadshareError(
+            f"The map drops unit {dropped} (layer.unit), the donor of {receiver}; keep it, or drop both."
+        )
+    for unit in kept[flat[flat[kept]] != flat[kept]]:
+        seen = [int(unit)]
+        while flat[seen[-1]] != seen[-1]:
+            seen.append(int(flat[seen[-1]]))
+            if seen[-1] in seen[:-1]:
+                raise HeadshareError(f"The map has a cycle: {' -> '.join(map(label, seen))} (layer.unit).")
+        raise HeadshareError(
+            f"The map has a chain: {' -> '.join(map(label, seen))} (layer.unit); "
+            f"name the root {label(seen[-1])} as the donor of {label(seen[0])}."
+        )
+
+
+def _map_fields(document: Mapping[str, Any]) -> dict[str, Any]:
+    model = _object(document["model"], "model")
+    num_layers, units = (_whole(model[name], name, 1) for name in ("num_layers", "units_per_layer"))
+    if num_layers * units > 2**24:
+        raise HeadshareError(f"The map claims {num_layers} layers of {units} units, more than any model has.")
+    donor = np.arange(num_layers * units).reshape(num_layers, units)
+    score = np.full(donor.shape, np.nan)
+    tie = check_tie(_text(document["tie"], "tie"))
+    unit_tie = np.full(donor.shape, "", "<U4")
+    named = np.zeros(donor.shape, bool)
+
+    def name(entry: Mapping[str, Any]) -> tuple[int, int]:
+        place = _unit(entry["layer"], entry["unit"], donor.shape)
+        if named[place]:
+            raise HeadshareError(f"The map names unit {place[0]}.{place[1]} (layer.unit) twice.")
+        named[place] = True
+        if entry.get("score") is not None:
+            score[place] = _number(entry["score"], "score")
+        return place
+
+    for entry in _objects(document["receivers"], "receivers"):
+        place = name(entry)
+        donor_layer, donor_unit = _unit(*_pair(entry["donor"], "donor"), donor.shape)
+        if place == (donor_layer, donor_unit):
+            raise HeadshareError(
+                f"The map makes unit {place[0]}.{place[1]} (layer.unit) its own donor; leave it out instead."
+            )
+        donor[place] = donor_layer * units + donor_unit
+        unit_tie[place] = check_tie(_text(entry.get("tie", tie), "tie"))
+    for entry in _objects(document.get("dropped", []), "dropped"):
+        donor[name(entry)] = DROPPED
+    match, ratio, budget, seed, source = (document.get(name) for name in ("match", "ratio", "budget", "seed", "source"))
+    return {
+        "donor": donor,
+        "score": score,
+        "heads_per_unit": _whole(model["heads_per_unit"], "heads_per_unit", 1),
+        "tie": tie,
+        "unit_tie": unit_tie,
+        "method": _text(document["method"], "method"),
+        "chains": _text(document["chains"], "chains"),
+        "match": None if match is None else _text(match, "match"),
+        "ratio": None if ratio is None else _fraction(ratio, "ratio"),
+        "budget": None if budget is None else _fraction(budget, "budget", inclusive=True),
+        "seed": None if seed is None else _whole(seed, "seed", 0),
+        "source": None if source is None else _text(source, "source"),
+    }
+
+
+def _unit(layer: Any, unit: Any, shape: tuple[int, ...]) -> tuple[int, int]:
+    layer, unit = _whole(layer, "layer", 0), _whole(unit, "unit", 0)
+    if layer >= shape[0] or unit >= shape[1]:
+        raise HeadshareError(
+            f"The map names unit {layer}.{unit} (layer.unit), but its model has {shape[0]} layers of {shape[1]} units."
+        )
+    return layer, unit
+
+
+def _whole(value: Any, name: str, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise HeadshareError(f"{name} in the map must be a whole number of at least {least}, not {value!r}.")
+    return value
+
+
+def _number(value: Any, name: str) -> float:
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if not whole and not isinstance(value, float):
+        raise HeadshareError(f"{name} in the map must be a number, not {value!r}.")
+    return float(value)
+
+
+def _fraction(value: Any, name: str, *, inclusive: bool = False) -> float:
+    number = _number(value, name)
+    if not (0 <= number < 1 or (inclusive and number == 1)):
+        end = "at most 1" if inclusive else "below 1"
+        raise HeadshareError(f"{name} in the map must be a number of at least 0 and {end}, not {value!r}.")
+    return number
+
+
+def _pair(value: Any, name: str) -> tuple[Any, Any]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise HeadshareError(f"{name} in the map must be [layer, unit], not {value!r}.")
+    return value[0], value[1]
+
+
+def _object(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise HeadshareError(f"{name} in the map must be an object, not {value!r}.")
+    return value
+
+
+def _objects(value: Any, name: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list):
+        raise HeadshareError(f"{name} in the map must be a list, not {value!r}.")
+    return [_object(entry, f"an entry of {name}") for entry in value]
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise HeadshareError(f"{name} in the map must be text, not {value!r}.")
+    return value
+
+
+def _identity(slots: np.ndarray) -> np.ndarray:
+    """Every place's own flat index, shaped like `slots`."""
+    return np.arange(slots.size).reshape(slots.shape)
+
+
+def _one_a_line(entries: Iterable[dict[str, Any]]) -> str:
+    lines = [f"    {json.dumps(entry)}" for entry in entries]
+    return "[\n" + ",\n".join(lines) + "\n  ]" if lines else "[]"
+
+
+def _frozen(array: np.ndarray) -> np.ndarray:
+    array = array.copy()
+    array.setflags(write=False)
+    return array
+
+
+def shard_of_units(units: int, shards: int) -> np.ndarray:
+    """int64 [U], the shard in which each of a layer's units lies; HeadshareError unless they divide evenly."""
+    if shards < 1 or units % shards:
+        raise HeadshareError(
+            f"{units} units of a layer cannot be cut evenly into {shards} shards; give a divisor of {units}."
+        )
+    return np.arange(units) * shards // units

@@ -1,0 +1,216 @@
+"""Sources of weights: the protocol by which everything reads a model, what a map stores of one, and fingerprints."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+
+from headshare_jax.config import LlamaConfig
+from headshare_jax.parameters import (
+    PARAMETERS,
+    PROJECTIONS,
+    heads_per_layer,
+    layered_names,
+    parameter_names,
+    pool_name,
+    slice_shape,
+)
+from headshare_jax.sharing.map import SharingMap
+
+# Bytes; XLA's CPU buffers begin at multiples of it.
+ALIGNMENT = 64
+# Slices of a stored parameter's axes.
+Part = tuple[slice, ...]
+
+
+class WeightSource(Protocol):
+    """Anything that gives a model's weights one layer at a time: a checkpoint, a model in memory, or a view of one."""
+
+    @property
+    def config(self) -> LlamaConfig: ...
+
+    @property
+    def sharing(self) -> SharingMap | None:
+        """Who shares with whom; None for a dense model."""
+
+    def dtype(self, name: str) -> np.dtype:
+        """Stored type of a parameter."""
+
+    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
+        """A parameter's slice for one layer, or the whole of one that has no layers.
+
+        Pools are read as the layer's own heads: a receiver's slot holds its donor's weights, a dropped one's zeros.
+        The shape is `slice_shape(config, name)`.
+
+        Args:
+          name: a parameter.
+          layer: the layer, for a parameter that has layers.
+          heads: of a pool, the heads of the layer that are wanted, ascending; by default all. No others need be read.
+        """
+
+
+def stored_shape(config: LlamaConfig, name: str, sharing: SharingMap | None = None) -> tuple[int, ...]:
+    """Shape of a parameter as a model holds it: layers stacked, pools with one row per stored head."""
+    shape, parameter = slice_shape(config, name), PARAMETERS[name]
+    if parameter.pool is not None:
+        return (pool_rows(config, parameter.pool, sharing), *shape[1:])
+    return (config.num_layers, *shape) if parameter.layered else shape
+
+
+def pool_rows(config: LlamaConfig, projection: str, sharing: SharingMap | None = None) -> int:
+    """P: number of stored heads of one projection."""
+    if sharing is None:
+        return config.num_layers * heads_per_layer(config, projection)
+    return len(sharing.stored_slots(projection))
+
+
+def pool_index(config: LlamaConfig, projection: str, sharing: SharingMap | None = None) -> np.ndarray:
+    """Pool row of every head, int32 [L, N] for q and o, [L, K] for k and v; the identity for a dense model.
+
+    A dropped head's is P, one past the last row.
+    """
+    if sharing is not None:
+        return sharing.pool_index(projection)
+    heads = heads_per_layer(config, projection)
+    return np.arange(config.num_layers * heads, dtype=np.int32).reshape(config.num_layers, heads)
+
+
+def kept_heads(config: LlamaConfig, projection: str, layer: int, sharing: SharingMap | None) -> np.ndarray:
+    """int64 [kept], the heads of a layer whose own weights are stored, ascending; their pool rows follow each other."""
+    if sharing is None:
+        return np.arange(heads_per_layer(config, projection))
+    return np.flatnonzero(sharing.owns_weights(projection)[layer])
+
+
+def read_heads(
+    source: WeightSource,
+    name: str,
+    layer: int,
+    heads: Sequence[int] | None,
+    read_rows: Callable[[np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """Heads of a stored pool, as `WeightSource.read` gives them.
+
+    Args:
+      source: what the pool belongs to.
+      name: a pooled parameter.
+      layer, heads: as for `WeightSource.read`.
+      read_rows: gives the pool's rows at some indices, int32 [n], at least one.
+    """
+    projection = PARAMETERS[name].pool
+    assert projection is not None
+    index = pool_index(source.config, projection, source.sharing)[layer]
+    index = index if heads is None else index[list(heads)]
+    kept = index < pool_rows(source.config, projection, source.sharing)
+    if kept.all() and len(index):
+        return read_rows(index)
+    values = np.zeros((len(index), *slice_shape(source.config, name)[1:]), source.dtype(name))
+    if kept.any():
+        values[kept] = read_rows(index[kept])
+    return values
+
+
+def stored_layers(source: WeightSource, name: str) -> Iterator[tuple[slice, np.ndarray]]:
+    """What a model stores of a parameter with layers, in order: rows of its leading axis, and their values.
+
+    A layer's slice has a leading axis of 1, a pool's rows are those that the layer stores. Layers of which nothing is
+    stored are left out.
+    """
+    projection, start = PARAMETERS[name].pool, 0
+    for layer in range(source.config.num_layers):
+        if projection is None:
+            yield slice(layer, layer + 1), source.read(name, layer)[None]
+            continue
+        kept = kept_heads(source.config, projection, layer, source.sharing)
+        if len(kept):
+            every = len(kept) == heads_per_layer(source.config, projection)
+            yield slice(start, start + len(kept)), source.read(name, layer, None if every else kept.tolist())
+        start += len(kept)
+
+
+def assemble(source: WeightSource, name: str) -> np.ndarray:
+    """A whole parameter of a source as a model stores it; peak memory is the parameter and one layer's slice."""
+    (value,) = assemble_parts(source, name, [()])
+    return value
+
+
+def assemble_parts(source: WeightSource, name: str, parts: Sequence[Part]) -> list[np.ndarray]:
+    """Parts of a parameter as a model stores it, built layer by layer; each layer is read once for all of them.
+
+    What is built from layers is aligned, so that a CPU's JAX can take it without a copy (`jax.device_put`).
+
+    Args:
+      source: the weights.
+      name: a parameter.
+      parts: slices of the stored parameter's axes; layers and pool rows are never cut, only the axes after them.
+    """
+    if not PARAMETERS[name].layered:
+        whole = source.read(name)
+        return [whole[part] for part in parts]
+    shape = stored_shape(source.config, name, source.sharing)
+    inner = [part[1:] for part in parts]
+    values = [_aligned((shape[0], *_cut(shape[1:], part)), source.dtype(name)) for part in inner]
+    for rows, layer in stored_layers(source, name):
+        for value, part in zip(values, inner, strict=True):
+            value[rows] = layer[(slice(None), *part)]
+    return values
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array, not filled, that begins at a multiple of `ALIGNMENT` bytes."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _cut(shape: tuple[int, ...], part: Part) -> tuple[int, ...]:
+    """Shape of what slices of an array's axes leave of it."""
+    cuts = (*part, *[slice(None)] * (len(shape) - len(part)))
+    return tuple(len(range(size)[cut]) for size, cut in zip(shape, cuts, strict=True))
+
+
+def fingerprint(source: WeightSource) -> str:
+    """SHA-256 over checksums of the attention weights as float32, whatever the format or storage dtype.
+
+    16-bit weights and their exact float32 copies have the same fingerprint; a receiver counts as holding its donor's
+    weights. The checksums tell weights apart that differ by training or by accident, not ones made to collide. The
+    four projections of a layer are in memory at a time.
+    """
+    digest = hashlib.sha256()
+    for part in _layer_checksums(source, [pool_name(projection) for projection in PROJECTIONS]):
+        digest.update(part)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def whole_fingerprint(source: WeightSource) -> str:
+    """As `fingerprint`, but of the architecture and all weights; one layer's are in memory at a time."""
+    digest = hashlib.sha256(json.dumps(source.config.to_json(), sort_keys=True).encode())
+    for name in parameter_names(source.config):
+        if not PARAMETERS[name].layered:
+            digest.update(_checksums(source.read(name)))
+    for part in _layer_checksums(source, layered_names(source.config)):
+        digest.update(part)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _layer_checksums(source: WeightSource, names: Sequence[str]) -> Iterator[bytes]:
+    """Checksums of some parameters, layer by layer."""
+    with ThreadPoolExecutor(len(PROJECTIONS)) as threads:
+        for layer in range(source.config.num_layers):
+            yield from threads.map(_checksums, [source.read(name, layer) for name in names])
+
+
+def _checksums(values: np.ndarray) -> bytes:
+    """Sums modulo 2^32 of the bits of every matrix's rows and columns; all bits of a vector.
+
+    Exchanging, moving or changing values changes them. A cryptographic hash of all bits takes 4 times as long.
+    """
+    bits = np.asarray(values, np.float32).view(np.uint32)
+    if bits.ndim == 1:
+        return bits.tobytes()
+    return b"".join(np.add.reduce(bits, axis=axis, dtype=np.uint32).tobytes() for axis in (-1, -2))

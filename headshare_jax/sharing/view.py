@@ -1,0 +1,152 @@
+"""Views: sources that change another source as it is read, so that no changed model need ever be whole in memory."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from headshare_jax.config import LlamaConfig
+from headshare_jax.errors import HeadshareError
+from headshare_jax.parameters import PARAMETERS, layered_names, slice_shape
+from headshare_jax.sharing.map import DROPPED, SharingMap
+from headshare_jax.sharing.source import WeightSource, fingerprint
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+
+
+class View:
+    """A source that gives what another source gives; each kind of view changes some of it.
+
+    Attributes:
+      base: the source that is read.
+    """
+
+    def __init__(self, base: WeightSource):
+        self.base = base
+
+    @property
+    def config(self) -> LlamaConfig:
+        return self.base.config
+
+    @property
+    def sharing(self) -> SharingMap | None:
+        return self.base.sharing
+
+    def dtype(self, name: str) -> np.dtype:
+        return self.base.dtype(name)
+
+    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
+        return self.base.read(name, layer, heads)
+
+
+class SharedView(View):
+    """A dense source as a map shares it: receivers read their donors' weights, dropped units zeros."""
+
+    def __init__(self, base: WeightSource, sharing: SharingMap, *, check_source: bool = True):
+        """Makes the view; no weights are read but for the check.
+
+        Args:
+          base: a dense source.
+          sharing: who shares with whom, and who is dropped.
+          check_source: compare the map's fingerprint with the source's weights, unless every receiver's are its donor's
+            already; turn off for weights that were trained on.
+
+        Raises:
+          HeadshareError: the source already shares heads, or the map is for another model.
+        """
+        super().__init__(base)
+        self._sharing = sharing
+        if base.sharing is not None:
+            raise HeadshareError(
+                "The model already shares heads; give a dense one. Converting it to hf (in Python, `unshare`) writes "
+                "every head out."
+            )
+        sharing.check_model(base.config)
+        if check_source and sharing.source not in (None, fingerprint(base)) and not self._changes_nothing():
+            raise HeadshareError(
+                "The map was made for other weights: its source fingerprint is not this model's; make a map for this "
+                'model with a ratio, or set "source" to null in the map to use its pairs all the same.'
+            )
+
+    @property
+    def sharing(self) -> SharingMap:
+        return self._sharing
+
+    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
+        projection = PARAMETERS[name].pool
+        if layer is None or projection is None:
+            return self.base.read(name, layer, heads)
+        slot_n = self.sharing.slot_donor(projection)[layer]
+        per_layer = len(slot_n)
+        slot_n = slot_n if heads is None else slot_n[list(heads)]
+        layer_n = np.where(slot_n == DROPPED, DROPPED, slot_n // per_layer)
+        if (layer_n == layer).all() and heads is None and len(np.unique(slot_n)) == per_layer:
+            return self.base.read(name, layer)
+        values = np.zeros((len(slot_n), *slice_shape(self.config, name)[1:]), self.dtype(name))
+        for donor_layer in np.unique(layer_n[layer_n != DROPPED]):
+            mine = layer_n == donor_layer
+            wanted, place = np.unique(slot_n[mine] % per_layer, return_inverse=True)
+            values[mine] = self.base.read(name, int(donor_layer), wanted.tolist())[place]
+        return values
+
+    def _changes_nothing(self) -> bool:
+        """Whether receivers hold their donors' weights, and dropped units zeros, as a dense export has them."""
+        return all(
+            np.array_equal(self.base.read(name, layer), self.read(name, layer))
+            for name in layered_names(self.config)
+            if PARAMETERS[name].pool in tuple(self.sharing.pooled)
+            for layer in range(self.config.num_layers)
+        )
+
+
+class DenseView(View):
+    """A shared source written out: every head has weights of its own, a dropped unit's are zeros."""
+
+    @property
+    def sharing(self) -> None:
+        return None
+
+
+class ReplacedView(View):
+    """A source with some layers' slices of some parameters replaced, as a refit does with output weights.
+
+    Attributes:
+      values: new slices, shaped as `read` gives them, by parameter and layer; their type is the parameter's own.
+    """
+
+    def __init__(self, base: WeightSource, values: Mapping[tuple[str, int], np.ndarray]):
+        super().__init__(base)
+        self.values = values
+
+    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
+        value = None if layer is None else self.values.get((name, layer))
+        if value is None:
+            return self.base.read(name, layer, heads)
+        return value if heads is None else value[list(heads)]
+
+
+class CastView(View):
+    """A source with every parameter rounded to another type as it is read."""
+
+    def __init__(self, base: WeightSource, dtype: str):
+        """Makes the view. Raises HeadshareError if `dtype` is none of `DTYPES`."""
+        super().__init__(base)
+        if dtype not in DTYPES:
+            raise HeadshareError(f"The type {dtype!r} is not one of {', '.join(DTYPES)}.")
+        self._dtype = DTYPES[dtype]
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._dtype
+
+    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
+        return self.base.read(name, layer, heads).astype(self._dtype, copy=False)
+
+
+def cast(source: WeightSource, dtype: str | None) -> WeightSource:
+    """The source rounded to a type (see `CastView`); the source itself for None."""
+    return source if dtype is None else CastView(source, dtype)

@@ -1,0 +1,310 @@
+"""`headshare sweep`: its points, going on after it was stopped, what it refuses, and its page in a browser."""
+
+import csv
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_cli_model
+import transformers
+from selenium.webdriver import ActionChains, Chrome, ChromeOptions
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import Select
+
+import headshare_jax as hs
+from headshare_jax import cli
+from headshare_jax.cli import sweep
+from headshare_jax.convert import scores_file
+from headshare_jax.fit import methods
+from headshare_jax.matching.functional import _LayerScorer
+
+CALIBRATION = "The quick brown fox jumps over the lazy dog. " * 40
+HELD_OUT = "A slow green turtle creeps under the busy cat. " * 8
+WINDOW = 64
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, texts, and a finished sweep."""
+    folder = tmp_path_factory.mktemp("sweep")
+    tiny_cli_model.saved(folder / "model")
+    (folder / "calibration.txt").write_text(CALIBRATION)
+    (folder / "held-out.txt").write_text(HELD_OUT)
+    assert cli.run([*arguments(folder), "-o", str(folder / "report")]) == 0
+    return folder
+
+
+def arguments(folder: Path, **other: object) -> list[str]:
+    """Of a sweep of two methods with one ratio each can do, and one that only `direct` can."""
+    given = {
+        "ratios": "0.2,0.7",
+        "methods": "direct,fitted",
+        "calibrate": folder / "calibration.txt",
+        "calibrate-tokens": 4 * WINDOW,
+        "text": folder / "held-out.txt",
+        "seq-len": WINDOW,
+    } | {name.replace("_", "-"): value for name, value in other.items()}
+    model = given.pop("src", folder / "model")
+    options = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    return ["sweep", str(model), *options]
+
+
+@pytest.fixture
+def copy(workplace: Path, tmp_path: Path) -> Path:
+    """The finished sweep's folder, for a test's own use."""
+    return shutil.copytree(workplace / "report", tmp_path / "report")
+
+
+def data(report: Path) -> Any:
+    return json.loads((report / sweep.DATA).read_text())
+
+
+def test_points_are_what_the_library_gives(workplace: Path) -> None:
+    record = data(workplace / "report")
+    model = hs.load(workplace / "model")
+    words = transformers.AutoTokenizer.from_pretrained(workplace / "model")
+    windows = hs.calibration_windows(words(CALIBRATION).input_ids, 4, WINDOW, 259)
+    direct = hs.share(model, hs.sharing_map(hs.match(model), 0.2))
+    by_function = hs.share(model, hs.sharing_map(hs.match_functional(model, windows), 0.2, chains="forbid"))
+    fitted, report = hs.refit(model, by_function, windows)
+    expected = [model, direct, fitted]
+    points = [record["points"][place] for place in (0, 1, 3)]
+    assert [(point["method"], point["ratio"]) for point in points] == [("dense", 0), ("direct", 0.2), ("fitted", 0.2)]
+    for point, each in zip(points, expected, strict=True):
+        measured = hs.perplexity(each, words(HELD_OUT).input_ids, seq_len=WINDOW)
+        assert point["perplexity"] == pytest.approx(measured.token_perplexity, rel=1e-6)
+        assert point["parameters"] == hs.ledger(each).stored
+        assert point["protocol"] == measured.protocol
+    assert points[2]["fit"]["blocks"][0]["fitted_rows"] == report.blocks[0].fitted_rows
+    assert record["fingerprint"] == hs.fingerprint(model)
+    assert record["points"][2]["relative"] == record["points"][2]["perplexity"] / points[0]["perplexity"]
+
+
+def test_a_point_that_cannot_be_says_why(workplace: Path) -> None:
+    point = data(workplace / "report")["points"][4]
+    assert point["perplexity"] is None
+    assert "of 4 receivers can be chosen" in point["reason"]
+
+
+def test_the_table_holds_the_points(workplace: Path) -> None:
+    with (workplace / "report" / sweep.TABLE).open() as file:
+        rows = list(csv.DictReader(file))
+    points = data(workplace / "report")["points"]
+    assert [(row["method"], float(row["ratio"])) for row in rows] == [(p["method"], p["ratio"]) for p in points]
+    assert [row["perplexity"] for row in rows] == [str(p["perplexity"] or "") for p in points]
+
+
+def test_a_stopped_sweep_goes_on_where_it_was(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured: list[float] = []
+    matched: list[str] = []
+    perplexity, match = sweep.perplexity, methods.match
+
+    def stopping(*args: Any, **kwargs: Any) -> Any:
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(0)
+        return perplexity(*args, **kwargs)
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        matched.append(args[1])
+        return match(*args, **kwargs)
+
+    monkeypatch.setattr(methods, "match", counting)
+    monkeypatch.setattr(sweep, "perplexity", stopping)
+    command = [*arguments(workplace), "-o", str(tmp_path / "report")]
+    assert cli.run(command) == 130
+    assert not (tmp_path / "report" / sweep.DATA).exists()
+    monkeypatch.setattr(sweep, "perplexity", perplexity)
+    assert cli.run(command) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert cli.run([*command, "--resume"]) == 0
+    # One for both ratios and both runs.
+    assert matched == ["qk"]
+    for one, other in zip(data(tmp_path / "report")["points"], data(workplace / "report")["points"], strict=True):
+        for name in ("method", "ratio", "reason"):
+            assert one.get(name) == other.get(name)
+        if other["perplexity"] is not None:
+            assert one["perplexity"] == pytest.approx(other["perplexity"], rel=1e-5)
+
+
+def test_matching_that_was_stopped_in_a_sweep_goes_on_where_it_was(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[int] = []
+    layer_costs = _LayerScorer.layer_costs
+
+    def counting(scorer: _LayerScorer, ties: Any) -> Any:
+        scored.append(scorer.layer)
+        if scored == [0, 1]:
+            raise KeyboardInterrupt
+        return layer_costs(scorer, ties)
+
+    monkeypatch.setattr(_LayerScorer, "layer_costs", counting)
+    command = [*arguments(workplace, methods="fitted"), "-o", str(tmp_path / "report")]
+    assert cli.run(command) == 130
+    assert cli.run([*command, "--resume"]) == 0
+    assert scored == [0, 1, 1, 2]
+
+
+def test_a_finished_sweep_measures_nothing_again_and_takes_further_points(
+    workplace: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared: list[str] = []
+    apply = methods.apply
+
+    def counting(method: methods.Method, *args: Any, **kwargs: Any) -> Any:
+        shared.append(method.name)
+        return apply(method, *args, **kwargs)
+
+    monkeypatch.setattr(methods, "apply", counting)
+    assert cli.run([*arguments(workplace), "-o", str(copy), "--resume"]) == 0
+    assert shared == []
+    for name in (sweep.DATA, sweep.TABLE, sweep.PAGE):
+        assert (copy / name).read_bytes() == (workplace / "report" / name).read_bytes(), name
+    assert cli.run([*arguments(workplace, methods="direct,random"), "-o", str(copy), "--resume"]) == 0
+    assert shared == ["random", "random"]
+
+
+def test_a_sweep_of_something_else_is_never_continued(
+    workplace: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workplace / "other.txt").write_text(HELD_OUT + CALIBRATION)
+    other = tiny_cli_model.saved(workplace / "other", seed=1)
+    cases: list[tuple[dict[str, object], str]] = [
+        ({"src": other}, "another model"),
+        ({"text": workplace / "other.txt"}, "another held-out text"),
+        ({"calibrate": workplace / "other.txt"}, "another calibration text"),
+        ({"seed": 5}, "another settings"),
+    ]
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    for changes, words in cases:
+        assert cli.run([*arguments(workplace, **changes), "-o", str(copy), "--resume"]) == 2
+        said = capsys.readouterr().err
+        assert words in " ".join(said.split()), said
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+def test_bad_input_is_refused_before_anything_is_made(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hs.save(hs.share(hs.load(workplace / "model"), hs.sharing_map(hs.match(hs.load(workplace / "model")), 0.3)),
+            tmp_path / "shared")  # fmt: skip
+    (tmp_path / "empty").mkdir()
+    uncalibrated = ["sweep", str(workplace / "model"), "--text", str(workplace / "held-out.txt")]
+    before = sorted(tmp_path.rglob("*"))
+    cases = [
+        (arguments(workplace, ratios="0.1;0.3"), "--ratios"),
+        (arguments(workplace, ratios="0.1"), "none of 6 units"),
+        (arguments(workplace, ratios="1.5"), "below 1"),
+        (arguments(workplace, methods="best"), "direct, refit"),
+        (arguments(workplace, tie="vk"), "tie"),
+        (arguments(workplace, src=tmp_path / "shared"), "already shares"),
+        (arguments(workplace, text=workplace / "absent.txt"), "absent.txt"),
+        (arguments(workplace, calibrate_tokens=10**6), "give a longer text"),
+        (uncalibrated, "--calibrate"),
+    ]
+    for command, words in cases:
+        assert cli.run([*command, "-o", str(tmp_path / "report")]) == 2
+        said = capsys.readouterr().err
+        assert words in " ".join(said.split()), said
+    assert cli.run([*arguments(workplace), "-o", str(tmp_path / "empty"), "--resume"]) == 2
+    assert "not the folder of a sweep" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.run([*arguments(workplace), "-o", str(tmp_path / "report")]) == 2
+    assert "headshare-jax[report]" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_scores_are_kept_whole(workplace: Path, tmp_path: Path) -> None:
+    result = hs.match(hs.load(workplace / "model"), "random", seed=3)
+    for each in (result, dataclasses.replace(result, scores=None)):
+        scores_file.write(each, tmp_path / "scores.npz")
+        stored = scores_file.read(tmp_path / "scores.npz")
+        for field in dataclasses.fields(each):
+            assert np.array_equal(getattr(stored, field.name), getattr(each, field.name)), field.name
+
+
+def test_damaged_scores_are_named(copy: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (scores,) = copy.glob("cache/weight_scores-*.npz")
+    scores.write_bytes(scores.read_bytes()[:100])
+    assert cli.run([*arguments(workplace), "-o", str(copy), "--resume"]) == 2
+    assert "delete the file" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        if "CI" in os.environ:
+            pytest.fail("chromium and chromium-driver are not installed")
+        pytest.skip("chromium and chromium-driver are not on this machine")
+    options = ChromeOptions()
+    options.binary_location = chromium
+    for argument in (
+        "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+        "disable-component-update", "disable-sync", f"user-data-dir={tmp_path_factory.mktemp('browser')}",
+    ):  # fmt: skip
+        options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with Chrome(options=options, service=Service(driver)) as started:
+        yield started
+
+
+def opened(browser: Chrome, page: Path, width: int) -> None:
+    """Opens a page in a window of a width, in CSS pixels."""
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get(page.as_uri())
+
+
+@pytest.mark.parametrize("width", [1200, 390], ids=["desktop", "phone"])
+def test_the_page_fits_and_is_without_errors(workplace: Path, browser: Chrome, width: int) -> None:
+    opened(browser, workplace / "report" / sweep.PAGE, width)
+    assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    for name in ("curves", "map", "heatmap"):
+        drawn = browser.find_element(By.CSS_SELECTOR, f"#{name} .main-svg").size
+        assert 300 < drawn["width"] <= width
+    for table in browser.find_elements(By.CSS_SELECTOR, ".scroll:not([hidden])"):
+        assert browser.execute_script("return arguments[0].scrollWidth <= arguments[0].clientWidth", table)
+    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+    assert browser.get_log("browser") == []
+
+
+def test_hovering_shows_the_pair(workplace: Path, browser: Chrome) -> None:
+    opened(browser, workplace / "report" / sweep.PAGE, 1200)
+    plot = browser.find_element(By.CSS_SELECTOR, "#heatmap .nsewdrag")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", plot)
+    # The middle of the square of receiver 2.0 and donor 1.1, the fifth and the fourth of six units.
+    width, height = plot.size["width"], plot.size["height"]
+    ActionChains(browser).move_to_element_with_offset(
+        plot, int(3.5 / 6 * width - width / 2), int(4.5 / 6 * height - height / 2)
+    ).perform()
+    browser.implicitly_wait(5)
+    shown = browser.find_element(By.CSS_SELECTOR, "#heatmap .hovertext").text
+    (kept,) = (workplace / "report").glob("cache/weight_scores-*.npz")
+    scores = scores_file.read(kept).scores
+    assert scores is not None
+    for words in ("receiver 2.0", "donor 1.1", f"{scores[4, 3]:.4f}".replace("-", "\u2212")):
+        assert words in shown
+
+
+def test_choosing_a_point_shows_its_map_and_ledger(workplace: Path, browser: Chrome) -> None:
+    opened(browser, workplace / "report" / sweep.PAGE, 1200)
+    points = [point for point in data(workplace / "report")["points"] if "map" in point]
+    choice = Select(browser.find_element(By.ID, "point"))
+    assert len(choice.options) == len(points) == 3
+    for place, point in enumerate(points):
+        choice.select_by_index(place)
+        (ledger,) = (each for each in browser.find_elements(By.CLASS_NAME, "ledger") if each.is_displayed())
+        assert f"{point['parameters']:,}" in ledger.text
+        drawn = browser.execute_script("return document.getElementById('map').data.at(-1).text.length")
+        assert drawn == point["receivers"]

@@ -1,0 +1,138 @@
+"""Attention in blocks, and against it the kernels of TPUs and GPUs, interpreted or by their definition in XLA."""
+
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from support import random_tokens, tiny_model
+
+from headshare_jax import Llama
+from headshare_jax.model import attention, llama
+from headshare_jax.model.attention import flash_attention, has_kernel
+from headshare_jax.model.kernels.cudnn import cudnn
+from headshare_jax.model.kernels.splash import splash
+from headshare_jax.model.mesh import batch_sharding, make_mesh
+from headshare_jax.plan.topology import topology_devices
+
+LENGTH, WIDTH = 256, 32
+# Two documents and padding, and one document that ends within a block of keys.
+SEGMENTS = np.stack([np.repeat([1, 2, 0], [100, 120, 36]), np.repeat([1, 0], [130, 126])]).astype(np.int32)
+CAUSAL = np.tril(np.ones((LENGTH, LENGTH), bool))[None]
+Heads = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def heads(queries: int, groups: int) -> Heads:
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, LENGTH, n, WIDTH)), jnp.float32) for n in (queries, groups, groups))
+    return q, k, v
+
+
+def value_and_gradients(attend: Callable[..., jax.Array], of: Heads) -> tuple[jax.Array, Heads]:
+    """Head outputs, and gradients of a sum that weighs each of them differently."""
+    outputs, pull = jax.vjp(jax.jit(attend), *of)
+    return outputs, pull(jnp.sin(jnp.arange(outputs.size, dtype=jnp.float32)).reshape(outputs.shape))
+
+
+KERNELS = {
+    "splash": partial(splash, interpret=True),
+    "cudnn": partial(cudnn, implementation="xla"),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("groups", "sizes"), [(2, (1, 2, 2)), (1, (2, 1, 2)), (4, (1, 1, 1))])
+def test_kernels_give_what_blocks_give(groups: int, sizes: tuple[int, int, int], kernel: str) -> None:
+    of = heads(4, groups)
+    mask_bts = CAUSAL & (SEGMENTS[:, :, None] == SEGMENTS[:, None, :])
+    mesh = make_mesh(sizes, jax.devices()[: int(np.prod(sizes))])
+    expected, expected_gradients = value_and_gradients(
+        lambda q, k, v: attention.attend(q, k, v, mask_bts, causal=True), of
+    )
+    got, gradients = value_and_gradients(
+        lambda q, k, v: flash_attention(q, k, v, jnp.asarray(SEGMENTS), mesh, kernel=KERNELS[kernel]), of
+    )
+    for mine, theirs in zip((got, *gradients), (expected, *expected_gradients), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=3e-6 * float(jnp.abs(theirs).max()))
+
+
+@pytest.mark.parametrize("in_turns", [attention.rows_apart, attention.rows_in_place])
+@pytest.mark.parametrize("masks", [0, 1, 2])
+def test_rows_in_turns_give_what_all_give_together(masks: int, in_turns: attention.InTurns) -> None:
+    of, mask_bts = heads(4, 2), None
+    if masks:
+        mask_bts = CAUSAL & (SEGMENTS[:, :, None] == SEGMENTS[:, None, :])[:masks]
+    attend = partial(attention.attend, mask_bts=mask_bts, causal=True)
+    expected = value_and_gradients(attend, of)
+    got = value_and_gradients(partial(attend, in_turns=in_turns), of)
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-6 * float(jnp.abs(theirs).max()))
+
+
+def test_blocks_without_a_mask_see_what_is_not_later() -> None:
+    of = heads(4, 2)
+    assert LENGTH >= 2 * attention.QUERY_BLOCK
+    expected = value_and_gradients(partial(attention.attend, mask_bts=CAUSAL), of)
+    got = value_and_gradients(partial(attention.attend, causal=True), of)
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-6 * float(jnp.abs(theirs).max()))
+
+
+def test_a_cpu_has_the_scores_of_one_row_in_memory() -> None:
+    def temporary_bytes(in_turns: attention.InTurns | None) -> int:
+        attend = partial(attention.attend, causal=True, in_turns=in_turns)
+        return int(jax.jit(attend).lower(*heads(4, 2)).compile().memory_analysis().temp_size_in_bytes)
+
+    for in_turns in (attention.rows_apart, attention.rows_in_place):
+        assert temporary_bytes(in_turns) < 0.7 * temporary_bytes(None)
+
+
+def test_a_model_runs_the_kernel_where_its_mesh_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(num_hidden_layers=1, max_position_embeddings=LENGTH)
+    tokens, segments = jnp.asarray(random_tokens((2, LENGTH))), jnp.asarray(SEGMENTS)
+    expected = model(tokens, segments_bt=segments)
+    used = []
+
+    def interpreted(*arguments: jax.Array) -> jax.Array:
+        used.append(True)
+        return flash_attention(*arguments, kernel=KERNELS["splash"])
+
+    monkeypatch.setattr(llama, "has_kernel", lambda *of: True)
+    monkeypatch.setattr(llama, "flash_attention", interpreted)
+    model.batch_sharding = batch_sharding(make_mesh((2, 1, 1), jax.devices()[:2]))
+    got = jax.jit(Llama.__call__)(model, tokens, segments_bt=segments)
+    assert used
+    np.testing.assert_allclose(got, expected, atol=2e-5 * float(jnp.abs(expected).max()))
+
+
+def test_kernels_are_for_tpus_and_whole_blocks() -> None:
+    tpu = make_mesh((1, 4, 1), topology_devices("v5e:2x2"))
+    assert has_kernel(tpu, 4096, 128, "bfloat16")
+    assert has_kernel(tpu, 3 * attention.SPLASH_BLOCKS[-1], 64, "float32")
+    assert not has_kernel(tpu, 4000, 128, "bfloat16")
+    assert not has_kernel(make_mesh((1, 8, 1)), 4096, 128, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("capability", "length", "width", "dtype", "there"),
+    [
+        ("9.0", 4096, 128, "bfloat16", True),
+        ("8.6", 64, 64, "bfloat16", True),
+        ("7.5", 4096, 128, "bfloat16", False),
+        ("9.0", 4096, 256, "bfloat16", False),
+        ("9.0", 4100, 128, "bfloat16", False),
+        ("9.0", 4096, 128, "float32", False),
+        ("gfx942", 4096, 128, "bfloat16", False),
+    ],
+)
+def test_kernels_are_for_gpus_and_what_cudnn_takes(
+    capability: str, length: int, width: int, dtype: str, there: bool
+) -> None:
+    gpu = SimpleNamespace(platform="gpu", compute_capability=capability)
+    mesh = SimpleNamespace(devices=np.array([[[gpu]]]))
+    assert has_kernel(cast("Mesh", mesh), length, width, dtype) is there

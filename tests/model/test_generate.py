@@ -1,0 +1,255 @@
+"""Generation: transformers' greedy tokens, draws that stay within bounds, few compilations, no second cache."""
+
+import re
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from support import (
+    VARIANTS,
+    compilations,
+    random_tokens,
+    saved_hf_model,
+    sharing_by_hand,
+    tied_by_hand,
+    tiny_hf_model,
+    tiny_model,
+)
+from transformers import LlamaForCausalLM
+
+import headshare_jax
+from headshare_jax import HeadshareError, Llama, Sampling, generate, parameters, share
+from headshare_jax.model import generate as generation
+from headshare_jax.model import reading as readings
+from headshare_jax.model.mesh import make_mesh, parameter_sharding
+
+# 20 tokens more go beyond the context of 64, where dynamic scaling begins.
+PROMPTS = [random_tokens((length,), seed=length).tolist() for length in (3, 55, 9, 1)]
+NO_STOP: tuple[int, ...] = ()
+
+
+def hf_generate(folder: Path, prompts: list[list[int]], **settings: Any) -> list[list[int]]:
+    """Greedy continuations by transformers, padded on the left."""
+    model: Any = LlamaForCausalLM.from_pretrained(folder)
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    out = model.eval().generate(tokens, attention_mask=mask, do_sample=False, pad_token_id=0, **settings)
+    return [row[longest:] for row in out.tolist()]
+
+
+@pytest.mark.parametrize("name", ["gqa", "mha", "dynamic", "attention bias"])
+def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+    folder = saved_hf_model(tmp_path, eos_token_id=None, **VARIANTS[name])
+    assert generate(headshare_jax.load(folder), PROMPTS, max_new_tokens=20) == hf_generate(
+        folder, PROMPTS, max_new_tokens=20
+    )
+
+
+def test_prompts_read_in_two_parts_continue_as_those_of_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, prompts = saved_hf_model(tmp_path, eos_token_id=None), PROMPTS[:3]
+    monkeypatch.setattr(readings, "PART_TOKENS", len(prompts) * generation.BUCKET // 2)
+    before = compilations(generation.prefill)
+    model = headshare_jax.load(folder)
+    assert generate(model, prompts, max_new_tokens=20) == hf_generate(folder, prompts, max_new_tokens=20)
+    monkeypatch.setattr(readings, "PART_TOKENS", len(prompts) * generation.BUCKET)
+    assert generate(model, prompts, max_new_tokens=20) == hf_generate(folder, prompts, max_new_tokens=20)
+    assert compilations(generation.prefill) == before + 2
+
+
+@pytest.mark.parametrize(
+    "device",
+    [None, SimpleNamespace(platform="cpu"), SimpleNamespace(platform="gpu", compute_capability="9.0")],
+    ids=["copied from the stack", "unstacked", "in the stack"],
+)
+@pytest.mark.parametrize("tie", ["qkvo", "mixed"])
+def test_a_shared_model_continues_as_one_edited_by_hand_does_in_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tie: str, device: SimpleNamespace | None
+) -> None:
+    monkeypatch.setattr(Llama, "device", property(lambda model: device))
+    hf = tiny_hf_model(eos_token_id=None)
+    hf.save_pretrained(tmp_path / "dense")
+    model = headshare_jax.load(tmp_path / "dense")
+    sharing = sharing_by_hand(model, tie, {2: 0, 5: 1})
+    tied_by_hand(hf, sharing).save_pretrained(tmp_path / "edited")
+    continuations = generate(share(model, sharing), PROMPTS, max_new_tokens=20)
+    assert continuations == hf_generate(tmp_path / "edited", PROMPTS, max_new_tokens=20)
+    assert continuations != generate(model, PROMPTS, max_new_tokens=20)
+
+
+def test_it_does_not_matter_where_parameters_lie(model: Llama, greedy: list[list[int]]) -> None:
+    mesh = make_mesh((2, 2, 2))
+    params = {name: getattr(model, name)[...] for name in parameters.parameter_names(model.config)}
+    shardings = {name: parameter_sharding(mesh, model.config, name, value.shape) for name, value in params.items()}
+    assert generate(Llama(model.config, jax.device_get(params)), PROMPTS, max_new_tokens=20) == greedy
+    assert generate(Llama(model.config, jax.device_put(params, shardings)), PROMPTS, max_new_tokens=20) == greedy
+
+
+def unstacked(model: Llama) -> dict[str, tuple[jax.Array, ...]]:
+    return readings.unstacked({name: model.array(name) for name in readings.STACKED_MATRICES})
+
+
+def test_unstacked_layers_are_views_of_the_model() -> None:
+    model = tiny_model(hidden_size=64, head_dim=16, intermediate_size=128)
+    for name, matrices in unstacked(model).items():
+        whole = np.asarray(getattr(model, name)[...])
+        assert all(np.shares_memory(np.asarray(part), whole) for part in jax.tree.leaves(matrices)), name
+
+
+@pytest.fixture(scope="module")
+def model() -> Llama:
+    return tiny_model(eos_token_id=None)
+
+
+@pytest.fixture(scope="module")
+def greedy(model: Llama) -> list[list[int]]:
+    """20 tokens after each prompt."""
+    rows = generate(model, PROMPTS, max_new_tokens=20)
+    assert [len(row) for row in rows] == [20] * 4
+    return rows
+
+
+def test_a_row_ends_before_its_first_stop_token(model: Llama, greedy: list[list[int]]) -> None:
+    stops = (greedy[0][0], greedy[1][7])
+    expected = [row[: min([row.index(stop) for stop in stops if stop in row], default=20)] for row in greedy]
+    assert len({len(row) for row in expected}) > 1
+    assert generate(model, PROMPTS, max_new_tokens=20, stop_tokens=stops) == expected
+
+
+def test_the_models_own_end_token_stops_by_default(greedy: list[list[int]]) -> None:
+    stop = greedy[1][7]
+    expected = [row[: row.index(stop)] if stop in row else row for row in greedy]
+    stopping = tiny_model(eos_token_id=stop)
+    assert generate(stopping, PROMPTS, max_new_tokens=20) == expected
+    assert generate(stopping, PROMPTS, max_new_tokens=20, stop_tokens=NO_STOP) == greedy
+
+
+def test_a_prompt_is_continued_alone_as_in_a_batch(model: Llama, greedy: list[list[int]]) -> None:
+    assert generate(model, PROMPTS[1:2], max_new_tokens=20) == greedy[1:2]
+
+
+def test_one_token_compiles_no_loop(model: Llama, greedy: list[list[int]]) -> None:
+    before = compilations(generation.decode)
+    assert generate(model, PROMPTS[:3], max_new_tokens=1) == [row[:1] for row in greedy[:3]]
+    stop = greedy[1][0]
+    expected = [[] if row[0] == stop else row[:1] for row in greedy[:3]]
+    assert generate(model, PROMPTS[:3], max_new_tokens=1, stop_tokens=(stop,)) == expected
+    assert compilations(generation.decode) == before
+
+
+def test_a_map_changes_no_program_but_the_size_of_its_pools(model: Llama) -> None:
+    def operations(model: Llama) -> Counter[str]:
+        cache = model.empty_cache(1, slots=64)
+        reading = readings.OwnMatrices(readings.OneByOne(), unstacked(model))
+        limit, stops = jnp.int32(8), jnp.zeros(0, jnp.int32)
+        arguments = (model, jnp.zeros(1, jnp.int32), cache, jax.random.key(0), limit, stops)
+        lowered = generation.decode.lower(*arguments, room=8, sampling=Sampling(), reading=reading)
+        return Counter(re.findall(r"stablehlo\.\w+", lowered.as_text()))
+
+    shared = share(model, sharing_by_hand(model, "qkvo", {2: 0, 5: 1}))
+    assert operations(shared) == operations(model)
+
+
+def test_nearby_lengths_and_other_seeds_do_not_compile_again(model: Llama) -> None:
+    sampling = Sampling(temperature=0.7)
+    generate(model, PROMPTS, max_new_tokens=20, sampling=sampling)
+    before = compilations(generation.prefill), compilations(generation.decode)
+    nearby = [prompt + prompt[:7] for prompt in PROMPTS]
+    generate(model, nearby, max_new_tokens=33, sampling=sampling, seed=5)
+    generate(tiny_model(seed=1, eos_token_id=None), PROMPTS, max_new_tokens=1, sampling=Sampling(temperature=0.7))
+    assert (compilations(generation.prefill), compilations(generation.decode)) == before
+
+
+def test_the_cache_is_written_in_place(model: Llama) -> None:
+    tokens = jnp.asarray(random_tokens((2, 8)))
+    empty = model.empty_cache(2, slots=16)
+    key, greedily = jax.random.key(0), Sampling()
+    token, filled = generation.prefill(model, tokens, jnp.array([8, 3]), empty, key, sampling=greedily)
+    no_stop = jnp.zeros(0, jnp.int32)
+    generation.decode(model, token, filled, key, jnp.int32(8), no_stop, room=8, sampling=greedily)
+    for cache in (empty, filled):
+        assert cache.k_lbskh.is_deleted()
+        assert cache.v_lbskh.is_deleted()
+
+
+def test_the_likeliest_token_is_all_that_top_k_1_leaves(model: Llama, greedy: list[list[int]]) -> None:
+    assert generate(model, PROMPTS, max_new_tokens=20, sampling=Sampling(temperature=2.0, top_k=1)) == greedy
+
+
+def test_draws_are_set_by_the_seed(model: Llama) -> None:
+    sampling = Sampling(temperature=1.0)
+    one, same, other = (generate(model, PROMPTS, sampling=sampling, seed=seed) for seed in (1, 1, 2))
+    assert one == same != other
+    assert (
+        generate(model, [PROMPTS[0]] * 2, sampling=sampling)[0]
+        != generate(model, [PROMPTS[0]] * 2, sampling=sampling)[1]
+    )
+
+
+LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.2, 0.25], np.float32))
+DRAWS = 20_000
+
+
+def frequencies(sampling: Sampling) -> np.ndarray:
+    """Of each token, among many draws."""
+    logits = jnp.broadcast_to(jnp.asarray(LOGITS)[None], (DRAWS, LOGITS.size))
+    tokens = generation._draw(logits, jax.random.key(0), sampling)
+    assert tokens.dtype == jnp.int32
+    return np.bincount(np.asarray(tokens), minlength=LOGITS.size) / DRAWS
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(), [0, 1, 0, 0, 0]),
+        (Sampling(temperature=1.0), [0.05, 0.4, 0.1, 0.2, 0.25]),
+        (Sampling(temperature=0.5), np.square([0.05, 0.4, 0.1, 0.2, 0.25]) / 0.275),
+        (Sampling(temperature=1.0, top_k=2), [0, 0.4 / 0.65, 0, 0, 0.25 / 0.65]),
+        (Sampling(temperature=1.0, top_k=99), [0.05, 0.4, 0.1, 0.2, 0.25]),
+        (Sampling(temperature=1.0, top_p=0.3), [0, 1, 0, 0, 0]),
+        (Sampling(temperature=1.0, top_p=0.5), [0, 0.4 / 0.65, 0, 0, 0.25 / 0.65]),
+        (Sampling(temperature=1.0, top_p=0.8), [0, 0.4 / 0.85, 0, 0.2 / 0.85, 0.25 / 0.85]),
+        (Sampling(temperature=1.0, top_k=4, top_p=0.8), [0, 0.4 / 0.85, 0, 0.2 / 0.85, 0.25 / 0.85]),
+    ],
+)
+def test_tokens_are_drawn_as_often_as_they_are_likely(sampling: Sampling, expected: Any) -> None:
+    drawn = frequencies(sampling)
+    expected = np.asarray(expected)
+    assert (drawn[expected == 0] == 0).all()
+    # Four standard deviations of a frequency among so many draws.
+    assert np.abs(drawn - expected).max() < 4 * 0.5 / np.sqrt(DRAWS)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "reason"),
+    [
+        ([], {}, "at least one token"),
+        ([[1], []], {}, "at least one token"),
+        ([[160]], {}, "vocabulary of 160"),
+        ([[-1]], {}, "vocabulary of 160"),
+        ([[10**30]], {}, "vocabulary of 160"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(
+    model: Llama, prompts: list[list[int]], settings: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(HeadshareError, match=reason):
+        generate(model, prompts, **settings)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}]
+)
+def test_impossible_sampling_is_refused(setting: dict[str, Any]) -> None:
+    (name,) = setting
+    with pytest.raises(HeadshareError, match=name):
+        Sampling(**setting)

@@ -1,0 +1,196 @@
+"""Plans for TPU topologies: what sharing saves there, what training moves, and what fits."""
+
+from math import prod
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from headshare_jax import HeadshareError, LlamaConfig, parameters
+from headshare_jax.plan import planning
+from headshare_jax.plan.estimate import Layout, Workload, activation_bytes, estimated, meshes
+from headshare_jax.plan.topology import CHIPS, chip_of, topology_devices
+from headshare_jax.presets import PRESETS
+from headshare_jax.sharing.source import stored_shape
+
+SMALL = LlamaConfig(
+    vocab_size=512,
+    hidden_size=256,
+    intermediate_size=512,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+)
+SHARING = planning.random_map(SMALL, 0.5)
+
+
+def planned(stage: str, batch: int, topology: str = "v5e:1x1", **settings: Any) -> dict[str, Any]:
+    return planning.plan(Workload(SMALL, SHARING, stage, batch, 128), topology, **settings)
+
+
+def stored_bytes(shared: bool) -> int:
+    names = parameters.parameter_names(SMALL)
+    return 2 * sum(prod(stored_shape(SMALL, name, SHARING if shared else None)) for name in names)
+
+
+@pytest.mark.parametrize("batch", [1, 32])
+def test_sharing_costs_decode_nothing_and_saves_what_the_map_says(batch: int) -> None:
+    # Wide enough that pools do not fit a chip's fast memory, into which XLA would copy them whole.
+    wide = LlamaConfig(512, 4096, 1024, 64, 4, 4, 128)
+    sharing = planning.random_map(wide, 0.5)
+    result = planning.plan(Workload(wide, sharing, "decode", batch, 128), "v5e:1x1")
+    dense, shared = result["dense"], result["shared"]
+    saved = 2 * len(sharing.receivers) * 3 * 4096 * 128
+    assert dense["parameter_bytes"] - shared["parameter_bytes"] == saved
+    assert dense["argument_bytes"] - shared["argument_bytes"] == saved
+    assert shared["hbm_bytes_accessed"] <= dense["hbm_bytes_accessed"]
+    assert shared["temporary_bytes"] <= 1.01 * dense["temporary_bytes"]
+    assert shared["flops"] == dense["flops"]
+    assert dense["fits"]
+    assert shared["room_bytes"] > dense["room_bytes"]
+
+
+def test_prefill_counts_every_product() -> None:
+    result = planned("prefill", 1)
+    # In the last layer every token has a key and a value, the last one alone everything else.
+    layers, keys_values = SMALL.num_layers - 1, 256 * 64 * 2 * 2
+    products = 2 * 128 * (layers * (256 * 64 * (2 * 4 + 2 * 2) + 3 * 256 * 512) + keys_values)
+    attention = layers * 2 * 2 * 4 * 64 * 128 * 128
+    last_token = 2 * 256 * (2 * 4 * 64 + 3 * 512 + 512)
+    assert result["dense"]["flops"] == pytest.approx(products + attention + last_token, rel=0.03)
+    assert result["shared"]["flops"] == pytest.approx(result["dense"]["flops"], rel=0.01)
+
+
+def test_training_gathers_a_layer_of_weights_at_a_time_and_never_a_pool() -> None:
+    result = planned("postshare", 4, "v5e:2x2", mesh=(1, 4, 1), remat="full")
+    layer, pool = 2 * 256 * 512, 2 * SMALL.num_layers * 4 * 256 * 64
+    for name in ("dense", "shared"):
+        plan = result[name]
+        assert plan["largest_collective_bytes"]["all-gather"] <= layer < pool
+        assert plan["optimizer_bytes"] == pytest.approx(2 * plan["parameter_bytes"], abs=64)
+        assert plan["argument_bytes"] >= plan["parameter_bytes"] + plan["optimizer_bytes"]
+        # Four passes over the weights, and the attention kernels.
+        assert plan["flops"] > 8 * 128 * stored_bytes(False) / 2 * 0.8
+    saved = result["dense"]["parameter_bytes"] - result["shared"]["parameter_bytes"]
+    assert saved == 4 * 4 * (2 + 1 + 1) * 256 * 64 // 4
+
+
+def test_costs_are_estimated_where_the_program_cannot_be_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unwritable(self: object) -> str:
+        raise jax.errors.JaxRuntimeError("INTERNAL: no such instruction\nin full")
+
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", unwritable)
+    unwritten, estimate = planned("decode", 3), planned("decode", 3, host=True)
+    for name in ("dense", "shared"):
+        plan = unwritten[name]
+        assert plan.keys() == estimate[name].keys()
+        assert plan["costs_estimated"]
+        for cost in ("flops", "hbm_bytes_accessed", "collective_bytes", "step_seconds", "bound_by"):
+            assert plan[cost] == estimate[name][cost] is not None
+        assert plan["argument_bytes"] >= plan["parameter_bytes"] + plan["cache_bytes"] > 0
+        assert plan["temporary_bytes"] > 0
+        assert plan["fits"]
+
+
+def test_what_cannot_fit_is_said_not_to() -> None:
+    large = LlamaConfig(2**20, 8192, 256, 2, 64, 8, 128)
+    result = planning.plan(Workload(large, planning.random_map(large, 0.2), "decode", 1, 128), "v5e:1x1")
+    for name in ("dense", "shared"):
+        assert not result[name]["fits"]
+        assert result[name]["needed_bytes"] > CHIPS["v5e"].hbm_bytes
+        assert result[name]["room_bytes"] < 0
+        assert result[name]["hbm_bytes_accessed"] is None
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_planned_from_their_shapes(name: str) -> None:
+    config = PRESETS[name]
+    result = planning.plan(
+        Workload(config, planning.random_map(config, 0.3), "postshare", 512, 4096), "v5p:8x8x8", host=True
+    )
+    assert result["dense"]["fits"]
+    assert prod(result["mesh"]) == 512
+    billions = {"7b": 6.74, "13b": 13.02, "8b": 8.03, "llama-2-70b": 68.98, "llama-3.1-70b": 70.55}
+    size = next(value for key, value in billions.items() if name.endswith(key))
+    layout = Layout((1, 1, 1))
+    whole = estimated(Workload(config, SHARING, "decode", 1, 2), layout, CHIPS["v5p"], shared=False)
+    assert whole["parameter_bytes"] / 2e9 == pytest.approx(size, abs=0.01)
+
+
+def test_an_estimate_has_what_a_compiled_plan_has() -> None:
+    compiled, guessed = planned("decode", 4), planned("decode", 4, host=True)
+    assert set(compiled["shared"]) == set(guessed["shared"])
+    for name in ("parameter_bytes", "cache_bytes", "optimizer_bytes"):
+        assert compiled["shared"][name] == pytest.approx(guessed["shared"][name], abs=64)
+    assert guessed["shared"]["compile_seconds"] is None
+
+
+def test_the_first_layout_that_fits_is_taken() -> None:
+    config = PRESETS["llama-2-7b"]
+    result = planning.plan(
+        Workload(config, planning.random_map(config, 0.3), "postshare", 64, 4096), "v5p:4x4x4", host=True
+    )
+    assert result["mesh"] == [1, 64, 1]
+    assert result["tried"][-1] == {"mesh": [1, 64, 1], "remat": result["remat"], "fits": True}
+
+
+def test_meshes_divide_the_batch() -> None:
+    workload = Workload(SMALL, SHARING, "postshare", 2, 128)
+    assert meshes(workload, 8) == [(1, 2, 4), (1, 1, 8)]
+    kept = [activation_bytes(workload, Layout((1, 2, 4), remat)) for remat in ("none", "dots", "full")]
+    assert kept == sorted(kept, reverse=True)
+    assert kept[-1] == 2 * SMALL.num_layers * 128 * 256
+
+
+def test_random_maps_share_what_is_asked() -> None:
+    sharing = planning.random_map(PRESETS["llama-3.1-8b"], 0.3, "qk")
+    assert (len(sharing.receivers), sharing.tie) == (76, "qk")
+    assert np.all(sharing.donor.ravel()[sharing.receivers] < sharing.receivers)
+
+
+@pytest.mark.parametrize(
+    ("topology", "said"),
+    [
+        ("v5e", "no TPU topology"),
+        ("a100:8", "no TPU topology"),
+        ("v5p:2x2", "no TPU topology"),
+        ("v5e:3x3", "libtpu has no topology v5e:3x3"),
+        ("v5e:32x32", "1024 chips, but a v5e pod 1 to 256"),
+        ("v6e:0x4", "0 chips"),
+    ],
+)
+def test_topologies_that_are_none_are_refused_with_examples(topology: str, said: str) -> None:
+    with pytest.raises(HeadshareError, match=said):
+        topology_devices(topology)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"devices": 2}, "has 1 chips, so --devices must be from 1 to 1"),
+        ({"mesh": (1, 2, 1)}, "needs 2 devices, but there are 1"),
+        ({"stage": "train"}, "decode, prefill, postshare"),
+        ({"remat": "some"}, "remat must be one of none, dots, full"),
+        ({"batch": 0}, "a batch of 0"),
+        (
+            {"stage": "postshare", "batch": 3, "topology": "v5e:2x2", "mesh": (1, 4, 1)},
+            "multiple of the mesh's data x fsdp",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(HeadshareError, match=f"(?i){said}"):
+        planned(**{"stage": "decode", "batch": 1, "host": True, **settings})
+
+
+def test_without_libtpu_an_estimate_remains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headshare_jax.plan.topology.find_spec", lambda name: None)
+    with pytest.raises(HeadshareError, match=r"pip install 'headshare-jax\[tpu\]'.*--host"):
+        planned("decode", 1)
+    assert planned("decode", 1, host=True)["dense"]["fits"]
+
+
+def test_chips_of_a_topology() -> None:
+    assert chip_of("v5p:4x4x8") == (CHIPS["v5p"], 128)
