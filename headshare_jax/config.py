@@ -25,34 +25,13 @@ _ACTIVATION_FROM_HF = {
 _ACTIVATION_TO_HF = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 
 # Fields of a config.json that change nothing about the function the model computes.
-_NEUTRAL_FIELDS = frozenset(
-    [
-        "architectures",
-        "model_type",
-        "torch_dtype",
-        "dtype",
-        "use_cache",
-        "transformers_version",
-        "initializer_range",
-        "pretraining_tp",
-        "_name_or_path",
-        "_attn_implementation",
-        "auto_map",
-        "is_llama_config",
-        "transformers.js_config",
-        "unsloth_version",
-        "unsloth_fixed",
-        "tokenizer_class",
-        "model_max_length",
-        "gradient_checkpointing",
-        "_from_model_config",
-        "z_loss_weight",
-        "return_dict",
-        "output_attentions",
-        "output_hidden_states",
-        "name_or_path",
-    ]
+_NEUTRAL = (
+    "architectures model_type torch_dtype dtype use_cache transformers_version initializer_range "
+    "pretraining_tp _name_or_path _attn_implementation auto_map is_llama_config transformers.js_config "
+    "unsloth_version unsloth_fixed tokenizer_class model_max_length gradient_checkpointing _from_model_config "
+    "z_loss_weight return_dict output_attentions output_hidden_states name_or_path"
 )
+_NEUTRAL_FIELDS = frozenset(_NEUTRAL.split())
 # Fields that do change it when they hold anything but these values.
 _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0, None),

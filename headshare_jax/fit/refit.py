@@ -9,14 +9,12 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from scipy import linalg
 
 from headshare_jax.calibration.journal import Journal, Journals, NoJournal
 from headshare_jax.calibration.streams import (
@@ -25,27 +23,22 @@ from headshare_jax.calibration.streams import (
     Weights,
     advance,
     batches,
-    block_output,
     calibration_mesh,
     cut,
     embedded,
-    features,
     layer_weights,
     on_disk,
     output_weight,
-    residual_weights,
     run_block,
 )
 from headshare_jax.calibration.windows import tokens_digest
-from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
+from headshare_jax.fit.moments import Moments, batch_moments
 from headshare_jax.model.llama import Llama
 from headshare_jax.sharing.source import WeightSource, pool_index, pool_rows, whole_fingerprint
 from headshare_jax.sharing.view import ReplacedView
 
 SCOPES = ("receivers", "attention", "all")
-# Where a ridge is too small for the system to be solved, it is raised tenfold until it is not, from this least value.
-LEAST_RIDGE = 1e-12
 # What a journal keeps of a block: its `BlockFit` as JSON, and its new output weight if that changed.
 _FIT, _WEIGHT = "fit", "weight"
 
@@ -121,66 +114,6 @@ class RefitReport:
     windows: int
     seq_len: int
     settings: RefitSettings
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Weighted sums over tokens, in float64: all that fitting needs of any amount of text.
-
-    Targets are what W_0 leaves: row 0 is the block's own error e = y - H W_0, row 1 the drift d = x - x'.
-
-    Attributes:
-      gram: [I, I], H^T w^2 H.
-      cross: [2, I, D], H^T w^2 (e, d).
-      energy: [2, 2], inner products of e and d.
-      tokens: M.
-    """
-
-    gram: np.ndarray
-    cross: np.ndarray
-    energy: np.ndarray
-    tokens: int
-
-    def __add__(self, other: "Moments") -> "Moments":
-        return Moments(
-            self.gram + other.gram,
-            self.cross + other.cross,
-            self.energy + other.energy,
-            self.tokens + other.tokens,
-        )
-
-    def of_rows(self, rows: np.ndarray) -> "Moments":
-        """The same with only some of the features."""
-        return Moments(self.gram[np.ix_(rows, rows)], self.cross[:, rows], self.energy, self.tokens)
-
-    def error(self, change: np.ndarray) -> float:
-        """Root mean square of w (e + d - H change)."""
-        cross = self.cross[0] + self.cross[1]
-        squares = self.energy.sum() + np.sum(change * (self.gram @ change - 2 * cross))
-        return float(np.sqrt(max(squares, 0.0) / self.tokens))
-
-
-def solve_ridge(gram: np.ndarray, cross: np.ndarray, ridge: float) -> tuple[np.ndarray, float]:
-    """Minimises ||H X - t||^2 + rho ||X||^2, rho being `ridge` times the mean square of a feature.
-
-    Args:
-      gram: float64 [I, I], H^T H.
-      cross: float64 [I, ...], H^T t.
-      ridge: raised until the system can be solved, if need be.
-
-    Returns:
-      X, shaped like `cross`, and the ridge that was used.
-    """
-    scale = np.trace(gram) / len(gram)
-    if scale == 0:
-        return np.zeros_like(cross), ridge
-    while True:
-        try:
-            factor = linalg.cho_factor(gram + ridge * scale * np.eye(len(gram)), lower=True, check_finite=False)
-        except linalg.LinAlgError:
-            ridge = max(10 * ridge, LEAST_RIDGE)
-        else:
-            return linalg.cho_solve(factor, cross.reshape(len(gram), -1)).reshape(cross.shape), ridge
 
 
 @overload
@@ -368,44 +301,15 @@ class _Walk:
         for part in parts:
             x_btd, compressed_btd = cut(self.x_wtd[part], self.mesh), cut(self.compressed_wtd[part], self.mesh)
             y_btd, after_btd = run_block(self.config, self.dense, x_btd, block)
-            sums = _moments(self.config, self.compressed, x_btd, y_btd, after_btd, compressed_btd, block)
+            sums = batch_moments(self.config, self.compressed, x_btd, y_btd, after_btd, compressed_btd, block)
             gram, cross, energy = (np.asarray(value, np.float64) for value in sums)
             total += Moments(gram, cross, energy, x_btd.shape[0] * x_btd.shape[1])
             self.x_wtd[part] = after_btd
         return total
 
 
-@partial(jax.jit, static_argnames=("config", "block"))
-def _moments(
-    config: LlamaConfig,
-    compressed: Weights,
-    x_btd: jax.Array,
-    y_btd: jax.Array,
-    after_btd: jax.Array,
-    compressed_btd: jax.Array,
-    block: str,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`Moments.gram`, `.cross` and `.energy` of a batch, float32; y and the stream behind the block are the dense's."""
-    with jax.default_matmul_precision("highest"):
-        w_bt1 = residual_weights(after_btd)
-        h_bti = features(config, compressed, compressed_btd, block)
-        error_btd = y_btd - block_output(compressed, h_bti, block)
-        h_mi = (w_bt1 * h_bti).reshape(-1, h_bti.shape[-1])
-        targets_rbtd = w_bt1[None] * jnp.stack([error_btd, x_btd - compressed_btd])
-        targets_rmd = targets_rbtd.reshape(2, -1, x_btd.shape[-1])
-        cross_rid = jnp.einsum("mi,rmd->rid", h_mi, targets_rmd)
-        energy_rs = jnp.einsum("rmd,smd->rs", targets_rmd, targets_rmd)
-        return h_mi.T @ h_mi, cross_rid, energy_rs
-
-
 def _in_scope(scope: str, block: str, changed: bool) -> bool:
     return scope == "all" or (block == "attention" and (changed or scope == "attention"))
-
-
-def _solutions(moments: Moments, ridge: float) -> tuple[np.ndarray, float]:
-    """Changes for the error and for the drift, [2, I, D], which add up for any beta; and the ridge that was used."""
-    solution, used = solve_ridge(moments.gram, np.moveaxis(moments.cross, 0, 1), ridge)
-    return np.moveaxis(solution, 1, 0), used
 
 
 def _fit(
@@ -418,14 +322,14 @@ def _fit(
     before = best = judge.error(change)
     chosen: tuple[float, float] | None = None
     for ridge in settings.ridges if len(rows) else ():
-        (for_error, for_drift), _ = _solutions(own, ridge)
+        (for_error, for_drift), _ = own.solutions(ridge)
         for drift in settings.drifts:
             error = judge.error(for_error + drift * for_drift)
             if error < best:
                 best, chosen = error, (ridge, drift)
     raised = False
     if chosen is not None:
-        (for_error, for_drift), used = _solutions(everything, chosen[0])
+        (for_error, for_drift), used = everything.solutions(chosen[0])
         candidate = for_error + chosen[1] * for_drift
         raised = bool(used > chosen[0])
         if everything.error(candidate) < everything.error(change):

@@ -5,9 +5,7 @@ projection is refitted. Sums of products tell for all pairs what then is left of
 model's predictions what that does to them.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,8 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from scipy import linalg
-from threadpoolctl import threadpool_limits
 
 from headshare_jax.calibration.fisher import attention_gradients
 from headshare_jax.calibration.journal import Journal, Journals, NoJournal
@@ -38,13 +34,11 @@ from headshare_jax.calibration.streams import (
 from headshare_jax.calibration.windows import tokens_digest
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
+from headshare_jax.matching.elimination import TINY, dropped_solution, pair_residuals, regular_inverse, shared_solution
 from headshare_jax.parameters import PARAMETERS
 from headshare_jax.sharing.scores import MatchResult, best_donors
 from headshare_jax.sharing.source import WeightSource, fingerprint, whole_fingerprint
 
-# Relative to a matrix's trace.
-ROUNDING = 1e-13
-TINY = float(np.finfo(np.float32).tiny)
 # Float64 sums over tokens: the layer's own features [I, I], those with each donor's [C, I, J], each donor's [C, J, J].
 Sums = tuple[np.ndarray, np.ndarray, np.ndarray]
 # A layer's costs, float32: of dropping its units [U] by the name `drop`, of its pairs [U, L * U] by their tie.
@@ -284,7 +278,7 @@ class _LayerScorer:
     def costs(self, receivers: np.ndarray, donors: np.ndarray, tie: str, sums: Sums) -> tuple[np.ndarray, np.ndarray]:
         """Costs [U] of dropping each unit, and [pairs] of sharing, from the pairs' sums over all windows."""
         own, (gram, cross_cij, own_cjj) = self.own_units(), sums
-        inverse, rho = _regular_inverse(gram, self.settings.ridge)
+        inverse, rho = regular_inverse(gram, self.settings.ridge)
         size = own_cjj.shape[-1] if len(own_cjj) else len(gram) // len(own)
         rows = [slice(unit * size, (unit + 1) * size) for unit in range(len(own))]
         solutions = [dropped_solution(inverse, rows[unit]) for unit in range(len(own))]
@@ -325,94 +319,6 @@ class _LayerScorer:
             for sums, more in zip(total, _products(self.config, weights, candidates, x_btd), strict=True):
                 sums += np.asarray(more, np.float64)
         return total
-
-
-def pair_residuals(
-    gram: np.ndarray,
-    cross: np.ndarray,
-    own: np.ndarray,
-    outer: np.ndarray,
-    ridge: float,
-    wanted_uc: np.ndarray | None = None,
-) -> np.ndarray:
-    """Squared error, ridge term included, left by every pair of a unit of a layer and a donor; float64 [U, C].
-
-    With rho = ridge * mean(diag(gram)), the least value over W of ||H' W - H W_0||^2 + rho ||W - W_0||^2, H' being H
-    with a unit's features replaced by the donor's. Let P = (gram + rho)^-1, the only factorisation of the layer's size,
-    Z = P cross, T = own - cross^T Z, and N = P_aa^-1 for the rows a of the unit. Eliminating the other rows leaves
-
-        trace(W_a^T (N - Y^T S^-1 Y) W_a),  Y = Z_a^T N + rho,  S = T + rho + Z_a^T N Z_a,
-
-    so that a pair costs one system of its own J features. Directions of the output count by a metric G: W_a stands for
-    W_a G^(1/2), and G does not change which W is best.
-
-    Args:
-      gram: float64 [I, I], H^T H.
-      cross: float64 [C, I, J], H^T G of every donor's features G.
-      own: float64 [C, J, J], G^T G.
-      outer: float64 [I, I], W_0 G W_0^T.
-      ridge: above 0.
-      wanted_uc: bool [U, C], the pairs to solve; the others' error is infinite. By default all.
-    """
-    width, size = len(gram), own.shape[-1]
-    inverse, rho = _regular_inverse(gram, ridge)
-    z_cij = inverse @ cross
-    t_cjj = own - np.swapaxes(cross, 1, 2) @ z_cij + rho * np.eye(size)
-    units = width // size
-
-    def of_unit(unit: int) -> np.ndarray:
-        rows = slice(unit * size, (unit + 1) * size)
-        n_jj = linalg.inv(inverse[rows, rows])
-        residual_c = np.full(len(cross), np.inf)
-        for donor in range(len(cross)) if wanted_uc is None else np.flatnonzero(wanted_uc[unit]):
-            z_jj = z_cij[donor, rows]
-            y_jj = z_jj.T @ n_jj + rho * np.eye(size)
-            s_jj = t_cjj[donor] + z_jj.T @ n_jj @ z_jj
-            # A donor that does what the layer's own units do leaves T near zero, and rounding may make it negative.
-            s_jj += ROUNDING * np.trace(s_jj) * np.eye(size)
-            left_jj = n_jj - y_jj.T @ linalg.cho_solve(linalg.cho_factor(s_jj), y_jj)
-            residual_c[donor] = max(np.sum(left_jj * outer[rows, rows]), 0.0)
-        return residual_c
-
-    # One system is too small to be shared out among cores.
-    cores = os.cpu_count() or 1
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(cores) as threads:
-        return np.stack(list(threads.map(of_unit, range(units))))
-
-
-def shared_solution(inverse: np.ndarray, rho: float, cross: np.ndarray, own: np.ndarray, rows: slice) -> np.ndarray:
-    """B, float64 [I, J]: the best change of the output weight for a pair is B W_a; names as in `pair_residuals`.
-
-    With H' the features with the donor's G in the rows a, B = (H'^T H' + rho)^-1 H'^T (H_a - G), by elimination of the
-    other rows.
-    """
-    n_jj = linalg.inv(inverse[rows, rows])
-    z_ij = inverse @ cross
-    others_ij = -inverse[:, rows] @ n_jj
-    by_cross_ij = z_ij + others_ij @ z_ij[rows]
-    others_ij[rows] = by_cross_ij[rows] = 0
-    other_cross = cross.copy()
-    other_cross[rows] = 0
-    schur_jj = own + rho * np.eye(own.shape[0]) - other_cross.T @ by_cross_ij
-    schur_jj += ROUNDING * np.trace(schur_jj) * np.eye(len(schur_jj))
-    right_jj = cross[rows].T - own - other_cross.T @ (others_ij - by_cross_ij)
-    own_rows_jj = linalg.cho_solve(linalg.cho_factor(schur_jj), right_jj)
-    solution_ij = others_ij - by_cross_ij - by_cross_ij @ own_rows_jj
-    solution_ij[rows] = own_rows_jj
-    return solution_ij
-
-
-def dropped_solution(inverse: np.ndarray, rows: slice) -> np.ndarray:
-    """B of a unit that is dropped, float64 [I, J]: the other rows of the output weight change by theirs of B W_a."""
-    solution_ij = -inverse[:, rows] @ linalg.inv(inverse[rows, rows])
-    solution_ij[rows] = 0
-    return solution_ij
-
-
-def _regular_inverse(gram: np.ndarray, ridge: float) -> tuple[np.ndarray, float]:
-    """(gram + rho)^-1 and rho."""
-    rho = ridge * max(np.trace(gram) / len(gram), TINY)
-    return linalg.inv(gram + rho * np.eye(len(gram))), rho
 
 
 @partial(jax.jit, static_argnames="config")

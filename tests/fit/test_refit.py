@@ -16,7 +16,8 @@ import headshare_jax
 from headshare_jax import HeadshareError, Llama, parameters, share
 from headshare_jax.calibration.streams import BLOCKS, advance, embedded, layer_weights, on_disk
 from headshare_jax.calibration.windows import calibration_windows
-from headshare_jax.fit.refit import RefitSettings, refit, solve_ridge
+from headshare_jax.fit.moments import solve_ridge
+from headshare_jax.fit.refit import RefitSettings, refit
 
 WINDOWS = random_tokens((8, 32))
 

@@ -14,7 +14,8 @@ from support import VARIANTS, random_tokens, sharing_by_hand, tiny_model
 from headshare_jax import HeadshareError, Llama, match_functional, share, sharing_map
 from headshare_jax.calibration.fisher import attention_gradients
 from headshare_jax.calibration.streams import BLOCKS, advance, embedded, features, layer_weights
-from headshare_jax.matching.functional import FunctionalSettings, dropped_solution, pair_residuals, shared_solution
+from headshare_jax.matching.elimination import dropped_solution, pair_residuals, shared_solution
+from headshare_jax.matching.functional import FunctionalSettings
 
 WINDOWS = random_tokens((8, 32))
 
