@@ -60,6 +60,8 @@ def read_header(path: Path) -> GgufHeader:
     try:
         with path.open("rb") as file:
             return _Parser(path, file).header()
+    except HeadshareError:
+        raise
     except (ValueError, OSError) as error:
         raise HeadshareError(f"{path} is truncated, corrupt or no GGUF file ({error}); fetch it again.") from error
 

@@ -193,5 +193,7 @@ def sha256(path: Path) -> str:
 def _reading(path: Path, kind: str) -> Iterator[None]:
     try:
         yield
+    except HeadshareError:
+        raise
     except (OSError, ValueError) as error:
         raise HeadshareError(f"{path} cannot be read as {kind}: {str(error).splitlines()[0]}.") from error
