@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -116,32 +115,6 @@ class RefitReport:
     settings: RefitSettings
 
 
-@overload
-def refit(
-    dense: WeightSource,
-    shared: Llama,
-    windows_wt: np.ndarray,
-    settings: RefitSettings | None = None,
-    *,
-    devices: Sequence[jax.Device] | None = None,
-    journals: Journals | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[Llama, RefitReport]: ...
-
-
-@overload
-def refit(
-    dense: WeightSource,
-    shared: WeightSource,
-    windows_wt: np.ndarray,
-    settings: RefitSettings | None = None,
-    *,
-    devices: Sequence[jax.Device] | None = None,
-    journals: Journals | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[WeightSource, RefitReport]: ...
-
-
 def refit(
     dense: WeightSource,
     shared: WeightSource,
@@ -161,7 +134,7 @@ def refit(
     heads have none. Below the first layer that the map changes both models are the same, and nothing is fitted.
 
     Memory of a device: one layer's parameters, its sums of products, and a batch of tokens. Streams are in temporary
-    files. Of a shared source that is no model in memory, what comes out is a view in which the fitted weights, alone in
+    files. A `Llama` comes back if one was given; else a view of the shared source in which the fitted weights, alone in
     memory, take the place of its own.
 
     Args:
