@@ -22,7 +22,7 @@ from headshare_jax.fit.methods import METHODS, Amount, Method, MethodSettings
 from headshare_jax.fit.refit import RefitReport
 from headshare_jax.loading import CalibrationText, calibration_text, text_tokens
 from headshare_jax.model.llama import Llama
-from headshare_jax.report.pictures import map_svg
+from headshare_jax.report.map import map_svg
 from headshare_jax.report.progress import progress as progress_bar
 from headshare_jax.sharing.budget import attention_budget
 from headshare_jax.sharing.ledger import Ledger, ledger, megabytes

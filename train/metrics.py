@@ -62,10 +62,10 @@ class MetricsLog:
             self._board.close()
         lines = self.lines()
         if lines:
-            from headshare_jax.report.pictures import draw_training
+            from headshare_jax.report.curves import draw_training
 
             with new_file(self.path.with_name(PLOT), overwrite=True) as partial:
-                draw_training(lines, partial)
+                draw_training(lines).save(partial)
 
     def lines(self) -> list[dict[str, Any]]:
         """All lines so far."""

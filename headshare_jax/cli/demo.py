@@ -28,7 +28,7 @@ from headshare_jax.loading import load
 from headshare_jax.model.generate import generate
 from headshare_jax.model.llama import Llama
 from headshare_jax.model.share import share
-from headshare_jax.report import pictures
+from headshare_jax.report.map import draw_map
 from headshare_jax.report.progress import progress, say
 from headshare_jax.sharing.choose import sharing_map
 from headshare_jax.sharing.ledger import NOT_SAVED, ledger, megabytes
@@ -120,7 +120,7 @@ class Demo(Command):
             for format in ("native", "hf"):
                 convert.save(model, folder / format, to=format, tokenizer_from=tokenizer_from)
             (folder / "map.json").write_text(model.sharing.to_json())
-            pictures.draw_map(model.sharing, folder / "map.png")
+            draw_map(model.sharing).save(folder / "map.png")
 
 
 def _measure(name: str, model: Llama, tokens: list[int], words: int, windows: int) -> Perplexity:

@@ -15,7 +15,8 @@ from headshare_jax.cli.command import Command, Overwrite, Source
 from headshare_jax.convert.atomic import check_output, new_file
 from headshare_jax.errors import HeadshareError
 from headshare_jax.matching.cosine import match
-from headshare_jax.report import pictures
+from headshare_jax.report.heatmap import draw_scores
+from headshare_jax.report.picture import check_name
 from headshare_jax.report.progress import progress
 from headshare_jax.sharing.scores import MatchResult
 
@@ -49,7 +50,7 @@ class Match(Command):
         for path in filter(None, (self.output, self.plot)):
             check_output(path, folder=False, overwrite=self.overwrite)
         if self.plot is not None:
-            pictures.check_name(self.plot)
+            check_name(self.plot)
         if self.output is not None and self.output.suffix != ".npz":
             raise HeadshareError(f"The scores are written as .npz, so their name must end so, unlike {self.output}.")
         result = matched(convert.open_checkpoint(self.src), self.match, self.seed)
@@ -57,7 +58,7 @@ class Match(Command):
             save_scores(result, self.output, overwrite=self.overwrite)
         if self.plot is not None:
             with new_file(self.plot, overwrite=self.overwrite) as path:
-                pictures.draw_scores(result, path)
+                draw_scores(result).save(path)
         return _summary(result) | {"output": _text(self.output), "plot": _text(self.plot)}
 
     def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:

@@ -15,7 +15,8 @@ from headshare_jax.cli.sharing import Calibrate, CalibrateTokens, Chains, MatchF
 from headshare_jax.compression import compress
 from headshare_jax.convert.atomic import check_output, new_file
 from headshare_jax.fit.methods import METHODS
-from headshare_jax.report import pictures
+from headshare_jax.report.map import draw_map
+from headshare_jax.report.picture import check_name
 from headshare_jax.sharing.ledger import NOT_SAVED
 
 
@@ -75,7 +76,7 @@ class Share(Command):
         for output in filter(None, (self.save_map, self.plot)):
             check_output(output, folder=False, overwrite=self.overwrite)
         if self.plot is not None:
-            pictures.check_name(self.plot)
+            check_name(self.plot)
         done = compress(
             self.src,
             self.dst,
@@ -90,7 +91,7 @@ class Share(Command):
                 path.write_text(done.map.to_json())
         if self.plot is not None:
             with new_file(self.plot, overwrite=self.overwrite) as path:
-                pictures.draw_map(done.map, path)
+                draw_map(done.map).save(path)
         return {
             "output": self.dst,
             "format": self.to,

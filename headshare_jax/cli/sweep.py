@@ -48,7 +48,7 @@ _COLUMNS = (
     "method", "ratio", "budget", "receivers", "dropped", "units", "perplexity", "relative",
     "parameters", "attention_bytes", "bytes",
 )  # fmt: skip
-_PACKAGES = ("headshare-jax", "jax", "flax", "numpy", "plotly")
+_PACKAGES = ("headshare-jax", "jax", "flax", "numpy", "matplotlib")
 
 Tell = Callable[[str], None]
 
@@ -82,7 +82,6 @@ class Sweep(Command):
     ] = False
 
     def run(self) -> dict[str, Any]:
-        report.check_installed()
         if self.output.exists() and not self.resume:
             raise HeadshareError(f"{self.output} exists already; choose another name, or go on there with --resume.")
         check_output(self.output, folder=True, overwrite=self.resume)

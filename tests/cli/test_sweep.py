@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import tiny_cli_model
 import transformers
-from selenium.webdriver import ActionChains, Chrome, ChromeOptions
+from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.actions.action_builder import ActionBuilder
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select
 
@@ -218,9 +219,6 @@ def test_bad_input_is_refused_before_anything_is_made(
         assert words in " ".join(said.split()), said
     assert cli.run([*arguments(workplace), "-o", str(tmp_path / "empty"), "--resume"]) == 2
     assert "not the folder of a sweep" in " ".join(capsys.readouterr().err.split())
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert cli.run([*arguments(workplace), "-o", str(tmp_path / "report")]) == 2
-    assert "headshare-jax[report]" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -270,31 +268,33 @@ def opened(browser: Chrome, page: Path, width: int) -> None:
 def test_the_page_fits_and_is_without_errors(workplace: Path, browser: Chrome, width: int) -> None:
     opened(browser, workplace / "report" / sweep.PAGE, width)
     assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
-    for name in ("curves", "map", "heatmap"):
-        drawn = browser.find_element(By.CSS_SELECTOR, f"#{name} .main-svg").size
+    shown = [each.size for each in browser.find_elements(By.CSS_SELECTOR, "main svg") if each.is_displayed()]
+    # Curves, one of the maps, and one of the scores.
+    assert len(shown) == 3
+    for drawn in shown:
         assert 300 < drawn["width"] <= width
-    for table in browser.find_elements(By.CSS_SELECTOR, ".scroll:not([hidden])"):
-        assert browser.execute_script("return arguments[0].scrollWidth <= arguments[0].clientWidth", table)
+    for wide in browser.find_elements(By.CSS_SELECTOR, ".scroll"):
+        assert browser.execute_script("return arguments[0].scrollWidth <= arguments[0].clientWidth", wide)
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
     assert browser.get_log("browser") == []
 
 
-def test_hovering_shows_the_pair(workplace: Path, browser: Chrome) -> None:
+def test_pointing_shows_the_pair(workplace: Path, browser: Chrome) -> None:
     opened(browser, workplace / "report" / sweep.PAGE, 1200)
-    plot = browser.find_element(By.CSS_SELECTOR, "#heatmap .nsewdrag")
-    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", plot)
+    section = next(each for each in browser.find_elements(By.CLASS_NAME, "score") if each.is_displayed())
+    squares = section.find_element(By.TAG_NAME, "image")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", squares)
     # The middle of the square of receiver 2.0 and donor 1.1, the fifth and the fourth of six units.
-    width, height = plot.size["width"], plot.size["height"]
-    ActionChains(browser).move_to_element_with_offset(
-        plot, int(3.5 / 6 * width - width / 2), int(4.5 / 6 * height - height / 2)
-    ).perform()
-    browser.implicitly_wait(5)
-    shown = browser.find_element(By.CSS_SELECTOR, "#heatmap .hovertext").text
+    place = browser.execute_script("return arguments[0].getBoundingClientRect().toJSON()", squares)
+    x, y = place["x"] + 3.5 / 6 * place["width"], place["y"] + 4.5 / 6 * place["height"]
+    actions = ActionBuilder(browser)
+    actions.pointer_action.move_to_location(int(x), int(y))
+    actions.perform()
     (kept,) = (workplace / "report").glob("cache/weight_scores-*.npz")
     scores = scores_file.read(kept).scores
     assert scores is not None
-    for words in ("receiver 2.0", "donor 1.1", f"{scores[4, 3]:.4f}".replace("-", "\u2212")):
-        assert words in shown
+    told = section.find_element(By.TAG_NAME, "output").text
+    assert told == f"receiver 2.0, donor 1.1: score {scores[4, 3]:.4f}"
 
 
 def test_choosing_a_point_shows_its_map_and_ledger(workplace: Path, browser: Chrome) -> None:
@@ -304,7 +304,29 @@ def test_choosing_a_point_shows_its_map_and_ledger(workplace: Path, browser: Chr
     assert len(choice.options) == len(points) == 3
     for place, point in enumerate(points):
         choice.select_by_index(place)
-        (ledger,) = (each for each in browser.find_elements(By.CLASS_NAME, "ledger") if each.is_displayed())
-        assert f"{point['parameters']:,}" in ledger.text
-        drawn = browser.execute_script("return document.getElementById('map').data.at(-1).text.length")
-        assert drawn == point["receivers"]
+        (section,) = (each for each in browser.find_elements(By.CLASS_NAME, "point") if each.is_displayed())
+        assert f"{point['parameters']:,}" in section.find_element(By.CLASS_NAME, "ledger").text
+        titles = [each.get_attribute("textContent") or "" for each in section.find_elements(By.TAG_NAME, "title")]
+        assert len(titles) == point["units"]
+        pairs = [
+            f"layer {unit['layer']}, unit {unit['unit']} uses qkv of layer {unit['donor'][0]}, unit {unit['donor'][1]}"
+            for unit in point["map"]["receivers"]
+        ]
+        assert len(pairs) == point["receivers"]
+        for pair in pairs:
+            assert any(title.startswith(pair) for title in titles), titles
+        section.find_element(By.TAG_NAME, "summary").click()
+        rows = [row.text for row in section.find_elements(By.CSS_SELECTOR, "details tbody tr")]
+        assert [row.split()[0] for row in rows] == [f"{u['layer']}.{u['unit']}" for u in point["map"]["receivers"]]
+
+
+def test_without_scripts_the_page_shows_everything(workplace: Path, browser: Chrome) -> None:
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        opened(browser, workplace / "report" / sweep.PAGE, 1200)
+        sections = browser.find_elements(By.TAG_NAME, "section")
+        assert len(sections) == 3 + 2
+        assert all(each.is_displayed() and each.find_element(By.TAG_NAME, "h3").is_displayed() for each in sections)
+        assert not any(each.is_displayed() for each in browser.find_elements(By.TAG_NAME, "select"))
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})

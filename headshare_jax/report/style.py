@@ -1,0 +1,39 @@
+"""Colours, symbols and type of all pictures."""
+
+from typing import Any
+
+INK, FAINT, GRID = "#222222", "#c9c9c9", "#e9e9e9"
+# Colours that readers with any kind of colour vision can tell apart, dark enough to write in; each with its own symbol.
+SERIES = (
+    ("#0072b2", "o"),
+    ("#c24e00", "s"),
+    ("#00795a", "D"),
+    ("#a3487f", "^"),
+    ("#5b4fa0", "*"),
+    ("#7a6200", "P"),
+)
+BASELINE = ("#6b6b6b", "X")
+DONOR, RECEIVER = SERIES[:2]
+
+# Matplotlib's settings while a picture is drawn and written.
+LOOK: dict[Any, Any] = {
+    "font.size": 11,
+    "font.sans-serif": ["DejaVu Sans"],
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+    # Letters stay letters: small files that can be searched.
+    "svg.fonttype": "none",
+}
