@@ -17,7 +17,7 @@ from rich.text import Text
 
 from headshare_jax import convert
 from headshare_jax.cli.command import Command, Overwrite
-from headshare_jax.cli.inspect import ledger_data, ledger_table
+from headshare_jax.cli.inspect import ledger_table
 from headshare_jax.cli.match import matched
 from headshare_jax.convert import tokenizer
 from headshare_jax.convert.atomic import check_output, new_directory, new_file
@@ -86,7 +86,7 @@ class Demo(Command):
             "protocol": result.protocol,
             "prompt": PROMPT,
             "rows": rows,
-            "ledger": ledger_data(ledger(model, path=self.output / "native")),
+            "ledger": ledger(model, path=self.output / "native").to_json(),
             "output": str(self.output),
         }
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import tyro
@@ -12,7 +12,7 @@ from rich.table import Table
 from headshare_jax import convert, parameters
 from headshare_jax.cli.command import Command, Source
 from headshare_jax.sharing.budget import crossing_parameters
-from headshare_jax.sharing.ledger import NOT_SAVED, Ledger, ledger, megabytes
+from headshare_jax.sharing.ledger import NOT_SAVED, ledger, megabytes
 from headshare_jax.sharing.map import shard_of_units
 from headshare_jax.sharing.source import stored_shape
 
@@ -42,7 +42,7 @@ class Inspect(Command):
                 for name in parameters.parameter_names(config)
             },
             "map": None if sharing is None else json.loads(sharing.to_json()),
-            "ledger": ledger_data(ledger(source, path=source.path)),
+            "ledger": ledger(source, path=source.path).to_json(),
             "shards": None if self.shards is None else self._crossing(source, self.shards),
         }
 
@@ -92,19 +92,6 @@ class Inspect(Command):
                 f"receivers have their donor on another chip; {megabytes(crossing['bytes'])} of weights move in a pass."
             )
         yield NOT_SAVED
-
-
-def ledger_data(sizes: Ledger) -> dict[str, Any]:
-    """A ledger as plain data."""
-    return asdict(sizes) | {
-        "dense": sizes.dense,
-        "stored": sizes.stored,
-        "dense_bytes": sizes.dense_bytes,
-        "stored_bytes": sizes.stored_bytes,
-        "attention_dense": sizes.attention_dense,
-        "attention_stored": sizes.attention_stored,
-        "actual_saving": sizes.dense - sizes.stored,
-    }
 
 
 def ledger_table(sizes: dict[str, Any]) -> Table:

@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from headshare_jax.cli.command import Command, Destination, Overwrite, Source
-from headshare_jax.cli.inspect import ledger_data, ledger_table
+from headshare_jax.cli.inspect import ledger_table
 from headshare_jax.cli.sharing import Calibrate, CalibrateTokens, Chains, MatchFunction, Seed, SeqLen, Tie
 from headshare_jax.compression import compress
 from headshare_jax.convert.atomic import check_output, new_file
@@ -101,7 +101,7 @@ class Share(Command):
             "units": done.map.donor.size,
             **{name: getattr(done.map, name) for name in ("ratio", "budget", "tie", "method", "match")},
             "fit": done.record,
-            "ledger": ledger_data(done.sizes),
+            "ledger": done.sizes.to_json(),
         }
 
     def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:

@@ -1,8 +1,9 @@
 """What a model stores, and what sharing saves of it, in parameters and bytes."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -77,6 +78,11 @@ class Ledger:
     def dense_bytes(self) -> int:
         """Bytes of all parameters without sharing."""
         return sum(row.dense * row.bytes_per_parameter for row in self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """The rows and the sums, as plain data."""
+        sums = ("dense", "stored", "dense_bytes", "stored_bytes", "attention_dense", "attention_stored")
+        return asdict(self) | {name: getattr(self, name) for name in sums} | {"actual_saving": self.dense - self.stored}
 
 
 def ledger(source: WeightSource, *, path: Path | None = None) -> Ledger:

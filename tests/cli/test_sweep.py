@@ -21,10 +21,10 @@ from selenium.webdriver.support.ui import Select
 
 import headshare_jax as hs
 from headshare_jax import cli
-from headshare_jax.cli import sweep
 from headshare_jax.convert import scores_file
 from headshare_jax.fit import methods
 from headshare_jax.matching.functional import _LayerScorer
+from headshare_jax.sweep.folder import DATA, PAGE, TABLE
 
 CALIBRATION = "The quick brown fox jumps over the lazy dog. " * 40
 HELD_OUT = "A slow green turtle creeps under the busy cat. " * 8
@@ -64,7 +64,7 @@ def copy(workplace: Path, tmp_path: Path) -> Path:
 
 
 def data(report: Path) -> Any:
-    return json.loads((report / sweep.DATA).read_text())
+    return json.loads((report / DATA).read_text())
 
 
 def test_points_are_what_the_library_gives(workplace: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_point_that_cannot_be_says_why(workplace: Path) -> None:
 
 
 def test_the_table_holds_the_points(workplace: Path) -> None:
-    with (workplace / "report" / sweep.TABLE).open() as file:
+    with (workplace / "report" / TABLE).open() as file:
         rows = list(csv.DictReader(file))
     points = data(workplace / "report")["points"]
     assert [(row["method"], float(row["ratio"])) for row in rows] == [(p["method"], p["ratio"]) for p in points]
@@ -107,7 +107,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(
 ) -> None:
     measured: list[float] = []
     matched: list[str] = []
-    perplexity, match = sweep.perplexity, methods.match
+    perplexity, match = hs.perplexity, methods.match
 
     def stopping(*args: Any, **kwargs: Any) -> Any:
         if len(measured) == 2:
@@ -120,11 +120,11 @@ def test_a_stopped_sweep_goes_on_where_it_was(
         return match(*args, **kwargs)
 
     monkeypatch.setattr(methods, "match", counting)
-    monkeypatch.setattr(sweep, "perplexity", stopping)
+    monkeypatch.setattr("headshare_jax.sweep.points.perplexity", stopping)
     command = [*arguments(workplace), "-o", str(tmp_path / "report")]
     assert cli.run(command) == 130
-    assert not (tmp_path / "report" / sweep.DATA).exists()
-    monkeypatch.setattr(sweep, "perplexity", perplexity)
+    assert not (tmp_path / "report" / DATA).exists()
+    monkeypatch.setattr("headshare_jax.sweep.points.perplexity", perplexity)
     assert cli.run(command) == 2
     assert "--resume" in capsys.readouterr().err
     assert cli.run([*command, "--resume"]) == 0
@@ -169,7 +169,7 @@ def test_a_finished_sweep_measures_nothing_again_and_takes_further_points(
     monkeypatch.setattr(methods, "apply", counting)
     assert cli.run([*arguments(workplace), "-o", str(copy), "--resume"]) == 0
     assert shared == []
-    for name in (sweep.DATA, sweep.TABLE, sweep.PAGE):
+    for name in (DATA, TABLE, PAGE):
         assert (copy / name).read_bytes() == (workplace / "report" / name).read_bytes(), name
     assert cli.run([*arguments(workplace, methods="direct,random"), "-o", str(copy), "--resume"]) == 0
     assert shared == ["random", "random"]
@@ -266,7 +266,7 @@ def opened(browser: Chrome, page: Path, width: int) -> None:
 
 @pytest.mark.parametrize("width", [1200, 390], ids=["desktop", "phone"])
 def test_the_page_fits_and_is_without_errors(workplace: Path, browser: Chrome, width: int) -> None:
-    opened(browser, workplace / "report" / sweep.PAGE, width)
+    opened(browser, workplace / "report" / PAGE, width)
     assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
     shown = [each.size for each in browser.find_elements(By.CSS_SELECTOR, "main svg") if each.is_displayed()]
     # Curves, one of the maps, and one of the scores.
@@ -280,7 +280,7 @@ def test_the_page_fits_and_is_without_errors(workplace: Path, browser: Chrome, w
 
 
 def test_pointing_shows_the_pair(workplace: Path, browser: Chrome) -> None:
-    opened(browser, workplace / "report" / sweep.PAGE, 1200)
+    opened(browser, workplace / "report" / PAGE, 1200)
     section = next(each for each in browser.find_elements(By.CLASS_NAME, "score") if each.is_displayed())
     squares = section.find_element(By.TAG_NAME, "image")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", squares)
@@ -298,7 +298,7 @@ def test_pointing_shows_the_pair(workplace: Path, browser: Chrome) -> None:
 
 
 def test_choosing_a_point_shows_its_map_and_ledger(workplace: Path, browser: Chrome) -> None:
-    opened(browser, workplace / "report" / sweep.PAGE, 1200)
+    opened(browser, workplace / "report" / PAGE, 1200)
     points = [point for point in data(workplace / "report")["points"] if "map" in point]
     choice = Select(browser.find_element(By.ID, "point"))
     assert len(choice.options) == len(points) == 3
@@ -323,7 +323,7 @@ def test_choosing_a_point_shows_its_map_and_ledger(workplace: Path, browser: Chr
 def test_without_scripts_the_page_shows_everything(workplace: Path, browser: Chrome) -> None:
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:
-        opened(browser, workplace / "report" / sweep.PAGE, 1200)
+        opened(browser, workplace / "report" / PAGE, 1200)
         sections = browser.find_elements(By.TAG_NAME, "section")
         assert len(sections) == 3 + 2
         assert all(each.is_displayed() and each.find_element(By.TAG_NAME, "h3").is_displayed() for each in sections)

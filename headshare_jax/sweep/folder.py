@@ -1,9 +1,9 @@
-"""The folder of a sweep: what it has measured so far, and for which model, texts and settings."""
+"""The folder of a sweep: what it has measured so far, for which model, texts and settings; and its results."""
 
+import csv
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,15 @@ from headshare_jax.convert import scores_file
 from headshare_jax.convert.atomic import new_directory, new_file
 from headshare_jax.convert.journal_folder import JournalFolder
 from headshare_jax.errors import HeadshareError
+from headshare_jax.report.page import page
 from headshare_jax.sharing.scores import MatchResult
 
+PAGE, DATA, TABLE = "index.html", "sweep.json", "points.csv"
+# Of the table.
+COLUMNS = (
+    "method", "ratio", "budget", "receivers", "dropped", "units", "perplexity", "relative",
+    "parameters", "attention_bytes", "bytes",
+)  # fmt: skip
 # Inside the sweep's folder; needed only to go on.
 CACHE = "cache"
 _JOURNALS = "scoring"
@@ -75,11 +82,21 @@ class SweepFolder:
         """Where scores are kept layer by layer, so that matching goes on after a stop."""
         return JournalFolder(self.path / CACHE / _JOURNALS)
 
-    @contextmanager
-    def result(self, name: str) -> Iterator[Path]:
-        """A file of the finished sweep, to write to."""
-        with new_file(self.path / name, overwrite=True) as path:
-            yield path
+    def write_results(self, record: dict[str, Any], scores: Sequence[MatchResult]) -> None:
+        """Writes the finished sweep: `sweep.json`, `points.csv`, and the page.
+
+        Args:
+          record: of the sweep, as plain data.
+          scores: to draw in the page.
+        """
+        with new_file(self.path / DATA, overwrite=True) as path:
+            path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        with new_file(self.path / TABLE, overwrite=True) as path, path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", restval="")
+            writer.writeheader()
+            writer.writerows(record["points"])
+        with new_file(self.path / PAGE, overwrite=True) as path:
+            path.write_text(page(record, scores), encoding="utf-8")
 
     def _file(self, name: str, ending: str) -> Path:
         return self.path / CACHE / f"{name}-{self._key}.{ending}"

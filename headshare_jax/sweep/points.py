@@ -1,0 +1,194 @@
+"""The points of a sweep: what every method makes of the model at every amount, against the dense model."""
+
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from headshare_jax import convert
+from headshare_jax.calibration.windows import tokens_digest
+from headshare_jax.errors import HeadshareError
+from headshare_jax.evaluate.perplexity import perplexity
+from headshare_jax.fit import methods
+from headshare_jax.fit.methods import METHODS, Amount, Method, MethodSettings
+from headshare_jax.loading import CalibrationText
+from headshare_jax.model.llama import Llama
+from headshare_jax.report.progress import Show
+from headshare_jax.sharing.ledger import ledger
+from headshare_jax.sharing.scores import MatchResult
+from headshare_jax.sharing.source import fingerprint
+from headshare_jax.sweep.folder import SweepFolder
+
+_PACKAGES = ("headshare-jax", "jax", "flax", "numpy", "matplotlib")
+
+Tell = Callable[[str], None]
+
+
+class Measurements:
+    """Measures the points that the sweep's folder does not hold yet.
+
+    Args:
+      folder: of the sweep; made if it does not exist.
+      source: the dense model.
+      calibration: the text for methods that need one.
+      held_out: int [tokens], the text that perplexity is measured on, in windows of `seq_len`, at most `max_windows`.
+      settings: what the methods are told.
+
+    Raises:
+      HeadshareError: the folder holds another sweep, none at all, or a damaged one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        source: convert.Checkpoint,
+        calibration: CalibrationText | None,
+        held_out: np.ndarray,
+        *,
+        seq_len: int,
+        max_windows: int | None,
+        settings: MethodSettings,
+    ):
+        self.source, self.calibration, self.held_out, self.settings = source, calibration, held_out, settings
+        self.seq_len, self.max_windows = seq_len, max_windows
+        self.windows_wt = None if calibration is None else calibration.windows_wt
+        self.identity = {
+            "model": fingerprint(source),
+            "calibration text": None if self.windows_wt is None else tokens_digest(self.windows_wt),
+            "held-out text": tokens_digest(held_out),
+            "settings": {
+                **asdict(settings),
+                "seed": settings.seed or 0,
+                "tie": settings.shared_tie,
+                "seq_len": seq_len,
+                "max_windows": max_windows,
+                "release": importlib.metadata.version("headshare-jax"),
+            },
+        }
+        self.folder = SweepFolder(folder, self.identity)
+        self._scores: dict[str, MatchResult] = {}
+
+    def points(self, pairs: Sequence[tuple[Method, Amount]], show: Show) -> list[dict[str, Any]]:
+        """The dense model's point, then one for every method and amount, as plain data.
+
+        Raises:
+          HeadshareError: the dense model's perplexity is not finite.
+        """
+        total = len(pairs) + 1
+        dense = self._kept("dense", lambda: self._measured(Llama.of(self.source), _told(show, 0, total, "dense")))
+        if dense["perplexity"] is None:
+            raise HeadshareError("The dense model's perplexity is not finite on this text; check model and text.")
+        points = [dense | {"method": "dense", "ratio": 0.0, "budget": None, "amount": "all"}]
+        for done, (method, amount) in enumerate(pairs, 1):
+            name = f"{method.name}-{amount}".replace(" ", "-")
+            point = self._kept(name, partial(self._point, method, amount, _told(show, done, total, name)))
+            points.append(point | {"method": method.name, **asdict(amount), "amount": _label(amount)})
+            show(done + 1, total, "")
+        for point in points:
+            point["relative"] = None if point["perplexity"] is None else point["perplexity"] / dense["perplexity"]
+        return points
+
+    def record(self, points: list[dict[str, Any]], *, model: str, text: str) -> dict[str, Any]:
+        """All there is to know of the sweep, but for the scores, as plain data.
+
+        Args:
+          points: of this sweep.
+          model, text: what the model and the text are called.
+        """
+        calibration = self.calibration
+        return {
+            "format": "headshare-sweep",
+            "version": 1,
+            "model": {"name": model.rstrip("/").rpartition("/")[2], "source": model} | self.source.config.to_json(),
+            "units": self.source.config.num_units,
+            "fingerprint": self.identity["model"],
+            "text": {"name": text, "sha256": self.identity["held-out text"]},
+            "calibration": None
+            if calibration is None
+            else {"name": calibration.name, "digest": calibration.digest, "windows": calibration.windows_wt.shape},
+            "settings": self.identity["settings"],
+            "protocol": points[0]["protocol"],
+            "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}
+            | {"python": platform.python_version()},
+            "methods": {name: METHODS[name].summary for name in METHODS if name in {p["method"] for p in points}},
+            "points": points,
+        }
+
+    def scored(self, method: Method, tell: Tell = lambda text: None) -> MatchResult:
+        """The scores of a method, which it may have in common with others."""
+        name = method.scores.__name__
+        if name not in self._scores:
+            scores = self.folder.scores(name)
+            if scores is None:
+                scores = method.scores(
+                    self.source, self.windows_wt, self.settings, _counted(tell, "matching"), self.folder.journals
+                )
+                self.folder.keep_scores(name, scores)
+            self._scores[name] = scores
+        return self._scores[name]
+
+    def _kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        point = self.folder.point(name)
+        if point is None:
+            # JSON has no infinities: they become null.
+            point = json.loads(json.dumps(make()), parse_constant=lambda _: None)
+            self.folder.keep_point(name, point)
+        return point
+
+    def _point(self, method: Method, amount: Amount, tell: Tell) -> dict[str, Any]:
+        scores = self.scored(method, tell)
+        try:
+            sharing = methods.choose(method, scores, amount, self.source.config, self.settings)
+        except HeadshareError as error:
+            return {"perplexity": None, "reason": str(error)}
+        model, fit = methods.apply(
+            method, self.source, sharing, self.windows_wt, check_source=False, progress=_counted(tell, "sharing")
+        )
+        return self._measured(Llama.of(model), tell) | {
+            "map": json.loads(sharing.to_json()),
+            "fit": None if fit is None else asdict(fit),
+        }
+
+    def _measured(self, model: Llama, tell: Tell) -> dict[str, Any]:
+        result = perplexity(
+            model,
+            self.held_out,
+            seq_len=self.seq_len,
+            max_windows=self.max_windows,
+            progress=_counted(tell, "perplexity"),
+        )
+        sizes = ledger(model)
+        return {
+            "perplexity": result.token_perplexity,
+            "reason": None if math.isfinite(result.token_perplexity) else "not finite",
+            "protocol": result.protocol,
+            "receivers": 0 if model.sharing is None else len(model.sharing.receivers),
+            "dropped": 0 if model.sharing is None else int(model.sharing.dropped.sum()),
+            "units": model.config.num_units,
+            "parameters": sizes.stored,
+            "bytes": sizes.stored_bytes,
+            "attention_bytes": sum(row.stored * row.bytes_per_parameter for row in sizes.rows if row.part in "qkvo"),
+            "ledger": sizes.to_json(),
+        }
+
+
+def _label(amount: Amount) -> str:
+    """An amount as a person reads it."""
+    if amount.budget is None:
+        return f"{100 * (amount.ratio or 0.0):g} % of units"
+    return f"{100 * amount.budget:g} % of attention kept"
+
+
+def _told(show: Show, done: int, total: int, name: str) -> Tell:
+    return lambda text: show(done, total, f"{name}: {text}")
+
+
+def _counted(tell: Tell, label: str) -> methods.Progress:
+    return lambda done, total: tell(f"{label} {done}/{total}")
