@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+from matplotlib.ticker import EngFormatter, LogFormatter, LogLocator, NullLocator
 
 from headshare_jax.report.picture import Picture, drawn
 from headshare_jax.report.style import BASELINE, INK, SERIES
@@ -46,14 +46,15 @@ def draw_perplexity(points: Sequence[Mapping[str, Any]], styles: Mapping[str, tu
             continue
         places = [_place(point) for point in curve]
         curve_x, curve_y = np.transpose(places)
+        line = "dotted" if name == "random" else "solid"
+        axes.plot(curve_x, curve_y, color=colour, linewidth=1.6, linestyle=line, zorder=3)
         picture.points(
-            axes, curve_x, curve_y, [_told(point, dense) for point in curve[1:]], color=colour, zorder=3,
-            linewidth=1.6, linestyle="dotted" if name == "random" else "solid",
-            marker=symbol, markersize=9 if symbol == "*" else 6, markeredgewidth=0, markevery=slice(1, None),
+            axes, curve_x[1:], curve_y[1:], [_told(point, dense) for point in curve[1:]], color=colour, zorder=4,
+            linestyle="none", marker=symbol, markersize=9 if symbol == "*" else 6, markeredgewidth=0,
         )  # fmt: skip
         ends.append((name, colour, places[-1]))
     x, y = _place(dense)
-    picture.points(axes, [x], [y], [_told(dense, dense)], color=INK, marker="o", zorder=4)
+    picture.points(axes, [x], [y], [_told(dense, dense)], color=INK, marker="o", zorder=5)
     axes.axhline(y, color=INK, linewidth=0.8, linestyle="dashed")
     # On the side of the line where fewer curves are.
     side = -1 if np.median([point["perplexity"] for point in measured]) >= y else 1
@@ -61,13 +62,13 @@ def draw_perplexity(points: Sequence[Mapping[str, Any]], styles: Mapping[str, tu
         f"dense: {y:.1f}", (1, y), (-4, 9 * side), xycoords=axes.get_yaxis_transform(), textcoords="offset points",
         ha="right", va="center",
     )  # fmt: skip
-    # The limits are needed for the labels' places.
+    # The labels lie above the lines and below the symbols; their places need the limits.
     axes.autoscale_view()
     places_pt = [tuple(axes.transData.transform(end) * 72 / picture.figure.dpi) for _, _, end in ends]
     for (name, colour, end), shift in zip(ends, _shifts(places_pt), strict=True):
         axes.annotate(
             name, end, (-8, shift), textcoords="offset points", ha="right", va="center", color=colour, weight="bold",
-            zorder=2.5, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0},
+            zorder=3.5, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0},
         )  # fmt: skip
     return picture
 
@@ -83,7 +84,7 @@ def _scale(axes: Axes, x: Sequence[float], y: Sequence[float]) -> None:
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     width = max(x) - min(x) or max(x)
-    axes.set_xlim(min(x) - 0.36 * width, max(x) + 0.06 * width)
+    axes.set_xlim(min(x) - 0.4 * width, max(x) + 0.06 * width)
     # The room may reach below nothing.
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}" if value >= 0 else "")
     axes.set(xlabel="stored attention weights, MB", ylabel="perplexity" + " (log scale)" * log)
@@ -132,5 +133,7 @@ def draw_training(lines: Sequence[Mapping[str, Any]]) -> Picture:
         axes.set(title=title, xlabel="step")
         if len(names) > 1:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(LogFormatter())
+            axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.4)))
             axes.legend()
     return picture
