@@ -275,6 +275,8 @@ def test_the_page_fits_and_is_without_errors(workplace: Path, browser: Chrome, w
         assert 300 < drawn["width"] <= width
     for wide in browser.find_elements(By.CSS_SELECTOR, ".scroll"):
         assert browser.execute_script("return arguments[0].scrollWidth <= arguments[0].clientWidth", wide)
+    ids = browser.execute_script("return [...document.querySelectorAll('[id]')].map((each) => each.id)")
+    assert len(set(ids)) == len(ids)
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
     assert browser.get_log("browser") == []
 
