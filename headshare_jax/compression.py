@@ -22,7 +22,6 @@ from headshare_jax.fit.methods import METHODS, Amount, Method, MethodSettings
 from headshare_jax.fit.refit import RefitReport
 from headshare_jax.loading import CalibrationText, calibration_text, text_tokens
 from headshare_jax.model.llama import Llama
-from headshare_jax.report.map import map_svg
 from headshare_jax.report.progress import progress as progress_bar
 from headshare_jax.sharing.budget import attention_budget
 from headshare_jax.sharing.ledger import Ledger, ledger, megabytes
@@ -155,6 +154,9 @@ class Compressed:
         return "\n".join(lines + ([f"  written to {self.path}"] if self.path else []))
 
     def _repr_html_(self) -> str:
+        # Matplotlib takes a while to import.
+        from headshare_jax.report.map import map_svg
+
         cells = "".join(
             f"<tr><td>{what}</td><td>{before}</td><td>{after}</td></tr>" for what, before, after in self.rows
         )

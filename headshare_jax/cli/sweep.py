@@ -69,14 +69,9 @@ class Sweep(Command):
                 self.calibrate, path, self.calibrate_tokens, self.seq_len, source.config.vocab_size
             )
         run = Measurements(
-            self.output,
-            source,
-            calibration,
-            text_tokens(self.text, path),
-            seq_len=self.seq_len,
-            max_windows=self.max_windows,
-            settings=self._settings(),
-        )
+            self.output, source, calibration, text_tokens(self.text, path), self._settings(),
+            seq_len=self.seq_len, max_windows=self.max_windows,
+        )  # fmt: skip
         with progress_with_text() as show:
             points = run.points([(method, amount) for method in chosen for amount in amounts], show)
         record = run.record(points, model=self.src, text=self.text)

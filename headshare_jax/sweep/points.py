@@ -51,15 +51,15 @@ class Measurements:
         source: convert.Checkpoint,
         calibration: CalibrationText | None,
         held_out: np.ndarray,
+        settings: MethodSettings,
         *,
         seq_len: int,
-        max_windows: int | None,
-        settings: MethodSettings,
+        max_windows: int | None = None,
     ):
         self.source, self.calibration, self.held_out, self.settings = source, calibration, held_out, settings
-        self.seq_len, self.max_windows = seq_len, max_windows
+        self.held_out_windows: dict[str, Any] = {"seq_len": seq_len, "max_windows": max_windows}
         self.windows_wt = None if calibration is None else calibration.windows_wt
-        self.identity = {
+        self.identity: dict[str, Any] = {
             "model": fingerprint(source),
             "calibration text": None if self.windows_wt is None else tokens_digest(self.windows_wt),
             "held-out text": tokens_digest(held_out),
@@ -67,8 +67,7 @@ class Measurements:
                 **asdict(settings),
                 "seed": settings.seed or 0,
                 "tie": settings.shared_tie,
-                "seq_len": seq_len,
-                "max_windows": max_windows,
+                **self.held_out_windows,
                 "release": importlib.metadata.version("headshare-jax"),
             },
         }
@@ -157,13 +156,7 @@ class Measurements:
         }
 
     def _measured(self, model: Llama, tell: Tell) -> dict[str, Any]:
-        result = perplexity(
-            model,
-            self.held_out,
-            seq_len=self.seq_len,
-            max_windows=self.max_windows,
-            progress=_counted(tell, "perplexity"),
-        )
+        result = perplexity(model, self.held_out, **self.held_out_windows, progress=_counted(tell, "perplexity"))
         sizes = ledger(model)
         return {
             "perplexity": result.token_perplexity,
