@@ -18,7 +18,7 @@ from headshare_jax.convert.journal_folder import JournalFolder
 from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluate.perplexity import Perplexity, perplexity
 from headshare_jax.fit import methods
-from headshare_jax.fit.methods import METHODS, Amount, Method, MethodSettings
+from headshare_jax.fit.methods import METHODS, Amount, Method, MethodSettings, Scoring
 from headshare_jax.fit.refit import RefitReport
 from headshare_jax.loading import CalibrationText, calibration_text, text_tokens
 from headshare_jax.model.llama import Llama
@@ -293,7 +293,7 @@ def _chosen(
         shard_of_units(config.num_kv_heads, wanted.within_shards)
     windows_wt = None if calibration is None else calibration.windows_wt
     with step("matching") as told:
-        scores = method.scores(source, windows_wt, settings, told, journals)
+        scores = method.scores(Scoring(source, settings, windows_wt, journals, told))
     return methods.choose(method, scores, amount, config, settings)
 
 

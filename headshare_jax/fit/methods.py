@@ -6,7 +6,7 @@ takes text can be kept in journals, layer by layer.
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -72,53 +72,48 @@ class Amount:
         return f"{self.ratio:g}" if self.budget is None else f"budget {self.budget:g}"
 
 
-Scorer = Callable[[WeightSource, np.ndarray | None, MethodSettings, Progress, Journals | None], MatchResult]
+@dataclass(frozen=True)
+class Scoring:
+    """What scoring works on.
+
+    Attributes:
+      source: the dense model, or an opened checkpoint.
+      settings: what the method is told.
+      windows_wt: int32 [W, T], the calibration text, for methods that need one.
+      journals: where those that take text keep finished layers.
+      progress: called with the steps done and in all.
+    """
+
+    source: WeightSource
+    settings: MethodSettings = field(default_factory=MethodSettings)
+    windows_wt: np.ndarray | None = None
+    journals: Journals | None = None
+    progress: Progress = lambda done, total: None
+
+
+Scorer = Callable[[Scoring], MatchResult]
 Chooser = Callable[[MatchResult, Amount, LlamaConfig, MethodSettings], SharingMap]
 
 
-def weight_scores(
-    source: WeightSource,
-    windows_wt: np.ndarray | None,
-    settings: MethodSettings,
-    progress: Progress,
-    journals: Journals | None = None,
-) -> MatchResult:
+def weight_scores(work: Scoring) -> MatchResult:
     """Cosines of weights."""
-    return match(source, settings.match or "qk", seed=settings.seed or 0, progress=progress)
+    return match(work.source, work.settings.match or "qk", seed=work.settings.seed or 0, progress=work.progress)
 
 
-def random_scores(
-    source: WeightSource,
-    windows_wt: np.ndarray | None,
-    settings: MethodSettings,
-    progress: Progress,
-    journals: Journals | None = None,
-) -> MatchResult:
+def random_scores(work: Scoring) -> MatchResult:
     """Scores drawn at random."""
-    return match(source, "random", seed=settings.seed or 0, progress=progress)
+    return match(work.source, "random", seed=work.settings.seed or 0, progress=work.progress)
 
 
-def functional_scores(
-    source: WeightSource,
-    windows_wt: np.ndarray | None,
-    settings: MethodSettings,
-    progress: Progress,
-    journals: Journals | None = None,
-) -> MatchResult:
+def functional_scores(work: Scoring) -> MatchResult:
     """What units compute on the text, and donors in their place."""
-    assert windows_wt is not None
-    return match_functional(source, windows_wt, journals=journals, progress=progress)
+    assert work.windows_wt is not None
+    return match_functional(work.source, work.windows_wt, journals=work.journals, progress=work.progress)
 
 
-def magnitude_scores(
-    source: WeightSource,
-    windows_wt: np.ndarray | None,
-    settings: MethodSettings,
-    progress: Progress,
-    journals: Journals | None = None,
-) -> MatchResult:
+def magnitude_scores(work: Scoring) -> MatchResult:
     """How small a unit's weights are."""
-    return magnitudes(source, progress=progress)
+    return magnitudes(work.source, progress=work.progress)
 
 
 def best_pairs(result: MatchResult, amount: Amount, config: LlamaConfig, settings: MethodSettings) -> SharingMap:

@@ -17,7 +17,7 @@ from headshare_jax.calibration.windows import tokens_digest
 from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluate.perplexity import perplexity
 from headshare_jax.fit import methods
-from headshare_jax.fit.methods import METHODS, Amount, Method, MethodSettings
+from headshare_jax.fit.methods import METHODS, Amount, Method, MethodSettings, Scoring
 from headshare_jax.loading import CalibrationText
 from headshare_jax.model.llama import Llama
 from headshare_jax.report.progress import Show
@@ -64,9 +64,9 @@ class Measurements:
             "calibration text": None if self.windows_wt is None else tokens_digest(self.windows_wt),
             "held-out text": tokens_digest(held_out),
             "settings": {
-                **asdict(settings),
-                "seed": settings.seed or 0,
-                "tie": settings.shared_tie,
+                # Names and values of the first release, so that its sweeps go on.
+                **{"match": settings.match, "seed": settings.seed or 0, "tie": settings.shared_tie},
+                **{"chains": settings.chains, "shards": settings.within_shards},
                 **self.held_out_windows,
                 "release": importlib.metadata.version("headshare-jax"),
             },
@@ -126,9 +126,9 @@ class Measurements:
         if name not in self._scores:
             scores = self.folder.scores(name)
             if scores is None:
-                scores = method.scores(
-                    self.source, self.windows_wt, self.settings, _counted(tell, "matching"), self.folder.journals
-                )
+                told = _counted(tell, "matching")
+                work = Scoring(self.source, self.settings, self.windows_wt, self.folder.journals, told)
+                scores = method.scores(work)
                 self.folder.keep_scores(name, scores)
             self._scores[name] = scores
         return self._scores[name]

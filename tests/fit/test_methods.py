@@ -6,18 +6,14 @@ from support import random_tokens, tiny_model
 
 import headshare_jax as hs
 from headshare_jax.fit import methods
-from headshare_jax.fit.methods import METHODS, Amount, MethodSettings
-
-
-def quiet(done: int, total: int) -> None:
-    pass
+from headshare_jax.fit.methods import METHODS, Amount, MethodSettings, Scoring
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "plan"])
 def test_scores_serve_every_ratio(name: str) -> None:
     model, windows, settings = tiny_model(), random_tokens((4, 16)), MethodSettings()
     method = methods.find(name, settings)
-    scores = method.scores(model, windows, settings, quiet)
+    scores = method.scores(Scoring(model, settings, windows))
     for ratio in (0.2, 0.4):
         sharing = methods.choose(method, scores, Amount(ratio=ratio), model.config, settings)
         shared, report = methods.apply(method, model, sharing, windows)
@@ -36,7 +32,7 @@ def test_settings_reach_the_map() -> None:
     model = tiny_model()
     settings = MethodSettings(match="v", tie="qk", chains="forbid")
     method = methods.find("direct", settings)
-    scores = method.scores(model, None, settings, quiet)
+    scores = method.scores(Scoring(model, settings))
     sharing = methods.choose(method, scores, Amount(ratio=0.3), model.config, settings)
     assert sharing == hs.sharing_map(hs.match(model, "v"), 0.3, tie="qk", chains="forbid")
 
@@ -44,7 +40,7 @@ def test_settings_reach_the_map() -> None:
 def test_donors_of_fitted_maps_keep_their_weights() -> None:
     model, windows, settings = tiny_model(), random_tokens((4, 16)), MethodSettings()
     method = METHODS["fitted"]
-    scores = method.scores(model, windows, settings, quiet)
+    scores = method.scores(Scoring(model, settings, windows))
     sharing = methods.choose(method, scores, Amount(ratio=0.4), model.config, settings)
     assert sharing.chains == "forbid"
 

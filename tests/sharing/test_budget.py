@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support import random_tokens, tiny_model
 
 from headshare_jax import HeadshareError, LlamaConfig, MatchResult, ledger, match, match_functional, share
-from headshare_jax.fit.methods import METHODS, Amount, MethodSettings, choose
+from headshare_jax.fit.methods import METHODS, Amount, MethodSettings, Scoring, choose
 from headshare_jax.matching.cosine import magnitudes
 from headshare_jax.sharing.budget import DROP, attention_budget, budget_map, unit_parameters, units_to_save
 from headshare_jax.sharing.choose import drop_map
@@ -100,7 +100,7 @@ def test_a_budget_for_the_whole_model_is_met_in_attention() -> None:
 def test_weight_scores_meet_a_budget_too() -> None:
     model = tiny_model(num_hidden_layers=4)
     for name in ("direct", "random"):
-        result = METHODS[name].scores(model, None, MethodSettings(), lambda done, total: None)
+        result = METHODS[name].scores(Scoring(model))
         sharing = choose(METHODS[name], result, Amount(budget=0.8), model.config, MethodSettings(tie="qkv"))
         assert len(sharing.receivers) == units_to_save(model.config, 0.8, "qkv")
         assert sharing.budget == 0.8
