@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from headshare_jax.cli.arguments import flags, parse
+from headshare_jax.cli.arguments import parse
 from headshare_jax.cli.command import Command
 from headshare_jax.cli.convert import Convert
 from headshare_jax.cli.demo import Demo
@@ -63,8 +63,7 @@ def run(args: list[str] | None = None) -> int:
     except HeadshareError as error:
         return _fail(_with_flags(error, command), _BAD_INPUT)
     except KeyboardInterrupt as stop:
-        number = stop.args[0] if stop.args else signal.SIGINT
-        return _fail("stopped; no output was left half-written.", _SIGNALLED + number)
+        return _fail("stopped; no output was left half-written.", _SIGNALLED + _signal_of(stop))
     except BrokenPipeError:
         # Whoever read our output has seen enough; the interpreter must not try to write the rest when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -84,7 +83,7 @@ def run(args: list[str] | None = None) -> int:
 
 def _with_flags(error: HeadshareError, command: Command | None) -> str:
     """What a library says of its arguments, with those options of the command that set them."""
-    known = {} if command is None else flags(type(command))
+    known = {} if command is None else command.flags()
     named = ", ".join(known[option] for option in error.options if option in known)
     return f"{str(error).removesuffix('.')} ({named})." if named else str(error)
 
@@ -105,13 +104,16 @@ def _stop(number: int, frame: FrameType | None) -> Any:
     raise KeyboardInterrupt(number)
 
 
+def _signal_of(stop: BaseException) -> int:
+    return stop.args[0] if stop.args else signal.SIGINT
+
+
 def _stop_again(unraisable: Any) -> None:
     """Sends a stop once more that met a destructor or callback, as of the garbage collector: Python drops it there."""
     if not isinstance(unraisable.exc_value, KeyboardInterrupt):
         sys.__unraisablehook__(unraisable)
         return
-    number, *_ = *unraisable.exc_value.args, signal.SIGINT
-    again = threading.Timer(0.1, os.kill, (os.getpid(), number))
+    again = threading.Timer(0.1, os.kill, (os.getpid(), _signal_of(unraisable.exc_value)))
     again.daemon = True
     again.start()
 

@@ -1,6 +1,5 @@
 """The command that a command line spells, or one sentence on what is wrong with it."""
 
-import dataclasses
 import difflib
 import re
 from functools import partial
@@ -37,27 +36,18 @@ def parse(commands: dict[str, type[Command]], args: list[str]) -> Command:
         return tyro.cli(command, prog=f"headshare {name}", args=args[1:], config=(tyro.conf.FlagCreatePairsOff,))
 
 
-def flags(command: type[Command]) -> dict[str, str]:
-    """The options of a command, by the names of their fields."""
-    return {
-        field.name: f"--{field.name.replace('_', '-')}"
-        for field in dataclasses.fields(command)
-        if tyro.conf.Positional not in getattr(field.type, "__metadata__", ())
-    }
-
-
 def _refuse(command: type[Command], event: tyro_errors.ParseErrorEvent) -> None:
     """Raises HeadshareError in place of the box that tyro would draw; returns from what is left for tyro to say."""
     match event:
         case (
             tyro_errors.UnrecognizedArgs(tokens=[word, *_]) | tyro_errors.MissingArgs(unrecognized_tokens=[word, *_])
         ) if word.startswith("-"):
-            near = difflib.get_close_matches(word.partition("=")[0], ["--help", *flags(command).values()], 1)
-            said = f"{event.prog} has no option {word}" + (f"; did you mean {near[0]}?" if near else "")
+            near = difflib.get_close_matches(word.partition("=")[0], ["--help", *command.flags().values()], 1)
+            said = f"There is no option {word}" + (f"; did you mean {near[0]}?" if near else "")
         case tyro_errors.UnrecognizedArgs(tokens=[word, *_]):
-            said = f"{event.prog} has no use for {word}"
+            said = f"{word} is one argument too many"
         case tyro_errors.MissingArgs(missing_arguments=missing):
-            said = f"{event.prog} needs {' and '.join(_name(each.arg) for each in missing)}"
+            said = f"Give {' and '.join(_name(each.arg) for each in missing)}"
         case tyro_errors.BadValue(argument=argument):
             said = f"{_name(argument)} needs a value"
         case tyro_errors.InstantiationFailure(argument=argument, message=message) if argument is not None:

@@ -46,6 +46,10 @@ class Match(Command):
     overwrite: Overwrite = False
 
     def run(self) -> dict[str, Any]:
+        if self.match != "random":
+            self.refuse("seed", without="--match random")
+        if self.output is None and self.plot is None:
+            self.refuse("overwrite", without="--output or --plot")
         for path in filter(None, (self.output, self.plot)):
             check_output(path, folder=False, overwrite=self.overwrite)
         if self.plot is not None:
