@@ -61,9 +61,12 @@ def run(args: list[str] | None = None) -> int:
                 command = parse(COMMANDS, args)
                 command.execute()
     except HeadshareError as error:
-        return _fail(_with_flags(error, command), _BAD_INPUT)
+        # A library names its arguments, which may be options of this command.
+        options = command.flags() if command else {}
+        flags = ", ".join(options[name] for name in error.options if name in options)
+        return _fail(f"{str(error).removesuffix('.')} ({flags})." if flags else str(error), _BAD_INPUT)
     except KeyboardInterrupt as stop:
-        return _fail("stopped; no output was left half-written.", _SIGNALLED + _signal_of(stop))
+        return _fail("stopped; no output was left half-written.", _SIGNALLED + _number(stop))
     except BrokenPipeError:
         # Whoever read our output has seen enough; the interpreter must not try to write the rest when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -79,13 +82,6 @@ def run(args: list[str] | None = None) -> int:
             _INTERNAL_ERROR,
         )
     return 0
-
-
-def _with_flags(error: HeadshareError, command: Command | None) -> str:
-    """What a library says of its arguments, with those options of the command that set them."""
-    known = {} if command is None else command.flags()
-    named = ", ".join(known[option] for option in error.options if option in known)
-    return f"{str(error).removesuffix('.')} ({named})." if named else str(error)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -104,7 +100,8 @@ def _stop(number: int, frame: FrameType | None) -> Any:
     raise KeyboardInterrupt(number)
 
 
-def _signal_of(stop: BaseException) -> int:
+def _number(stop: BaseException) -> int:
+    """The signal that asked for a stop."""
     return stop.args[0] if stop.args else signal.SIGINT
 
 
@@ -113,7 +110,7 @@ def _stop_again(unraisable: Any) -> None:
     if not isinstance(unraisable.exc_value, KeyboardInterrupt):
         sys.__unraisablehook__(unraisable)
         return
-    again = threading.Timer(0.1, os.kill, (os.getpid(), _signal_of(unraisable.exc_value)))
+    again = threading.Timer(0.1, os.kill, (os.getpid(), _number(unraisable.exc_value)))
     again.daemon = True
     again.start()
 

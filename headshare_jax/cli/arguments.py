@@ -11,7 +11,7 @@ from tyro._arguments import ArgumentDefinition
 from headshare_jax.cli.command import Command
 from headshare_jax.errors import HeadshareError
 
-_DESCRIPTION = "Make LLaMA-family language models smaller by letting attention heads share weights."
+_ABOUT = "Make LLaMA-family language models smaller by letting attention heads share weights."
 
 
 def parse(commands: dict[str, type[Command]], args: list[str]) -> Command:
@@ -22,18 +22,16 @@ def parse(commands: dict[str, type[Command]], args: list[str]) -> Command:
       SystemExit: help was asked for, and has been printed.
     """
     name = next(iter(args), "")
+    if name in commands:
+        with tyro_errors.on_parse_error(partial(_refuse, commands[name])):
+            config = (tyro.conf.FlagCreatePairsOff,)
+            return tyro.cli(commands[name], prog=f"headshare {name}", args=args[1:], config=config)
     if name in ("-h", "--help"):
-        return tyro.extras.subcommand_cli_from_dict(
-            {**commands}, prog="headshare", description=_DESCRIPTION, args=[name]
-        )
-    if name not in commands:
-        wrong = f"{name} is no command" if name else "No command was given"
-        near = difflib.get_close_matches(name, commands, 1)
-        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(commands)}"
-        raise HeadshareError(f"{wrong}; {hint} (headshare --help).")
-    command = commands[name]
-    with tyro_errors.on_parse_error(partial(_refuse, command)):
-        return tyro.cli(command, prog=f"headshare {name}", args=args[1:], config=(tyro.conf.FlagCreatePairsOff,))
+        return tyro.extras.subcommand_cli_from_dict({**commands}, prog="headshare", description=_ABOUT, args=[name])
+    wrong = f"{name} is no command" if name else "No command was given"
+    near = difflib.get_close_matches(name, commands, 1)
+    hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(commands)}"
+    raise HeadshareError(f"{wrong}; {hint} (headshare --help).")
 
 
 def _refuse(command: type[Command], event: tyro_errors.ParseErrorEvent) -> None:

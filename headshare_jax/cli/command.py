@@ -48,8 +48,7 @@ class Command:
         """Raises HeadshareError for the first of these options that is given, since it would do nothing."""
         for field in fields(self):
             if field.name in options and getattr(self, field.name) != field.default:
-                flag = self.flags()[field.name]
-                raise HeadshareError(f"{flag} does nothing without {without}; leave it out.")
+                raise HeadshareError(f"{self.flags()[field.name]} does nothing without {without}; leave it out.")
 
     def execute(self) -> None:
         """Runs the command and prints its result."""

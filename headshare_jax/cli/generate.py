@@ -5,7 +5,6 @@ import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any
 
 import jax
@@ -60,8 +59,7 @@ class Generate(Command):
         tokenizer = load_tokenizer(path)
         if self.chat and tokenizer.chat_template is None:
             raise HeadshareError(f"The tokenizer of {self.src} has no chat template; leave --chat out.")
-        encode = partial(chat_message, tokenizer) if self.chat else lambda text: tokenizer(text).input_ids
-        prompts = [encode(text) for text in self.prompt]
+        prompts = [chat_message(tokenizer, text) if self.chat else tokenizer(text).input_ids for text in self.prompt]
         if not prompts or not all(prompts):
             raise HeadshareError("Every prompt must hold at least one token; give --prompt a text.")
         say(f"loading {self.src}")
