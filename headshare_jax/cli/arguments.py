@@ -3,10 +3,10 @@
 import difflib
 import re
 from functools import partial
+from typing import Any
 
 import tyro
 from tyro import _errors as tyro_errors
-from tyro._arguments import ArgumentDefinition
 
 from headshare_jax.cli.command import Command
 from headshare_jax.errors import HeadshareError
@@ -56,5 +56,5 @@ def _refuse(command: type[Command], event: tyro_errors.ParseErrorEvent) -> None:
     raise HeadshareError(f"{said} ({event.prog} --help).")
 
 
-def _name(argument: ArgumentDefinition) -> str:
+def _name(argument: Any) -> str:
     return str(argument.lowered.metavar) if argument.is_positional() else argument.display_name()

@@ -67,7 +67,7 @@ def test_a_long_answer_can_be_stopped(model: Path, tmp_path: Path) -> None:
 def test_a_stop_is_not_lost_and_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:
     with started(STOPPED_AS_IT_WRITES, tmp_path, model) as processes:
         for process, number in zip(processes, STOPS, strict=True):
-            assert process.wait(30) == 128 + number
+            assert process.wait(120) == 128 + number
             assert process.stderr is not None
             assert process.stderr.read() == "headshare: stopped; no output was left half-written.\n"
     assert list(tmp_path.iterdir()) == []
