@@ -1,7 +1,10 @@
 """What importing the package needs."""
 
+import os
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -28,10 +31,13 @@ def test_safetensors_are_loaded_without_torch(tmp_path: Path) -> None:
     assert finished.stdout.split() == [str(stored), "[]"]
 
 
-def test_importing_loads_no_torch() -> None:
-    command = [sys.executable, "-c", "import sys, headshare_jax; print('torch' in sys.modules)"]
+def test_importing_loads_neither_torch_nor_kernels() -> None:
+    loaded = (
+        "[name for name in sys.modules if name == 'torch' or 'jax.experimental.pallas' in name or '.kernels.' in name]"
+    )
+    command = [sys.executable, "-c", f"import sys, headshare_jax; print({loaded})"]
     finished = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    assert finished.stdout == "False\n"
+    assert finished.stdout == "[]\n"
 
 
 def test_generating_loads_no_torch(tmp_path: Path) -> None:
@@ -48,18 +54,43 @@ def test_every_exported_name_exists() -> None:
         assert getattr(headshare_jax, name) is not None
 
 
-def test_a_clone_imports_its_own_packages_whatever_is_installed(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the packages as `pip install .` lays them out: those that pyproject.toml lists, and no others."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    site_packages = tmp_path_factory.mktemp("site-packages")
+    for package in settings["packages"]:
+        folders = {name: path for name, path in settings["package-dir"].items() if f"{package}.".startswith(f"{name}.")}
+        nearest = max(folders, key=len)
+        source = ROOT.joinpath(folders[nearest], *package.removeprefix(nearest).split("."))
+        target = site_packages.joinpath(*package.split("."))
+        target.mkdir()
+        for file in filter(Path.is_file, source.iterdir()):
+            shutil.copy(file, target)
+    return site_packages
+
+
+@pytest.mark.parametrize("in_clone", [True, False])
+def test_a_clone_imports_its_own_packages_whatever_is_installed(
+    installed: Path, tmp_path: Path, in_clone: bool
+) -> None:
     """Python that starts in a clone finds the folder headshare_jax there first, which lacks two packages."""
-    code = "import headshare_jax.convert, headshare_jax.train.losses; print(headshare_jax.convert.__file__)"
-    isolated = [sys.executable, "-S", "-c", f"import sys; sys.path += {sys.path[1:]!r}; sys.meta_path[3:] = []; {code}"]
-    finished = subprocess.run(isolated, capture_output=True, text=True, check=True, timeout=120, cwd=ROOT)
-    assert Path(finished.stdout.strip()) == ROOT / "convert" / "__init__.py"
-
-
-def test_no_kernel_is_imported_before_it_runs() -> None:
-    code = "import sys, headshare_jax; print([name for name in sys.modules if 'jax.experimental.pallas' in name or '.kernels.' in name])"
-    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert finished.stdout == "[]\n"
+    code = """
+import headshare_jax.cli, headshare_jax.convert.native, headshare_jax.train.losses
+for package in headshare_jax, headshare_jax.convert, headshare_jax.train:
+    print(package.__path__[0])
+"""
+    others = [path for path in sys.path if path.endswith("-packages")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(installed), *others])}
+    # Without what tells Python of an editable installation.
+    finished = subprocess.run(
+        [sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True, timeout=120, env=environment,
+        cwd=ROOT if in_clone else tmp_path,
+    )  # fmt: skip
+    package = installed / "headshare_jax"
+    beside = [ROOT / "headshare_jax", ROOT / "convert", ROOT / "train"]
+    inside = [package, package / "convert", package / "train"]
+    assert list(map(Path, finished.stdout.split())) == (beside if in_clone else inside)
 
 
 def test_old_names_still_work_and_say_what_they_are_now() -> None:

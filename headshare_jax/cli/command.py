@@ -1,19 +1,16 @@
-"""What all commands have in common: one result, shown as text or as JSON, and progress on standard error."""
+"""What all commands have in common: options, and one result, shown as text or as JSON."""
 
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
-import jax
 import tyro
 from rich.console import Console, RenderableType
 
-from headshare_jax.convert.cache import cache_directory
+from headshare_jax.errors import HeadshareError
 
 Source = Annotated[
     tyro.conf.Positional[str],
@@ -38,6 +35,21 @@ class Command:
         False
     )
 
+    @classmethod
+    def flags(cls) -> dict[str, str]:
+        """The command's options, by the names of their fields."""
+        return {
+            field.name: f"--{field.name.replace('_', '-')}"
+            for field in fields(cls)
+            if tyro.conf.Positional not in getattr(field.type, "__metadata__", ())
+        }
+
+    def refuse(self, *options: str, without: str) -> None:
+        """Raises HeadshareError for the first of these options that is given, since it would do nothing."""
+        for field in fields(self):
+            if field.name in options and getattr(self, field.name) != field.default:
+                raise HeadshareError(f"{self.flags()[field.name]} does nothing without {without}; leave it out.")
+
     def execute(self) -> None:
         """Runs the command and prints its result."""
         result = self.run()
@@ -56,20 +68,6 @@ class Command:
     def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
         """The result as a person reads it."""
         raise NotImplementedError
-
-
-def keep_compiled() -> None:
-    """Keeps what is compiled in the cache folder, so that later commands start without compiling.
-
-    A folder that the user gave JAX stays in force, and where none can be made nothing is kept.
-    """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
-    folder = cache_directory() / "compiled"
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def plain(value: Any) -> Any:

@@ -19,12 +19,11 @@ from headshare_jax import convert
 from headshare_jax.cli.command import Command, Overwrite
 from headshare_jax.cli.inspect import ledger_table
 from headshare_jax.cli.match import matched
-from headshare_jax.convert import tokenizer
 from headshare_jax.convert.atomic import check_output, new_directory, new_file
 from headshare_jax.convert.cache import cache_directory
 from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluate.perplexity import Perplexity, perplexity
-from headshare_jax.loading import load
+from headshare_jax.loading import load, load_tokenizer
 from headshare_jax.model.generate import generate
 from headshare_jax.model.llama import Llama
 from headshare_jax.model.share import share
@@ -67,9 +66,9 @@ class Demo(Command):
         path = smollm2() if self.src is None else convert.locate(self.src)
         say(f"loading {path.name}")
         source = convert.open_checkpoint(path)
-        words, dense = tokenizer.load(path), load(source)
+        tokenizer, dense = load_tokenizer(path), load(source)
         content = held_out_text()
-        tokens = words(content, verbose=False).input_ids
+        tokens = tokenizer(content, verbose=False).input_ids
         scores = matched(source, "qk", 0)
         models = {"dense": dense}
         for ratio in self.ratios:
@@ -77,8 +76,8 @@ class Demo(Command):
         rows = []
         for name, model in models.items():
             result = _measure(name, model, tokens, len(content.split()), self.windows)
-            answer = generate(model, [words(PROMPT).input_ids], max_new_tokens=24)[0]
-            rows.append(_row(name, model, result) | {"answer": words.decode(answer, skip_special_tokens=True)})
+            answer = generate(model, [tokenizer(PROMPT).input_ids], max_new_tokens=24)[0]
+            rows.append(_row(name, model, result) | {"answer": tokenizer.decode(answer, skip_special_tokens=True)})
         self._export(model, path)
         return {
             "model": str(path),

@@ -11,10 +11,10 @@ from rich.table import Table
 
 from headshare_jax import convert
 from headshare_jax.cli.command import Command, ComputeDtype, Source
-from headshare_jax.convert import text, tokenizer
+from headshare_jax.convert import text
 from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluate.perplexity import perplexity
-from headshare_jax.loading import load
+from headshare_jax.loading import load, load_tokenizer
 from headshare_jax.model.llama import Llama
 from headshare_jax.report.progress import progress
 
@@ -55,19 +55,23 @@ class Evaluate(Command):
     def run(self) -> dict[str, Any]:
         if self.text is None and self.tasks is None:
             raise HeadshareError("Give --text, to measure perplexity, or --tasks, or both.")
+        if self.text is None:
+            self.refuse("text_field", "seq_len", "stride", "max_windows", without="--text")
+        if self.tasks is None:
+            self.refuse("task_folder", "task_limit", without="--tasks")
         if self.task_folder is not None and not self.task_folder.is_dir():
             raise HeadshareError(f"There is no folder {self.task_folder}; --task-folder takes one with task files.")
         if self.tasks is not None:
             _harness()
         path = convert.locate(self.src)
         content = None if self.text is None else text.read(self.text, field=self.text_field)
-        words = tokenizer.load(path)
+        tokenizer = load_tokenizer(path)
         model = load(path, compute_dtype=self.compute_dtype)
         result: dict[str, Any] = {"compute_dtype": self.compute_dtype}
         if content is not None:
-            result |= self._perplexity(model, words, content)
+            result |= self._perplexity(model, tokenizer, content)
         if self.tasks is not None:
-            result["tasks"] = self._tasks(model, words)
+            result["tasks"] = self._tasks(model, tokenizer)
         return result
 
     def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
@@ -83,11 +87,11 @@ class Evaluate(Command):
                     table.add_row(task, metric, f"{value:.4f}" if isinstance(value, float) else str(value))
             yield table
 
-    def _perplexity(self, model: Llama, words: "PreTrainedTokenizerBase", content: str) -> dict[str, Any]:
+    def _perplexity(self, model: Llama, tokenizer: "PreTrainedTokenizerBase", content: str) -> dict[str, Any]:
         with progress("perplexity") as step:
             found = perplexity(
                 model,
-                words(content, verbose=False).input_ids,
+                tokenizer(content, verbose=False).input_ids,
                 seq_len=self.seq_len,
                 stride=self.stride,
                 max_windows=self.max_windows,
@@ -97,12 +101,12 @@ class Evaluate(Command):
             )
         return asdict(found) | {"protocol": found.protocol, "text": self.text}
 
-    def _tasks(self, model: Llama, words: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    def _tasks(self, model: Llama, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
         assert self.tasks is not None
         with progress("tasks") as step:
             found: dict[str, Any] = _harness().run_tasks(
                 model,
-                words,
+                tokenizer,
                 [name.strip() for name in self.tasks.split(",")],
                 folder=self.task_folder,
                 limit=self.task_limit,

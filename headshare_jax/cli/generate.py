@@ -1,7 +1,9 @@
 """`headshare generate`."""
 
+import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -11,10 +13,11 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from headshare_jax import convert
-from headshare_jax.cli.command import Command, ComputeDtype, Source, keep_compiled
-from headshare_jax.convert import tokenizer
+from headshare_jax.cli.command import Command, ComputeDtype, Source
+from headshare_jax.convert.cache import cache_directory
+from headshare_jax.convert.tokenizer import chat_message
 from headshare_jax.errors import HeadshareError
-from headshare_jax.loading import load
+from headshare_jax.loading import load, load_tokenizer
 from headshare_jax.model.generate import Sampling, generate
 from headshare_jax.report.progress import say
 from headshare_jax.signals import handled
@@ -45,16 +48,18 @@ class Generate(Command):
     ] = None
 
     def run(self) -> dict[str, Any]:
+        if self.temperature == 0:
+            self.refuse("top_k", "top_p", "seed", without="a --temperature above 0")
         sampling = Sampling(self.temperature, self.top_k, self.top_p)
         if not 0 <= self.seed < 2**32:
             raise HeadshareError(f"--seed must be from 0 to 2^32 - 1, not {self.seed}.")
         if self.max_new_tokens < 1:
             raise HeadshareError(f"--max-new-tokens must be at least 1, not {self.max_new_tokens}.")
         path = convert.locate(self.src)
-        words = tokenizer.load(path)
-        if self.chat and words.chat_template is None:
+        tokenizer = load_tokenizer(path)
+        if self.chat and tokenizer.chat_template is None:
             raise HeadshareError(f"The tokenizer of {self.src} has no chat template; leave --chat out.")
-        prompts = [tokenizer.chat_message(words, text) if self.chat else words(text).input_ids for text in self.prompt]
+        prompts = [chat_message(tokenizer, text) if self.chat else tokenizer(text).input_ids for text in self.prompt]
         if not prompts or not all(prompts):
             raise HeadshareError("Every prompt must hold at least one token; give --prompt a text.")
         say(f"loading {self.src}")
@@ -70,7 +75,7 @@ class Generate(Command):
             answers = generate(model, prompts, max_new_tokens=self.max_new_tokens, sampling=sampling, seed=self.seed)
         return {
             "results": [
-                {"prompt": prompt, "text": words.decode(answer, skip_special_tokens=True), "tokens": answer}
+                {"prompt": prompt, "text": tokenizer.decode(answer, skip_special_tokens=True), "tokens": answer}
                 for prompt, answer in zip(self.prompt, answers, strict=True)
             ]
         }
@@ -78,3 +83,17 @@ class Generate(Command):
     def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
         for entry in result["results"]:
             yield Text.assemble((entry["prompt"], "bold"), "\n" if self.chat else "", entry["text"])
+
+
+def keep_compiled() -> None:
+    """Keeps what is compiled in the cache folder, so that later commands start without compiling.
+
+    A folder that the user gave JAX stays in force, and where none can be made nothing is kept.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = cache_directory() / "compiled"
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

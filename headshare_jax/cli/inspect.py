@@ -70,28 +70,31 @@ class Inspect(Command):
             table.add_row(name, " x ".join(map(str, parameter["shape"])), parameter["dtype"])
         yield table
         yield ledger_table(result["ledger"])
-        sharing = result["map"]
-        if sharing is None:
-            yield "Dense: every unit keeps its own weights."
-            return
-        receivers, dropped = sharing["receivers"], sharing.get("dropped", [])
-        drops = f"{len(dropped)} dropped, " if dropped else ""
-        yield f"Map: {len(receivers)} receivers, {drops}tie {sharing['tie']}, matched by {sharing['match']}"
-        units = Table("unit (layer.unit)", "donor", "tie", "score")
-        for entry in (*receivers, *dropped):
-            donor, tie = "dropped", ""
-            if "donor" in entry:
-                donor, tie = "{}.{}".format(*entry["donor"]), entry.get("tie", sharing["tie"])
-            score = "" if entry["score"] is None else f"{entry['score']:.4f}"
-            units.add_row(f"{entry['layer']}.{entry['unit']}", donor, tie, score)
-        yield units
-        crossing = result["shards"]
+        sharing, crossing = result["map"], result["shards"]
+        yield from ["Dense: every unit keeps its own weights."] if sharing is None else _pairs(sharing)
         if crossing is not None:
+            receivers = 0 if sharing is None else len(sharing["receivers"])
             yield (
-                f"With heads cut over {crossing['shards']} chips, {crossing['receivers']} of {len(receivers)} "
+                f"With heads cut over {crossing['shards']} chips, {crossing['receivers']} of {receivers} "
                 f"receivers have their donor on another chip; {megabytes(crossing['bytes'])} of weights move in a pass."
             )
-        yield NOT_SAVED
+        if sharing is not None:
+            yield NOT_SAVED
+
+
+def _pairs(sharing: dict[str, Any]) -> Iterator[RenderableType]:
+    """A map as plain data: who has whose weights."""
+    receivers, dropped = sharing["receivers"], sharing.get("dropped", [])
+    drops = f"{len(dropped)} dropped, " if dropped else ""
+    yield f"Map: {len(receivers)} receivers, {drops}tie {sharing['tie']}, matched by {sharing['match']}"
+    units = Table("unit (layer.unit)", "donor", "tie", "score")
+    for entry in (*receivers, *dropped):
+        donor, tie = "dropped", ""
+        if "donor" in entry:
+            donor, tie = "{}.{}".format(*entry["donor"]), entry.get("tie", sharing["tie"])
+        score = "" if entry["score"] is None else f"{entry['score']:.4f}"
+        units.add_row(f"{entry['layer']}.{entry['unit']}", donor, tie, score)
+    yield units
 
 
 def ledger_table(sizes: dict[str, Any]) -> Table:

@@ -47,6 +47,10 @@ class Match(Command):
     overwrite: Overwrite = False
 
     def run(self) -> dict[str, Any]:
+        if self.match != "random":
+            self.refuse("seed", without="--match random")
+        if self.output is None and self.plot is None:
+            self.refuse("overwrite", without="--output or --plot")
         for path in filter(None, (self.output, self.plot)):
             check_output(path, folder=False, overwrite=self.overwrite)
         if self.plot is not None:
@@ -55,11 +59,13 @@ class Match(Command):
             raise HeadshareError(f"The scores are written as .npz, so their name must end so, unlike {self.output}.")
         result = matched(convert.open_checkpoint(self.src), self.match, self.seed)
         if self.output is not None:
-            save_scores(result, self.output, overwrite=self.overwrite)
+            with new_file(self.output, overwrite=self.overwrite) as path, path.open("wb") as file:
+                np.savez(file, **{name: getattr(result, name) for name in ("donor_layer", "donor_unit", "value")})
         if self.plot is not None:
             with new_file(self.plot, overwrite=self.overwrite) as path:
                 draw_scores(result).save(path)
-        return _summary(result) | {"output": _text(self.output), "plot": _text(self.plot)}
+        outputs = {"output": self.output, "plot": self.plot}
+        return _summary(result) | {name: path and str(path) for name, path in outputs.items()}
 
     def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
         low, middle, high = result["value_quantiles"].values()
@@ -82,12 +88,6 @@ def matched(source: convert.Checkpoint, function: str, seed: int) -> MatchResult
         return match(source, function, seed=seed, progress=step)
 
 
-def save_scores(result: MatchResult, path: Path, *, overwrite: bool) -> None:
-    """Writes `donor_layer`, `donor_unit` and `value`, [L, U] each, as .npz."""
-    with new_file(path, overwrite=overwrite) as partial, partial.open("wb") as file:
-        np.savez(file, donor_layer=result.donor_layer, donor_unit=result.donor_unit, value=result.value)
-
-
 def _summary(result: MatchResult) -> dict[str, Any]:
     layers, units = result.value.shape
     value = result.value[1:].ravel()
@@ -108,7 +108,3 @@ def _summary(result: MatchResult) -> dict[str, Any]:
             for flat in best
         ],
     }
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)

@@ -73,6 +73,8 @@ class Share(Command):
     overwrite: Overwrite = False
 
     def run(self) -> dict[str, Any]:
+        if self.calibrate is None:
+            self.refuse("calibrate_tokens", "seq_len", without="--calibrate")
         for output in filter(None, (self.save_map, self.plot)):
             check_output(output, folder=False, overwrite=self.overwrite)
         if self.plot is not None:

@@ -213,8 +213,10 @@ def find(name: str, settings: MethodSettings | None = None) -> Method:
     """
     if name not in METHODS:
         raise HeadshareError(f"The method must be one of {', '.join(METHODS)}, not {name!r}.", option="method")
-    method = METHODS[name]
-    for setting in (settings or MethodSettings()).given:
+    method, settings = METHODS[name], settings or MethodSettings()
+    if settings.seed is not None and "match" in method.uses and settings.match != "random":
+        raise HeadshareError(f"The method {name} draws nothing unless match is random; leave seed out.", option="seed")
+    for setting in settings.given:
         if setting not in method.uses:
             users = ", ".join(other.name for other in METHODS.values() if setting in other.uses)
             raise HeadshareError(

