@@ -2,7 +2,7 @@
 
 import html
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -37,6 +37,7 @@ MAP_METHODS = ("direct", "refit")
 FIT_FILE = "headshare_fit.json"
 # Called with what is being done, how much of it is, and the whole.
 Progress = Callable[[str, int, int], None]
+Step = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
 
 @dataclass(frozen=True)
@@ -218,11 +219,15 @@ def compress(
     path = convert.locate(src) if isinstance(src, (str, Path)) else None
     source = convert.open_checkpoint(path) if path is not None else src
     assert not isinstance(source, (str, Path))
-    texts = _Texts(source, path if tokenizer is None else tokenizer, wanted.seq_len)
-    calibration = None if calibrate is None else texts.calibration(calibrate, wanted.calibrate_tokens)
-    held_out = None if evaluate is None else texts.tokens(evaluate)
+    tokenizer = path if tokenizer is None else tokenizer
+    calibration = held_out = None
+    if calibrate is not None:
+        count, vocab_size = wanted.calibrate_tokens, source.config.vocab_size
+        calibration = calibration_text(calibrate, tokenizer, count, wanted.seq_len, vocab_size)
+    if evaluate is not None:
+        held_out = text_tokens(evaluate, tokenizer)
     journals = None if work is None else _journals(work, dst)
-    step = _Steps(progress)
+    step = partial(_phase, progress)
     sharing = _chosen(source, wanted, method, calibration, journals, step)
     with step("refitting" if method.refits else "sharing") as told:
         model, report = methods.apply(
@@ -238,40 +243,18 @@ def compress(
     if dst is None:
         return done
     convert.save(
-        model, dst, to=to, tokenizer_from=path if tokenizer is None else tokenizer, overwrite=overwrite,
+        model, dst, to=to, tokenizer_from=tokenizer, overwrite=overwrite,
         provenance=_provenance(src, wanted.method, calibration),
         documents={} if done.record is None else {FIT_FILE: json.dumps(done.record, indent=1)},
     )  # fmt: skip
     return replace(done, path=Path(dst), sizes=ledger(model, path=Path(dst)))
 
 
-@dataclass(frozen=True)
-class _Texts:
-    """Texts as tokens of a model."""
-
-    source: WeightSource
-    tokenizer: "Path | str | PreTrainedTokenizerBase | None"
-    seq_len: int
-
-    def calibration(self, text: str | Path | np.ndarray, count: int) -> CalibrationText:
-        return calibration_text(text, self.tokenizer, count, self.seq_len, self.source.config.vocab_size)
-
-    def tokens(self, text: str | Path | np.ndarray) -> np.ndarray:
-        return text if isinstance(text, np.ndarray) else text_tokens(text, self.tokenizer)
-
-
-class _Steps:
-    """Progress as the caller wants it: for each phase, the function to call with the steps done and in all."""
-
-    def __init__(self, progress: bool | Progress):
-        self._progress = progress
-
-    def __call__(self, label: str) -> AbstractContextManager[Callable[[int, int], None]]:
-        if self._progress is True:
-            return progress_bar(label)
-        if self._progress is False:
-            return nullcontext(lambda done, total: None)
-        return nullcontext(partial(self._progress, label))
+def _phase(progress: bool | Progress, label: str) -> AbstractContextManager[Callable[[int, int], None]]:
+    """A phase's progress as the caller wants it: the function to call with the steps done and in all."""
+    if progress is True:
+        return progress_bar(label)
+    return nullcontext(partial(progress, label) if progress else lambda done, total: None)
 
 
 def _chosen(
@@ -280,7 +263,7 @@ def _chosen(
     method: Method,
     calibration: CalibrationText | None,
     journals: JournalFolder | None,
-    step: _Steps,
+    step: Step,
 ) -> SharingMap:
     """The map that is given, or that the method makes."""
     if wanted.map is not None:
@@ -304,9 +287,7 @@ def _journals(work: str | Path, dst: str | Path | None) -> JournalFolder:
     return journals
 
 
-def _measured(
-    source: WeightSource, tokens: Sequence[int] | np.ndarray, seq_len: int, step: _Steps, label: str
-) -> Perplexity:
+def _measured(source: WeightSource, tokens: np.ndarray, seq_len: int, step: Step, label: str) -> Perplexity:
     with step(label) as told:
         return perplexity(Llama.of(source), tokens, seq_len=seq_len, progress=told)
 

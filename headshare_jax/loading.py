@@ -99,8 +99,8 @@ def calibration_text(
     )
 
 
-def text_tokens(text: str | Path, tokenizer: AnyTokenizer | None, *, field: str = "text") -> np.ndarray:
-    """A whole text as token ids, int32 [tokens].
+def text_tokens(text: Text, tokenizer: AnyTokenizer | None, *, field: str = "text") -> np.ndarray:
+    """A whole text as token ids, int32 [tokens]; token ids as they are.
 
     Args:
       text, field: as for `convert.text.read`.
@@ -109,6 +109,8 @@ def text_tokens(text: str | Path, tokenizer: AnyTokenizer | None, *, field: str 
     Raises:
       HeadshareError: no such text or tokenizer, or an empty text.
     """
+    if isinstance(text, np.ndarray):
+        return text
     return np.asarray(_tokenizer(tokenizer)(texts.read(str(text), field=field), verbose=False).input_ids, np.int32)
 
 
