@@ -59,7 +59,10 @@ class Plan(Command):
     ratio: Annotated[
         float | None, tyro.conf.arg(help="Sharing ratio; by default the model's own map, if it has one, else 0.3.")
     ] = None
-    tie: Annotated[str, tyro.conf.arg(help="Projections to share: some of q, k, v, o, in that order.")] = "qkv"
+    tie: Annotated[
+        str | None,
+        tyro.conf.arg(help="Projections to share: some of q, k, v, o, in that order; qkv where there is no map."),
+    ] = None
     batch: Annotated[
         int | None, tyro.conf.arg(help="Sequences, over all chips; one a chip in postshare, else one by default.")
     ] = None
@@ -82,7 +85,12 @@ class Plan(Command):
         config, sharing = _opened(self.src)
         if sharing is None or self.ratio is not None:
             ratio = 0.3 if self.ratio is None else self.ratio
-            sharing = planning.random_map(config, ratio, self.tie)
+            sharing = planning.random_map(config, ratio, self.tie or "qkv")
+        elif self.tie:
+            raise HeadshareError(
+                "The model's own map says what it shares; give a ratio too, or leave the tie out.",
+                option=("ratio", "tie"),
+            )
         batch = self.batch
         if batch is None:
             batch = (self.devices or count) if self.stage == "postshare" else 1

@@ -134,10 +134,10 @@ def _read_by_users(value: Instruction) -> int:
 
 
 def _written(output: Instruction) -> int:
-    """Bytes written of an output: what is passed on is not, and what is updated in place only where it changes."""
+    """Bytes written of an output: of one that is updated in place, where it changes."""
     while output.opcode == "bitcast":
         output = output.operands[0]
-    if output.opcode == "parameter" or _kind(output):
+    if _kind(output):
         return 0
     changed = output.operands[1] if output.opcode == "dynamic-update-slice" else output
     return sum(array.bytes for array in changed.arrays)

@@ -43,9 +43,12 @@ class Workload:
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
-            raise HeadshareError(f"The stage must be one of {', '.join(STAGES)}, not {self.stage!r}.")
+            raise HeadshareError(f"The stage must be one of {', '.join(STAGES)}, not {self.stage!r}.", option="stage")
         if self.batch < 1 or self.length < 2:
-            raise HeadshareError(f"A batch of {self.batch} x {self.length} tokens is none; give at least 1 x 2.")
+            raise HeadshareError(
+                f"A batch of {self.batch} x {self.length} tokens is none; give at least 1 x 2.",
+                option=("batch", "length"),
+            )
 
     @property
     def trains(self) -> bool:
@@ -72,7 +75,9 @@ class Layout:
 
     def __post_init__(self) -> None:
         if self.remat not in REMAT_POLICIES:
-            raise HeadshareError(f"remat must be one of {', '.join(REMAT_POLICIES)}, not {self.remat!r}.")
+            raise HeadshareError(
+                f"remat must be one of {', '.join(REMAT_POLICIES)}, not {self.remat!r}.", option="remat"
+            )
 
     @property
     def batch_parts(self) -> int:
@@ -84,7 +89,8 @@ class Layout:
         if workload.batch % self.batch_parts:
             raise HeadshareError(
                 f"The batch ({workload.batch}) must be a multiple of the mesh's data x fsdp ({self.batch_parts}); "
-                "change either."
+                "change either.",
+                option=("batch", "mesh"),
             )
 
 
@@ -128,7 +134,7 @@ def estimated(workload: Workload, layout: Layout, chip: Chip, *, shared: bool) -
         "activation_bytes": kept,
         "temporary_bytes": temporary,
         **fit(chip, round(needed * (1 + MARGIN))),
-        **speed(workload, chip, Costs(flops, traffic, _network(workload, layout, stored, tokens), {}, 0)),
+        **speed(workload, chip, Costs(flops, traffic, _network(workload, layout, stored, tokens), {})),
         "costs_estimated": True,
         "compile_seconds": None,
     }

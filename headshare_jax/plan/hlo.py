@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 _ARRAY = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\](?:\{([^{}]*)\})?")
 _HEADER = re.compile(r"(?:ENTRY )?%([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"\s+(ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(([^)]*)\)(.*)")
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)(, \w+=.*|)$")
 _NAME = re.compile(r"%([\w.\-]+)")
 
 
@@ -20,7 +20,7 @@ class Array(NamedTuple):
     in_hbm: bool
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Instruction:
     """An instruction.
 
@@ -56,7 +56,7 @@ class Instruction:
         return int(limit.inside) if counts else None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Computation:
     """Instructions, in the order in which they run."""
 
@@ -86,6 +86,8 @@ def parse(text: str) -> Computation:
             is_root, name, shapes, opcode, inside, attributes = found.groups()
             operands = [named[operand] for operand in _NAME.findall(inside)]
             calls = [computations[called] for called in _NAME.findall(attributes) if called in computations]
+            if opcode == "fusion" and [part.opcode for part in calls[0].parts] == ["parameter", "bitcast"]:
+                opcode = "bitcast"
             part = Instruction(name, opcode, _arrays(shapes), operands, [], inside, attributes, calls)
             for operand in dict.fromkeys(operands):
                 operand.users.append(part)

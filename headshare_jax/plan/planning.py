@@ -24,7 +24,7 @@ from headshare_jax.model.mesh import BATCH, batch_sharding, make_mesh, mesh_shap
 from headshare_jax.plan import estimate
 from headshare_jax.plan.costs import program_costs, round_costs
 from headshare_jax.plan.estimate import Layout, Workload
-from headshare_jax.plan.topology import Chip, chip_of, topology_devices
+from headshare_jax.plan.topology import Chip, chip_of, compile_program, topology_devices
 from headshare_jax.sharing.choose import sharing_map
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.scores import MatchResult
@@ -67,7 +67,11 @@ def plan(
     """
     chip, count = chip_of(topology)
     if devices is not None and not 1 <= devices <= count:
-        raise HeadshareError(f"{topology} has {count} chips, so --devices must be from 1 to {count}, not {devices}.")
+        raise HeadshareError(
+            f"{topology} has {count} chips; use from 1 to {count} devices, not {devices}.", option="devices"
+        )
+    if remat is not None and not workload.trains:
+        raise HeadshareError(f"The stage {workload.stage} has no use for remat; leave it out.", option="remat")
     count = devices or count
     choices = _choices(workload, chip, count, mesh, remat)
     places = None if host else topology_devices(topology)[:count]
@@ -119,7 +123,7 @@ def measured(workload: Workload, layout: Layout, chip: Chip, mesh: Mesh, *, shar
     lowered, held = (_training if workload.trains else _serving)(workload, layout, mesh, shared=shared)
     sizes = {**held, "activation_bytes": estimate.activation_bytes(workload, layout)}
     try:
-        compiled = lowered.compile()
+        compiled = compile_program(lowered)
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(error)
         seconds = time.perf_counter() - start
@@ -129,7 +133,9 @@ def measured(workload: Workload, layout: Layout, chip: Chip, mesh: Mesh, *, shar
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     if memory is None:
-        raise HeadshareError("XLA does not tell what the compiled step needs; use --host for an estimate.")
+        raise HeadshareError(
+            "XLA does not tell what the compiled step needs; estimate it from the shapes.", option="host"
+        )
     new_output = memory.output_size_in_bytes - memory.alias_size_in_bytes
     needed = memory.argument_size_in_bytes + new_output + memory.temp_size_in_bytes
     return {
@@ -188,7 +194,9 @@ def _choices(
     remats = [remat] if remat else [*REMAT_POLICIES] if workload.trains else ["none"]
     choices = [Layout(size, policy) for size in sizes for policy in remats]
     if not choices:
-        raise HeadshareError(f"A batch of {workload.batch} cannot be cut over {count} chips; give another --batch.")
+        raise HeadshareError(
+            f"A batch of {workload.batch} cannot be cut over {count} chips; give another.", option="batch"
+        )
     needed = [estimate.estimated(workload, choice, chip, shared=False)["needed_bytes"] for choice in choices]
     likely = [choice for choice, bytes_ in zip(choices, needed, strict=True) if bytes_ <= chip.hbm_bytes]
     least = choices[int(np.argmin(needed))]

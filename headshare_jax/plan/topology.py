@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from math import prod
+from math import inf, prod
 
 import jax
 
@@ -54,10 +54,12 @@ def chip_of(topology: str) -> tuple[Chip, int]:
     found = _NAME.fullmatch(topology)
     sizes = [int(size) for size in found[2].split("x")] if found else []
     if not found or len(sizes) != (3 if found[1] == "v5p" else 2):
-        raise HeadshareError(f"{topology!r} is no TPU topology; give one such as {EXAMPLES}.")
+        raise HeadshareError(f"{topology!r} is no TPU topology; give one such as {EXAMPLES}.", option="topology")
     chip = CHIPS[found[1]]
     if not 0 < prod(sizes) <= chip.most_chips:
-        raise HeadshareError(f"{topology} has {prod(sizes)} chips, but a {chip.name} pod 1 to {chip.most_chips}.")
+        raise HeadshareError(
+            f"{topology} has {prod(sizes)} chips, but a {chip.name} pod 1 to {chip.most_chips}.", option="topology"
+        )
     return chip, prod(sizes)
 
 
@@ -66,7 +68,8 @@ def require_libtpu() -> None:
     if find_spec("libtpu") is None:
         raise HeadshareError(
             "Compiling for a TPU needs libtpu: pip install 'headshare-jax[tpu]'. "
-            "Without it, --host estimates from the shapes alone."
+            "Without it, the shapes alone give an estimate.",
+            option="host",
         )
 
 
@@ -86,7 +89,19 @@ def topology_devices(topology: str) -> Sequence[jax.Device]:
     try:
         return topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
     except jax.errors.JaxRuntimeError as error:
-        raise HeadshareError(f"libtpu has no topology {topology}; give one such as {EXAMPLES}.") from error
+        raise HeadshareError(
+            f"libtpu has no topology {topology}; give one such as {EXAMPLES}.", option="topology"
+        ) from error
+
+
+def compile_program(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles for a topology's devices, past JAX's cache of compiled programs, which cannot read such a one again."""
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", inf)
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
 
 
 _ENVIRONMENT = {

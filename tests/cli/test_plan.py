@@ -49,6 +49,9 @@ def test_a_shared_model_is_planned_by_its_own_map(plan: Any, tmp_path: Path) -> 
     args = (tmp_path / "shared", "--topology", "v6e:1x1", "--stage", "prefill", "--length", 64, "--host", "--json")
     _, result = plan(*args)
     assert (result["receivers"], result["tie"]) == (2, "qk")
+    code, said = plan(*args[:-1], "--tie", "qkvo")
+    assert code == 2
+    assert "own map" in said
     _, result = plan(*args, "--ratio", 0.5, "--tie", "qkvo")
     assert (result["receivers"], result["tie"]) == (3, "qkvo")
 
@@ -69,6 +72,11 @@ def test_a_person_reads_what_bounds_the_step(plan: Any) -> None:
         (("llama-2-7b", "--topology", "v5e:2x2", "--batch", 0, "--host"), "give at least 1 x 2"),
         (("llama-2-7b", "--topology", "v5e:2x2", "--mesh", 3, 1, 1, "--host"), "needs 3 devices, but there are 4"),
         (("llama-2-7b", "--topology", "v5e:2x2", "--stage", "train", "--host"), "stage must be one of decode"),
+        (("llama-2-7b", "--topology", "v5e:2x2", "--devices", 5, "--host"), "not 5. (--devices)"),
+        (
+            ("llama-2-7b", "--topology", "v5e:2x2", "--stage", "decode", "--remat", "full", "--host"),
+            "no use for remat; leave it out. (--remat)",
+        ),
     ],
 )
 def test_bad_input_is_refused(plan: Any, args: tuple[object, ...], said: str) -> None:

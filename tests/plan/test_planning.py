@@ -169,10 +169,11 @@ def test_topologies_that_are_none_are_refused_with_examples(topology: str, said:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"devices": 2}, "has 1 chips, so --devices must be from 1 to 1"),
+        ({"devices": 2}, "has 1 chips; use from 1 to 1 devices, not 2"),
         ({"mesh": (1, 2, 1)}, "needs 2 devices, but there are 1"),
         ({"stage": "train"}, "decode, prefill, postshare"),
-        ({"remat": "some"}, "remat must be one of none, dots, full"),
+        ({"stage": "postshare", "remat": "some"}, "remat must be one of none, dots, full"),
+        ({"remat": "full"}, "stage decode has no use for remat"),
         ({"batch": 0}, "a batch of 0"),
         (
             {"stage": "postshare", "batch": 3, "topology": "v5e:2x2", "mesh": (1, 4, 1)},
@@ -187,8 +188,9 @@ def test_what_cannot_be_planned_is_refused(settings: dict[str, Any], said: str) 
 
 def test_without_libtpu_an_estimate_remains(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headshare_jax.plan.topology.find_spec", lambda name: None)
-    with pytest.raises(HeadshareError, match=r"pip install 'headshare-jax\[tpu\]'.*--host"):
+    with pytest.raises(HeadshareError, match=r"pip install 'headshare-jax\[tpu\]'") as refused:
         planned("decode", 1)
+    assert refused.value.options == ("host",)
     assert planned("decode", 1, host=True)["dense"]["fits"]
 
 
