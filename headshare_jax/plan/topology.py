@@ -96,12 +96,13 @@ def topology_devices(topology: str) -> Sequence[jax.Device]:
 
 def compile_program(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     """Compiles for a topology's devices, past JAX's cache of compiled programs, which cannot read such a one again."""
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", inf)
+    setting = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, setting)
+    jax.config.update(setting, inf)
     try:
         return lowered.compile()
     finally:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+        jax.config.update(setting, before)
 
 
 _ENVIRONMENT = {
