@@ -72,10 +72,10 @@ def test_a_person_reads_what_bounds_the_step(plan: Any) -> None:
         (("llama-2-7b", "--topology", "v5e:2x2", "--batch", 0, "--host"), "give at least 1 x 2"),
         (("llama-2-7b", "--topology", "v5e:2x2", "--mesh", 3, 1, 1, "--host"), "needs 3 devices, but there are 4"),
         (("llama-2-7b", "--topology", "v5e:2x2", "--stage", "train", "--host"), "stage must be one of decode"),
-        (("llama-2-7b", "--topology", "v5e:2x2", "--devices", 5, "--host"), "not 5. (--devices)"),
+        (("llama-2-7b", "--topology", "v5e:2x2", "--devices", 5, "--host"), "not 5 (--devices)"),
         (
             ("llama-2-7b", "--topology", "v5e:2x2", "--stage", "decode", "--remat", "full", "--host"),
-            "no use for remat; leave it out. (--remat)",
+            "no use for remat; leave it out (--remat)",
         ),
     ],
 )
