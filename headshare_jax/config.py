@@ -178,6 +178,11 @@ class LlamaConfig:
 
         Raises:
           HeadshareError: a field is missing, has the wrong type, or asks for something this model cannot compute.
+
+        Examples:
+          >>> fields = json.loads(Path("my-llama/config.json").read_text())
+          >>> hs.LlamaConfig.from_hf(fields).heads_per_unit
+          2
         """
         return cls(**_ConfigReader(fields).read())
 

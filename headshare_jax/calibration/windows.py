@@ -19,6 +19,10 @@ def calibration_windows(tokens: Sequence[int] | np.ndarray, count: int, seq_len:
 
     Raises:
       HeadshareError: the text is too short, a token is outside the vocabulary, or the windows have no tokens.
+
+    Examples:
+      >>> hs.calibration_windows(tokens, count=12, seq_len=64, vocab_size=model.config.vocab_size).shape
+      (12, 64)
     """
     tokens = np.asarray(tokens)
     if count < 1 or seq_len < 2:

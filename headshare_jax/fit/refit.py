@@ -150,6 +150,11 @@ def refit(
     Raises:
       HeadshareError: too few windows to hold any out, two models of different shape, or no room for the streams or the
         journal.
+
+    Examples:
+      >>> repaired, report = hs.refit(model, shared, windows)
+      >>> all(fit.error_after <= fit.error_before for fit in report.blocks)
+      True
     """
     settings = settings or RefitSettings()
     if len(windows_wt) < 2:

@@ -47,6 +47,11 @@ class Llama(nnx.Module):
         again, `dots` also the attention, `full` everything.
       batch_sharding: where activations lie on a mesh of devices, by their first axis; None leaves it to the compiler.
       q_index_ln, k_index_lk, v_index_lk, o_index_ln: pool row of every head; P, one past the last, of a dropped one.
+
+    Examples:
+      >>> tokens_bt = np.zeros((1, 8), np.int32)
+      >>> model(tokens_bt).shape
+      (1, 8, 259)
     """
 
     def __init__(

@@ -14,10 +14,20 @@ def share(model: Llama, sharing: SharingMap, *, check_source: bool = True) -> Ll
 
     Raises:
       HeadshareError: the model already shares heads, or the map is for another model.
+
+    Examples:
+      >>> shared = hs.share(model, sharing)
+      >>> shared.nbytes < model.nbytes
+      True
     """
     return Llama.of(SharedView(model, sharing, check_source=check_source), **model.settings)
 
 
 def unshare(model: Llama) -> Llama:
-    """The dense model that computes the same: receivers hold copies of their donors' weights, dropped units zeros."""
+    """The dense model that computes the same: receivers hold copies of their donors' weights, dropped units zeros.
+
+    Examples:
+      >>> hs.unshare(shared).nbytes == model.nbytes
+      True
+    """
     return Llama.of(DenseView(model), **model.settings)

@@ -180,6 +180,10 @@ def fingerprint(source: WeightSource) -> str:
     16-bit weights and their exact float32 copies have the same fingerprint; a receiver counts as holding its donor's
     weights. The checksums tell weights apart that differ by training or by accident, not ones made to collide. The
     four projections of a layer are in memory at a time.
+
+    Examples:
+      >>> hs.fingerprint(model) == hs.fingerprint(hs.open_checkpoint("my-llama"))
+      True
     """
     digest = hashlib.sha256()
     for part in _layer_checksums(source, [pool_name(projection) for projection in PROJECTIONS]):
