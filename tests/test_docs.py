@@ -26,15 +26,14 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXT = "The quick brown fox jumps over the lazy dog. " * 300
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    """Fenced blocks of one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and content of every fenced block, in order."""
+    return re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
-def commands(page: Path) -> list[list[str]]:
-    """Arguments of every `headshare` command in the page's shell blocks, in order."""
-    text = "\n".join(blocks(page, "sh")).replace("\\\n", " ")
-    lines = (shlex.split(line, comments=True) for line in text.splitlines())
+def commands(shell: str) -> list[list[str]]:
+    """Arguments of every `headshare` command in a shell block."""
+    lines = (shlex.split(line, comments=True) for line in shell.replace("\\\n", " ").splitlines())
     return [words[1:] for words in lines if words[:1] == ["headshare"]]
 
 
@@ -65,22 +64,15 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_and_examples_run(page: Path, workplace: Path) -> None:
-    for number, recipe in enumerate(blocks(page, "yaml")):
-        (workplace / f"recipe{number or ''}.yaml").write_text(recipe)
-    for args in commands(page):
-        assert cli.run(args) == 0, shlex.join(args)
-    with as_a_reader_has_it():
-        for example in blocks(page, "python"):
-            exec(compile(example, str(page), "exec"), {})
-
-
-def test_the_readmes_model_generates(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = blocks(ROOT / "README.md", "python")
-    written = re.findall(r'"([\w-]+)"', example)[1]
-    with as_a_reader_has_it():
-        exec(example, {})
-    assert cli.run(["generate", written, "--prompt", "The sea", "--max-new-tokens", "4"]) == 0
-    assert "The sea" in capsys.readouterr().out
+    for language, content in blocks(page):
+        if language == "yaml":
+            (workplace / "recipe.yaml").write_text(content)
+        elif language == "sh":
+            for args in commands(content):
+                assert cli.run(args) == 0, shlex.join(args)
+        elif language == "python":
+            with as_a_reader_has_it():
+                exec(compile(content, str(page), "exec"), {})
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +125,8 @@ def test_the_notebook_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_every_command_is_shown() -> None:
-    shown = {args[0] for page in PAGES for args in commands(page)}
-    assert shown == set(cli.COMMANDS)
+    shell = [content for page in PAGES for language, content in blocks(page) if language == "sh"]
+    assert {args[0] for content in shell for args in commands(content)} == set(cli.COMMANDS)
 
 
 def test_links_lead_somewhere() -> None:
@@ -146,5 +138,5 @@ def test_links_lead_somewhere() -> None:
 def test_make_targets_that_are_named_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
-        for target in re.findall(r"^make (\w+)", "\n".join(blocks(page, "sh")), re.MULTILINE):
+        for target in re.findall(r"^make (\w+)", page.read_text(), re.MULTILINE):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
