@@ -114,7 +114,8 @@ class Compressed:
       sizes: what the model stores, and what it stored before.
       fit: what the refit did, if the method refits.
       calibration: the text that the method was calibrated on.
-      before, after: perplexity of the dense and of the compressed model, if a text to measure on was given.
+      before: perplexity of the dense model, if a text to measure on was given.
+      after: perplexity of the compressed model, likewise.
       path: the folder that was written, if one was.
     """
 
@@ -206,8 +207,8 @@ def compress(
         exists or cannot be written.
 
     Examples:
-      >>> done = hs.compress("my-llama", "my-llama-small", ratio=0.4, method="fitted", calibrate="text.txt",
-      ...                    calibrate_tokens=768, seq_len=64)
+      >>> done = hs.compress("my-llama", "my-llama-small", ratio=0.4, method="fitted",
+      ...                    calibrate="text.txt", calibrate_tokens=768, seq_len=64)
       >>> done.map.summary()
       "2 of 6 units use another unit's qkv weights"
       >>> done.path

@@ -14,7 +14,8 @@ def calibration_windows(tokens: Sequence[int] | np.ndarray, count: int, seq_len:
 
     Args:
       tokens: the text as one sequence of token ids.
-      count, seq_len: windows, and tokens in each.
+      count: windows.
+      seq_len: tokens in each.
       vocab_size: V.
 
     Raises:

@@ -10,7 +10,8 @@ def share(model: Llama, sharing: SharingMap, *, check_source: bool = True) -> Ll
 
     Args:
       model: a dense model; it is left as it is. Parameters that the map does not touch are the same arrays in both.
-      sharing, check_source: as for `SharedView`, which does the same to a model that is not in memory.
+      sharing: who shares with whom, and who is dropped.
+      check_source: as for `SharedView`, which does the same to a model that is not in memory.
 
     Raises:
       HeadshareError: the model already shares heads, or the map is for another model.

@@ -98,7 +98,8 @@ def read_heads(
     Args:
       source: what the pool belongs to.
       name: a pooled parameter.
-      layer, heads: as for `WeightSource.read`.
+      layer: as for `WeightSource.read`.
+      heads: likewise.
       read_rows: gives the pool's rows at some indices, int32 [n], at least one.
     """
     projection = PARAMETERS[name].pool
