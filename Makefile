@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench check docs tree clean
+.PHONY: demo test bench check clean
 
 demo: .venv/base
 	$(BIN)/headshare demo --overwrite
@@ -16,6 +16,7 @@ check: .venv/test tree
 	cd .venv/tree && ../bin/lint-imports ../../pyproject.toml --no-cache
 	MYPYPATH=.venv/tree $(BIN)/mypy -p headshare_jax
 
+.PHONY: docs tree
 # The site, in the folder site.
 docs: .venv/docs tree
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
