@@ -10,14 +10,21 @@ demo: .venv/base
 test: .venv/test
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-# Tools that cannot follow the mapping of convert/ and train/ into the package are shown the tree it makes.
-check: .venv/test
+check: .venv/test tree
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf .venv/tree && mkdir -p .venv/tree
-	cp -rp headshare_jax .venv/tree/ && cp -rp convert train .venv/tree/headshare_jax/
 	cd .venv/tree && ../bin/lint-imports ../../pyproject.toml --no-cache
 	MYPYPATH=.venv/tree $(BIN)/mypy -p headshare_jax
+
+.PHONY: docs tree
+# The site, in the folder site.
+docs: .venv/docs tree
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Tools that cannot follow the mapping of convert/ and train/ into the package are shown the tree it makes.
+tree: .venv/base
+	rm -rf .venv/tree && mkdir -p .venv/tree
+	cp -rp headshare_jax .venv/tree/ && cp -rp convert train .venv/tree/headshare_jax/
 
 .venv/base: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -30,6 +37,10 @@ check: .venv/test
 	$(BIN)/python -m pip install --quiet torch==2.13.0 --editable '.[test]'
 	touch $@
 
+.venv/docs: .venv/base
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
 bench: .venv/test
 	$(BIN)/python bench/match.py
 	$(BIN)/python bench/convert.py
@@ -38,4 +49,4 @@ bench: .venv/test
 	$(BIN)/python bench/serve.py
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build site *.egg-info

@@ -54,6 +54,11 @@ def open_checkpoint(src: str | Path) -> Checkpoint:
 
     Raises:
       HeadshareError: nothing there, an unsupported architecture, or a damaged checkpoint.
+
+    Examples:
+      >>> source = hs.open_checkpoint("my-llama")
+      >>> source.read("k_pool_pdh", layer=0).shape
+      (2, 64, 16)
     """
     path = locate(src)
     if path.is_file():
@@ -96,6 +101,9 @@ def save(
 
     Raises:
       HeadshareError: unknown format, an output that exists, or one that cannot be written.
+
+    Examples:
+      >>> hs.save(shared, "my-llama-compact", to="hf-compact", tokenizer_from="my-llama")
     """
     if to not in FORMATS:
         raise HeadshareError(f"The format {to!r} is not one of {', '.join(FORMATS)}.")

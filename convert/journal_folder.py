@@ -28,6 +28,10 @@ class JournalFolder:
 
     Raises:
       HeadshareError: it cannot be made, is a file, or holds something else than journals.
+
+    Examples:
+      >>> journals = hs.JournalFolder("work")
+      >>> scores = hs.match_functional(model, windows, journals=journals)
     """
 
     def __init__(self, path: str | Path):

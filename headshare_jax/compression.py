@@ -114,7 +114,8 @@ class Compressed:
       sizes: what the model stores, and what it stored before.
       fit: what the refit did, if the method refits.
       calibration: the text that the method was calibrated on.
-      before, after: perplexity of the dense and of the compressed model, if a text to measure on was given.
+      before: perplexity of the dense model, if a text to measure on was given.
+      after: perplexity of the compressed model, likewise.
       path: the folder that was written, if one was.
     """
 
@@ -205,9 +206,13 @@ def compress(
       HeadshareError: settings that do not go together or cannot be met, a text that is too short, or an output that
         exists or cannot be written.
 
-    Example:
-      >>> compress("my-llama", "my-llama-small", ratio=0.3, progress=False).map.ratio
-      0.3
+    Examples:
+      >>> done = hs.compress("my-llama", "my-llama-small", ratio=0.4, method="fitted",
+      ...                    calibrate="text.txt", calibrate_tokens=768, seq_len=64)
+      >>> done.map.summary()
+      "2 of 6 units use another unit's qkv weights"
+      >>> done.path
+      PosixPath('my-llama-small')
     """
     try:
         wanted = CompressSettings(**settings)

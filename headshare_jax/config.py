@@ -54,8 +54,9 @@ class RopeScaling:
       kind: `linear` (all frequencies divided by `factor`), `dynamic` (NTK: the base grows with the length of the
         sequence beyond `max_position_embeddings`) or `llama3` (long wavelengths divided, short ones kept).
       factor: stretch of the context, >= 1.
-      low_freq_factor, high_freq_factor, original_max_position_embeddings: `llama3` only; the two wavelength limits
-        are the original context divided by the two factors, the first of which must be the smaller.
+      low_freq_factor: `llama3` only; the long wavelength limit is the original context divided by it.
+      high_freq_factor: `llama3` only; the short limit likewise. It must be the larger factor.
+      original_max_position_embeddings: `llama3` only; the original context.
 
     Raises:
       HeadshareError: an unknown kind, or a value that is missing, has the wrong type or is out of range.
@@ -106,7 +107,9 @@ class LlamaConfig:
       mlp_bias: gate, up and down projections carry a bias.
       tie_word_embeddings: the output head is the embedding.
       normalize_head: rows of the output head are divided by their L2 norm before use (Baichuan-2).
-      bos_token_id, eos_token_ids, pad_token_id: special tokens, where the model names them.
+      bos_token_id: token that begins a text, where the model names one.
+      eos_token_ids: tokens that end a text.
+      pad_token_id: token of padding, where the model names one.
     """
 
     vocab_size: int
@@ -178,6 +181,11 @@ class LlamaConfig:
 
         Raises:
           HeadshareError: a field is missing, has the wrong type, or asks for something this model cannot compute.
+
+        Examples:
+          >>> fields = json.loads(Path("my-llama/config.json").read_text())
+          >>> hs.LlamaConfig.from_hf(fields).heads_per_unit
+          2
         """
         return cls(**_ConfigReader(fields).read())
 

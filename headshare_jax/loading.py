@@ -37,6 +37,11 @@ def load(
 
     Raises:
       HeadshareError: as `open_checkpoint`, or a type that is none of these.
+
+    Examples:
+      >>> model = hs.load("my-llama")
+      >>> model.config.num_layers, model.config.num_heads
+      (3, 4)
     """
     source = convert.open_checkpoint(src) if isinstance(src, (str, Path)) else src
     return Llama.of(cast(source, dtype), compute_dtype=compute_dtype, remat=remat)
@@ -50,6 +55,11 @@ def load_tokenizer(src: str | Path) -> "PreTrainedTokenizerBase":
 
     Raises:
       HeadshareError: there is no such model, or it carries no tokenizer that can be read.
+
+    Examples:
+      >>> tokenizer = hs.load_tokenizer("my-llama")
+      >>> tokenizer.decode(tokenizer("Once upon a time").input_ids)
+      'Once upon a time'
     """
     return tokenizers.load(convert.locate(src))
 

@@ -41,7 +41,8 @@ def token_losses(
       model: dense or shared.
       tokens_bt: int32 [B, T].
       segments_bt: int32 [B, T], document of every token; 0 is padding.
-      lm_weight, distill_weight: of the two parts in the weighted sum.
+      lm_weight: of the next-token loss in the weighted sum.
+      distill_weight: of the distillation.
       z_weight: of the squared log-partition in the next-token loss, which keeps logits from drifting.
       teacher: model to distil from, or None.
       temperature: divides both models' logits in the distillation.

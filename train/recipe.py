@@ -39,7 +39,10 @@ class Sharing:
       start: a shared model made from `model`, such as one that was fitted: its map is used, and a first `tied` stage
         begins with its weights; no other field is used then, and `refit_windows` must be 0.
       map: file of a sharing map; `ratio`, `match`, `tie` and `chains` are not used then.
-      ratio, match, tie, chains: as of `headshare share`.
+      ratio: as of `headshare share`.
+      match: likewise.
+      tie: likewise.
+      chains: likewise.
       refit_windows: windows of `data.seq_len` tokens of the training text, its first ones, that output weights are
         fitted on wherever a dense model becomes a shared one for good; 0 for no refit.
     """
@@ -103,7 +106,8 @@ class Stage:
       kind: `align` trains the dense model with the similarity penalty, then shares it; `tied` trains the shared model.
       steps: optimizer steps.
       learning_rate: its peak.
-      lm_weight, sim_weight: weights of the next-token loss and of the penalty (`align` only; 1 and 0 in `tied`).
+      lm_weight: weight of the next-token loss (`align` only; 1 in `tied`).
+      sim_weight: weight of the penalty (`align` only; 0 in `tied`).
       sim_schedule: `constant`, or a `linear` or `cosine` ramp of `sim_weight` from 0 to its full value (`align` only).
       penalty: form of the similarity penalty (`align` only).
       z_weight: weight of the squared log-partition.

@@ -14,11 +14,16 @@ def calibration_windows(tokens: Sequence[int] | np.ndarray, count: int, seq_len:
 
     Args:
       tokens: the text as one sequence of token ids.
-      count, seq_len: windows, and tokens in each.
+      count: windows.
+      seq_len: tokens in each.
       vocab_size: V.
 
     Raises:
       HeadshareError: the text is too short, a token is outside the vocabulary, or the windows have no tokens.
+
+    Examples:
+      >>> hs.calibration_windows(tokens, count=12, seq_len=64, vocab_size=model.config.vocab_size).shape
+      (12, 64)
     """
     tokens = np.asarray(tokens)
     if count < 1 or seq_len < 2:

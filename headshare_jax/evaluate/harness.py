@@ -47,7 +47,9 @@ def run_tasks(
       tasks: names.
       folder: of task files (YAML) that the names are of, instead of the harness's own.
       limit: examples of each task, from its first; all by default.
-      batch_size, max_length, progress: as of `HarnessModel`.
+      batch_size: as of `HarnessModel`.
+      max_length: likewise.
+      progress: likewise.
 
     Raises:
       HeadshareError: a task that there is not (the nearest is named), or that cannot be run.

@@ -79,6 +79,11 @@ def perplexity(
     Raises:
       HeadshareError: fewer than two tokens, one outside the vocabulary, or an impossible window, stride, number of
         windows or batch size.
+
+    Examples:
+      >>> measured = hs.perplexity(model, tokens, seq_len=64, max_windows=4)
+      >>> measured.scored_tokens
+      252
     """
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or tokens.size < 2:

@@ -83,12 +83,16 @@ class BlockFit:
     square over tokens.
 
     Attributes:
-      layer, block: which block, `attention` or `mlp`.
-      rows, fitted_rows: I, and how many rows of the output weight are stored and used by no other head, so that they
-        could be fitted.
-      error_before, error_after: on all calibration text.
-      held_out_before, held_out_after: on its held-out part, fitted to the rest.
-      ridge, drift: lambda and beta that were chosen; None where the weights stay as they were.
+      layer: the block's layer.
+      block: `attention` or `mlp`.
+      rows: I, rows of the output weight.
+      fitted_rows: rows that are stored and used by no other head, so that they could be fitted.
+      error_before: on all calibration text, before the fit.
+      error_after: the same after it.
+      held_out_before: on the held-out part of the text, before the fit.
+      held_out_after: the same after a fit to the rest.
+      ridge: lambda that was chosen; None where the weights stay as they were.
+      drift: beta, likewise.
       raised: lambda had to be raised for the system to be solvable.
     """
 
@@ -150,6 +154,11 @@ def refit(
     Raises:
       HeadshareError: too few windows to hold any out, two models of different shape, or no room for the streams or the
         journal.
+
+    Examples:
+      >>> repaired, report = hs.refit(model, shared, windows)
+      >>> all(fit.error_after <= fit.error_before for fit in report.blocks)
+      True
     """
     settings = settings or RefitSettings()
     if len(windows_wt) < 2:

@@ -59,6 +59,11 @@ def match(
 
     Raises:
       HeadshareError: unknown match function, fewer than two layers, or a negative seed.
+
+    Examples:
+      >>> result = hs.match(model, "qk")
+      >>> result.donor_layer[0], result.value.shape
+      (array([-1, -1], dtype=int32), (3, 2))
     """
     if match is not None:
         warnings.warn("match(match=...) is now match(function=...).", DeprecationWarning, stacklevel=2)

@@ -115,6 +115,10 @@ def match_functional(
 
     Raises:
       HeadshareError: fewer than two layers, or no room for the streams or the journal.
+
+    Examples:
+      >>> scores = hs.match_functional(model, windows)
+      >>> sharing = hs.sharing_map(scores, ratio=0.4, chains="forbid")
     """
     settings = settings or FunctionalSettings()
     config = source.config

@@ -14,7 +14,8 @@ class KVCache:
     """Keys and values of the positions already seen.
 
     Attributes:
-      k_lbskh, v_lbskh: [L, B, S, K, H], in the compute dtype; rotary embedding already applied to the keys.
+      k_lbskh: keys, [L, B, S, K, H], in the compute dtype; rotary embedding already applied.
+      v_lbskh: values, likewise, without it.
       length: int32 scalar, slots filled; the same for every row of the batch.
       prompt_b: int32 [B], tokens of every row's prompt, which fill its first slots.
       prompt_slots: int32 scalar, slots that prompts take; from its prompt's end to here a row holds padding.

@@ -73,6 +73,11 @@ def generate(
 
     Raises:
       HeadshareError: no prompt, an empty prompt, or a token outside the vocabulary.
+
+    Examples:
+      >>> prompts = [tokenizer("Once upon a time").input_ids, tokenizer("The sea").input_ids]
+      >>> answers = hs.generate(model, prompts, max_new_tokens=8)
+      >>> text = tokenizer.batch_decode(answers)
     """
     sampling = sampling or Sampling()
     lengths = [len(prompt) for prompt in prompts]

@@ -46,7 +46,15 @@ class Llama(nnx.Module):
       remat: which activations of a layer a training step keeps: `none` computes only norms and other cheap things
         again, `dots` also the attention, `full` everything.
       batch_sharding: where activations lie on a mesh of devices, by their first axis; None leaves it to the compiler.
-      q_index_ln, k_index_lk, v_index_lk, o_index_ln: pool row of every head; P, one past the last, of a dropped one.
+      q_index_ln: pool row of every query head; P, one past the last, of a dropped one.
+      k_index_lk: of every key head, likewise.
+      v_index_lk: of every value head.
+      o_index_ln: of every query head's rows of the output projection.
+
+    Examples:
+      >>> tokens_bt = np.zeros((1, 8), np.int32)
+      >>> model(tokens_bt).shape
+      (1, 8, 259)
     """
 
     def __init__(

@@ -84,6 +84,12 @@ def budget_map(
 
     Raises:
       HeadshareError: a budget outside (0, 1], or one that these actions cannot meet.
+
+    Examples:
+      >>> plan = hs.budget_map(scores, model.config, budget=0.8)
+      >>> sizes = hs.ledger(hs.share(model, plan))
+      >>> sizes.attention_stored <= 0.8 * sizes.attention_dense
+      True
     """
     check_budget(budget)
     actions = (DROP, "qkv", *result.tie_scores) if actions is None else actions

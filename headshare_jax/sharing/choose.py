@@ -25,6 +25,11 @@ def sharing_map(
 
     Raises:
       HeadshareError: ratio outside [0, 1), an unknown `chains` or `tie`, or fewer possible receivers than asked for.
+
+    Examples:
+      >>> sharing = hs.sharing_map(hs.match(model, "qk"), ratio=0.4)
+      >>> sharing.summary()
+      "2 of 6 units use another unit's qkv weights"
     """
     if not 0 <= ratio < 1:
         raise HeadshareError(f"The sharing ratio must be at least 0 and below 1, not {ratio}.")
@@ -94,6 +99,10 @@ def drop_map(result: MatchResult, ratio: float) -> SharingMap:
 
     Raises:
       HeadshareError: ratio outside [0, 1), or a result that does not score dropping.
+
+    Examples:
+      >>> hs.drop_map(scores, ratio=0.4).summary()
+      "0 of 6 units use another unit's qkv weights, 2 are dropped"
     """
     if not 0 <= ratio < 1:
         raise HeadshareError(f"The part of the units to drop must be at least 0 and below 1, not {ratio}.")

@@ -91,6 +91,11 @@ def ledger(source: WeightSource, *, path: Path | None = None) -> Ledger:
     Args:
       source: a model (its real arrays are counted) or an opened checkpoint.
       path: the checkpoint's file or folder, whose size to add.
+
+    Examples:
+      >>> sizes = hs.ledger(shared)
+      >>> sizes.attention_stored / sizes.attention_dense
+      0.7777777777777778
     """
     config, sharing = source.config, source.sharing
     counts: dict[str, list[int]] = {}

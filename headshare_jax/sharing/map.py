@@ -184,6 +184,10 @@ class SharingMap:
         Raises:
           HeadshareError: not JSON, not such a document, or a map that cannot be: units out of range or named twice,
             a receiver that is its own donor, a dropped donor, a chain or a cycle, every unit dropped.
+
+        Examples:
+          >>> hs.SharingMap.from_json(sharing.to_json()) == sharing
+          True
         """
         try:
             document = json.loads(text)

@@ -11,7 +11,8 @@ class MatchResult:
     """The best donor of every unit.
 
     Attributes:
-      donor_layer, donor_unit: int32 [L, U], place of the best donor among all units of earlier layers; -1 in layer 0.
+      donor_layer: int32 [L, U], layer of the best donor among all units of earlier layers; -1 in layer 0.
+      donor_unit: int32 [L, U], its unit in that layer; -1 in layer 0.
       value: float64 [L, U], its score; -inf in layer 0.
       match: match function.
       heads_per_unit: G.

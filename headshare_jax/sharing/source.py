@@ -98,7 +98,8 @@ def read_heads(
     Args:
       source: what the pool belongs to.
       name: a pooled parameter.
-      layer, heads: as for `WeightSource.read`.
+      layer: as for `WeightSource.read`.
+      heads: likewise.
       read_rows: gives the pool's rows at some indices, int32 [n], at least one.
     """
     projection = PARAMETERS[name].pool
@@ -180,6 +181,10 @@ def fingerprint(source: WeightSource) -> str:
     16-bit weights and their exact float32 copies have the same fingerprint; a receiver counts as holding its donor's
     weights. The checksums tell weights apart that differ by training or by accident, not ones made to collide. The
     four projections of a layer are in memory at a time.
+
+    Examples:
+      >>> hs.fingerprint(model) == hs.fingerprint(hs.open_checkpoint("my-llama"))
+      True
     """
     digest = hashlib.sha256()
     for part in _layer_checksums(source, [pool_name(projection) for projection in PROJECTIONS]):

@@ -45,7 +45,12 @@ class View:
 
 
 class SharedView(View):
-    """A dense source as a map shares it: receivers read their donors' weights, dropped units zeros."""
+    """A dense source as a map shares it: receivers read their donors' weights, dropped units zeros.
+
+    Examples:
+      >>> view = hs.SharedView(hs.open_checkpoint("my-llama"), sharing)
+      >>> hs.save(view, "my-llama-shared")
+    """
 
     def __init__(self, base: WeightSource, sharing: SharingMap, *, check_source: bool = True):
         """Makes the view; no weights are read but for the check.
