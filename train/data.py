@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import grain
 import numpy as np
@@ -21,6 +21,9 @@ from headshare_jax.errors import HeadshareError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 # To be raised when the same text is packed into other blocks than before; checkpoints of a run know its data by it.
 _FORMAT = 2
@@ -185,17 +188,9 @@ def _encoded(
         documents = np.repeat([number for number, _ in batch], [len(row) for row in rows])
         return np.stack([np.concatenate([np.array(row, np.int64) for row in rows]), documents]), batch[-1][1].done
 
-    with ThreadPoolExecutor(workers) as threads:
-        running: deque[Future[tuple[np.ndarray, int]]] = deque()
-        for batch in _batches(corpus.pieces()):
-            running.append(threads.submit(encode, batch))
-            # A few batches are worked on ahead of the one that is wanted.
-            if len(running) > 2 * workers:
-                pair, done = running.popleft().result()
-                yield pair
-                progress(done, corpus.size)
-        for future in running:
-            yield future.result()[0]
+    for pair, done in _in_order(encode, _batches(corpus.pieces()), workers):
+        yield pair
+        progress(done, corpus.size)
     progress(corpus.size, corpus.size)
 
 
@@ -213,6 +208,17 @@ def _batches(pieces: Iterable[text.Piece]) -> Iterator[list[tuple[int, text.Piec
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    """The function's values, computed in threads, for a few items ahead of the value that is wanted."""
+    with ThreadPoolExecutor(workers) as threads:
+        running: deque[Future[R]] = deque()
+        for item in items:
+            running.append(threads.submit(function, item))
+            if len(running) > 2 * workers:
+                yield running.popleft().result()
+        yield from (future.result() for future in running)
 
 
 @contextmanager

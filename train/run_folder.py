@@ -28,8 +28,8 @@ def check(output: Path, recipe: recipes.Recipe, resume: bool) -> None:
     changed = [line for line in changes if not line.startswith("mesh.")]
     if changed:
         raise HeadshareError(
-            f"The recipe differs from that of the run in {output}: {'; '.join(changed)}. Undo the change, for which the "
-            f"run's own recipe is {path}, or begin a new run in another folder."
+            f"The recipe differs from that of the run in {output}: {'; '.join(changed)}. Undo the change (the run's "
+            f"recipe is {path}), or begin a new run in another folder."
         )
 
 
