@@ -139,6 +139,9 @@ def count_blocks(
 
 
 def _tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
+    # transformers stores with it whether it was loaded offline.
+    if "local_files_only" in tokenizer.init_kwargs:
+        tokenizer.init_kwargs["local_files_only"] = False
     if tokenizer.is_fast:
         # A tokenizer may be stored with these; calling it as here drops them, which is to leave its digest the same.
         tokenizer.backend_tokenizer.no_truncation()

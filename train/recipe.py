@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StrictInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
 
 from headshare_jax.errors import HeadshareError
 from headshare_jax.matching.cosine import MATCH_FUNCTIONS
@@ -46,8 +55,10 @@ Weight = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 
 
-class _Section(BaseModel, frozen=True, extra="forbid"):
-    """Settings that cannot be changed, nor be others than these."""
+class _Section(BaseModel):
+    """Settings that cannot be changed, and no others than these."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Sharing(_Section):

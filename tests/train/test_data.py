@@ -233,6 +233,15 @@ def test_a_tokenizer_that_was_stored_to_cut_texts_does_not(tmp_path: Path) -> No
     assert prepare(source, tokenizer, seq_len=8, cache=tmp_path / "cache").digest == blocks.digest
 
 
+def test_a_tokenizer_that_was_loaded_offline_is_the_same(tmp_path: Path) -> None:
+    source, digests = json_lines(tmp_path / "documents.jsonl", [*DOCUMENTS]), set()
+    for offline in (False, True):
+        tokenizer = byte_tokenizer()
+        tokenizer.init_kwargs["local_files_only"] = offline
+        digests.add(prepare(source, tokenizer, seq_len=8, cache=tmp_path / "cache").digest)
+    assert len(digests) == 1
+
+
 def flip_last_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
