@@ -146,7 +146,10 @@ class _Trainer:
         stages = self.task.recipe.stages
         for number in range(self.number, len(stages)):
             if number > self.number:
-                self._enter(number, self._finished(stages[number].kind))
+                begun = self._finished(stages[number].kind)
+                # The optimizer's moments make room for those of the next stage.
+                del self.state
+                self._enter(number, begun)
             if not self._train_stage():
                 return False
         return True

@@ -4,26 +4,13 @@ import difflib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StrictInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from headshare_jax.errors import HeadshareError
-from headshare_jax.matching.cosine import MATCH_FUNCTIONS
-from headshare_jax.model.layer import REMAT_POLICIES
-from headshare_jax.model.llama import COMPUTE_DTYPES
 from headshare_jax.sharing.map import check_tie
-from headshare_jax.train.losses import PENALTIES
 
 # Recipes that come with the package, by name.
 SHIPPED = {path.stem: path for path in sorted(Path(__file__).with_name("recipes").glob("*.yaml"))}
@@ -38,17 +25,9 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _one_of(*choices: str) -> AfterValidator:
-    def check(value: str) -> str:
-        if value not in choices:
-            raise ValueError(f"must be one of {', '.join(choices)}")
-        return value
-
-    return AfterValidator(check)
-
-
-Count = Annotated[StrictInt, Field(ge=1)]
-Natural = Annotated[StrictInt, Field(ge=0)]
+Whole = Annotated[int, Field(strict=True)]
+Count = Annotated[Whole, Field(ge=1)]
+Natural = Annotated[Whole, Field(ge=0)]
 Number = Annotated[float, BeforeValidator(_number), Field(strict=True, allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
 Weight = Annotated[Number, Field(ge=0)]
@@ -76,9 +55,9 @@ class Sharing(_Section):
     start: str | None = None
     map: str | None = None
     ratio: Fraction = 0.3
-    match: Annotated[str, _one_of(*MATCH_FUNCTIONS)] = "qk"
+    match: Literal["q", "k", "v", "qk", "qkv", "total", "random"] = "qk"
     tie: str = "qkv"
-    chains: Annotated[str, _one_of("resolve", "forbid")] = "resolve"
+    chains: Literal["resolve", "forbid"] = "resolve"
     refit_windows: Natural = 0
 
 
@@ -97,7 +76,7 @@ class Data(_Section):
     train: str
     eval: str | None = None
     text_field: str = "text"
-    seq_len: Annotated[StrictInt, Field(ge=2)] = 4096
+    seq_len: Annotated[Whole, Field(ge=2)] = 4096
     workers: Count = 1
     eval_windows: Count = 16
 
@@ -112,7 +91,7 @@ class Optimizer(_Section):
       clip: most that the global norm of the gradients may be.
     """
 
-    schedule: Annotated[str, _one_of("cosine", "wsd", "constant")] = "cosine"
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup: Natural = 0
     end_rate: Annotated[Number, Field(ge=0, le=1)] = 0.0
     beta1: Fraction = 0.9
@@ -138,13 +117,13 @@ class Stage(_Section):
       trainable: `all`, `attention`, or a comma-separated list of patterns of parameter names (`*_pool_*`).
     """
 
-    kind: Annotated[str, _one_of("align", "tied")] = "align"
+    kind: Literal["align", "tied"] = "align"
     steps: Count = 1000
     learning_rate: Positive = 5e-5
     lm_weight: Weight = 0.5
     sim_weight: Weight = 0.5
-    sim_schedule: Annotated[str, _one_of("constant", "linear", "cosine")] = "constant"
-    penalty: Annotated[str, _one_of(*PENALTIES)] = "norm"
+    sim_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    penalty: Literal["norm", "mse", "kl", "js"] = "norm"
     z_weight: Weight = 0.0
     distill_weight: Weight = 0.0
     temperature: Positive = 1.0
@@ -154,9 +133,9 @@ class Stage(_Section):
 class Mesh(_Section):
     """Sizes of the device mesh; one may be -1, for all devices that the others leave."""
 
-    data: StrictInt = 1
-    fsdp: StrictInt = -1
-    tensor: StrictInt = 1
+    data: Whole = 1
+    fsdp: Whole = -1
+    tensor: Whole = 1
 
 
 class Checkpoints(_Section):
@@ -189,8 +168,8 @@ class Recipe(_Section):
     checkpoints: Checkpoints = Checkpoints()
     batch_size: Count = 128
     accumulate: Count = 1
-    compute_dtype: Annotated[str, _one_of(*COMPUTE_DTYPES)] = "bfloat16"
-    remat: Annotated[str, _one_of(*REMAT_POLICIES)] = "full"
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    remat: Literal["none", "dots", "full"] = "full"
     max_bad_steps: Count = 10
     seed: Natural = 0
 
@@ -291,34 +270,27 @@ _SECTIONS = {kind.__name__.lower(): kind for kind in (Data, Sharing, Optimizer, 
 
 
 def _sentence(error: ValidationError) -> str:
-    """One thing that is wrong: an unknown key before all, since a key that is missing may be spelt so."""
-    errors = {".".join(map(str, entry["loc"])): entry for entry in error.errors()}
-    missing = [key for key, entry in errors.items() if entry["type"] == "missing"]
-    for key, entry in errors.items():
-        if entry["type"] in ("extra_forbidden", "invalid_key"):
-            section, _, name = key.rpartition(".")
-            keys = _SECTIONS.get(section.partition(".")[0], Recipe).model_fields
-            near = difflib.get_close_matches(name, keys, 1, 0.5)
-            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}."
-            return f"The recipe has an unknown key {key}; {hint}"
-    if missing:
-        return f"The recipe lacks {', '.join(missing)}."
-    key, entry = next(iter(errors.items()))
-    reason = entry.get("ctx", {}).get("error")
-    if isinstance(reason, HeadshareError):
-        return str(reason)
-    said = reason or _SAID.get(entry["type"]) or entry["msg"].replace("Input should", "must")
+    """What is wrong first; an unknown key before all, since one that is missing may be spelt so."""
+    entry = min(error.errors(), key=lambda entry: entry["type"] not in ("extra_forbidden", "invalid_key"))
+    key, kind = ".".join(map(str, entry["loc"])), entry["type"]
+    if kind in ("extra_forbidden", "invalid_key"):
+        section, _, name = key.rpartition(".")
+        keys = _SECTIONS.get(section.partition(".")[0], Recipe).model_fields
+        near = difflib.get_close_matches(name, keys, 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}."
+        return f"The recipe has an unknown key {key}; {hint}"
+    if kind == "missing":
+        return f"The recipe lacks {key}."
+    if kind == "value_error":
+        return str(entry["ctx"]["error"])
+    said = _SAID.get(kind) or entry["msg"].replace("Input should", "must")
     return f"{key or 'The recipe'} {said}, not {entry['input']!r:.99}."
 
 
 def to_yaml(recipe: Recipe) -> str:
     """The recipe with every value that the run uses spelled out; `load` reads it back."""
-    document = recipe.model_dump(mode="json")
-    for stage in document["stages"]:
-        if stage["kind"] == "tied":
-            for name in _ALIGN_ONLY:
-                del stage[name]
-    return yaml.safe_dump(document, sort_keys=False)
+    unused = {number: set(_ALIGN_ONLY) for number, stage in enumerate(recipe.stages) if stage.kind == "tied"}
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude={"stages": unused}), sort_keys=False)
 
 
 def difference(old: Recipe, new: Recipe) -> list[str]:

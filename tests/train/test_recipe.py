@@ -1,5 +1,6 @@
 """Recipes: what is read is what was written, and what cannot be meant is refused in one sentence."""
 
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from headshare_jax import HeadshareError
+from headshare_jax.matching.cosine import MATCH_FUNCTIONS
+from headshare_jax.model.layer import REMAT_POLICIES
+from headshare_jax.model.llama import COMPUTE_DTYPES
 from headshare_jax.train import recipe as recipes
+from headshare_jax.train.losses import PENALTIES
 
 SMALL: dict[str, Any] = {"model": "tiny", "data": {"train": "text.txt"}}
 FULL: dict[str, Any] = {
@@ -51,6 +56,19 @@ def test_values_that_are_given_are_used_and_others_are_the_published_ones() -> N
     assert (stage.learning_rate, stage.lm_weight, stage.sim_weight, stage.penalty) == (5e-5, 0.5, 0.5, "norm")
     assert (optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.weight_decay) == (0.9, 0.95, 1e-8, 0.1)
     assert (optimizer.clip, optimizer.schedule, recipe.batch_size, recipe.data.seq_len) == (1.0, "cosine", 128, 4096)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "choices"),
+    [
+        (recipes.Sharing, "match", MATCH_FUNCTIONS),
+        (recipes.Stage, "penalty", PENALTIES),
+        (recipes.Recipe, "compute_dtype", COMPUTE_DTYPES),
+        (recipes.Recipe, "remat", REMAT_POLICIES),
+    ],
+)
+def test_a_recipe_can_choose_all_that_there_is(section: Any, key: str, choices: Any) -> None:
+    assert typing.get_args(section.model_fields[key].annotation) == tuple(choices)
 
 
 def test_a_tied_stage_is_written_without_what_it_does_not_use() -> None:
@@ -128,15 +146,15 @@ def with_value(key: str, value: Any) -> dict[str, Any]:
         ("batch_size", "128", "batch_size must be a valid integer, not '128'"),
         ("stages", [], "at least one stage"),
         ("stages", [{"kind": "tied"}, {"kind": "align"}], "align before tied"),
-        ("stage.kind", "alone", "stages.0.kind must be one of align, tied, not 'alone'"),
+        ("stage.kind", "alone", "stages.0.kind must be 'align' or 'tied', not 'alone'"),
         ("stages", [{"kind": "tied", "lm_weight": 0.3}], "stages.0.lm_weight is of align stages only; leave it out"),
-        ("stage.penalty", "cosine", "stages.0.penalty must be one of norm, mse, kl, js"),
-        ("stage.sim_schedule", "wsd", "stages.0.sim_schedule must be one of constant, linear, cosine"),
-        ("optimizer.schedule", "linear", "optimizer.schedule must be one of cosine, wsd, constant"),
-        ("compute_dtype", "float16", "compute_dtype must be one of float32, bfloat16"),
-        ("remat", "some", "remat must be one of none, dots, full"),
-        ("sharing.match", "best", "sharing.match must be one of q, k, v"),
-        ("sharing.chains", "keep", "sharing.chains must be one of resolve, forbid"),
+        ("stage.penalty", "cosine", "stages.0.penalty must be 'norm', 'mse', 'kl' or 'js'"),
+        ("stage.sim_schedule", "wsd", "stages.0.sim_schedule must be 'constant', 'linear' or 'cosine'"),
+        ("optimizer.schedule", "linear", "optimizer.schedule must be 'cosine', 'wsd' or 'constant'"),
+        ("compute_dtype", "float16", "compute_dtype must be 'float32' or 'bfloat16'"),
+        ("remat", "some", "remat must be 'none', 'dots' or 'full'"),
+        ("sharing.match", "best", "sharing.match must be 'q', 'k', 'v'"),
+        ("sharing.chains", "keep", "sharing.chains must be 'resolve' or 'forbid'"),
         ("sharing.tie", "kq", "tie must name some of q, k, v, o"),
         ("sharing.ratio", 1.0, "sharing.ratio must be less than 1"),
         ("sharing.refit_windows", -2, "sharing.refit_windows must be greater than or equal to 0, not -2"),
@@ -166,7 +184,7 @@ def test_what_cannot_be_meant_is_refused(key: Any, value: Any, said: str) -> Non
     ("document", "said"),
     [
         ({"data": {"train": "t"}}, "The recipe lacks model."),
-        ({}, "The recipe lacks model, data."),
+        ({}, "The recipe lacks model."),
         ({"model": "m", "data": {}}, "The recipe lacks data.train."),
         ([], "The recipe must be a mapping of keys to values"),
         (None, "The recipe must be a mapping"),
