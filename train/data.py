@@ -52,16 +52,6 @@ class Blocks:
         """Number of blocks."""
         return int(self.tokens.shape[0])
 
-    @property
-    def seq_len(self) -> int:
-        """Tokens in a block."""
-        return int(self.tokens.shape[1])
-
-    @property
-    def total_tokens(self) -> int:
-        """Tokens in all blocks."""
-        return int(self.tokens.size)
-
 
 def prepare(
     source: str,

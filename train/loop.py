@@ -28,6 +28,7 @@ from headshare_jax.parameters import parameter_names, pool_name
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.source import WeightSource
 from headshare_jax.sharing.view import SharedView, cast
+from headshare_jax.signals import Stop, handled
 from headshare_jax.train import data, run_folder
 from headshare_jax.train import recipe as recipes
 from headshare_jax.train.checkpoints import RunCheckpoints
@@ -35,7 +36,6 @@ from headshare_jax.train.inputs import Progress, Run, check_devices, prepare
 from headshare_jax.train.losses import pair_cosine, tied_projections
 from headshare_jax.train.metrics import MetricsLog, is_spike, matrix_rate, step_flops
 from headshare_jax.train.placement import abstract_params, abstract_state, begin, gathered
-from headshare_jax.train.signals import Stop, handled
 from headshare_jax.train.step import Params, StageContext, TrainState, make_step
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,8 @@ class _Trainer:
             return convert.open_checkpoint(start)
         if self.task.recipe.stages[0].kind == "align":
             return source
-        return self._refitted(source, SharedView(source, self.task.sharing))
+        # Whether the map is for these weights was looked at when the run began.
+        return self._refitted(source, SharedView(source, self.task.sharing, check_source=False))
 
     def train(self) -> bool:
         """Runs every stage that is left; False if it was told to stop before the end."""

@@ -20,7 +20,7 @@ from headshare_jax.errors import HeadshareError
 from headshare_jax.loading import load, load_tokenizer
 from headshare_jax.model.generate import Sampling, generate
 from headshare_jax.report.progress import say
-from headshare_jax.train.signals import handled
+from headshare_jax.signals import handled
 
 
 @dataclass(frozen=True, kw_only=True)
