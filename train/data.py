@@ -5,12 +5,12 @@ import json
 import os
 import tempfile
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import grain
 import numpy as np
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 
-# To be raised when the same text is packed into other blocks than before.
+# To be raised when the same text is packed into other blocks than before; checkpoints of a run know its data by it.
 _FORMAT = 2
-_ARRAYS = ("tokens.npy", "segments.npy")
-_DOCUMENT = "blocks.json"
+# Little-endian int32 [n, 2, T]: tokens and segments of every block.
+_BLOCKS, _DOCUMENT = "blocks.int32", "blocks.json"
 # Characters that are tokenised at a time.
 _BATCH_CHARACTERS = 2**20
 
@@ -51,16 +51,6 @@ class Blocks:
     def count(self) -> int:
         """Number of blocks."""
         return int(self.tokens.shape[0])
-
-    @property
-    def seq_len(self) -> int:
-        """Tokens in a block."""
-        return int(self.tokens.shape[1])
-
-    @property
-    def total_tokens(self) -> int:
-        """Tokens in all blocks."""
-        return int(self.tokens.size)
 
 
 def prepare(
@@ -93,8 +83,6 @@ def prepare(
     Raises:
       HeadshareError: a text that cannot be read or is shorter than a block, or a cache that cannot be written.
     """
-    if seq_len < 1 or workers < 1:
-        raise HeadshareError(f"seq_len ({seq_len}) and workers ({workers}) must be at least 1.")
     corpus = text.open_corpus(source, field=text_field)
     parts = [_FORMAT, corpus.digest(), _tokenizer_digest(tokenizer), seq_len, text_field]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -103,18 +91,19 @@ def prepare(
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with new_directory(folder, overwrite=folder.exists()) as partial, _no_threads_in_tokenizers():
-                encoded = _encoded(corpus, tokenizer, workers, progress)
-                _write(partial, _packed(encoded, seq_len, source), seq_len)
-                sums = {name: text.sha256(partial / name) for name in _ARRAYS}
-                (partial / _DOCUMENT).write_text(json.dumps({"source": source, "sha256": sums}, indent=2))
+                with (partial / _BLOCKS).open("wb") as file:
+                    for blocks in _packed(_encoded(corpus, tokenizer, workers, progress), seq_len, source):
+                        file.write(blocks.astype("<i4").tobytes())
+                document = {"source": source, "sha256": text.sha256(partial / _BLOCKS)}
+                (partial / _DOCUMENT).write_text(json.dumps(document, indent=2))
         except OSError as error:
             raise HeadshareError(f"The cache {cache} cannot be made: {error.strerror}.") from error
         except HeadshareError:
             # Another process may have been first to write the same.
             if not _is_stored(folder):
                 raise
-    tokens, segments = (np.load(folder / name, mmap_mode="r") for name in _ARRAYS)
-    return Blocks(tokens, segments, digest)
+    stored = np.memmap(folder / _BLOCKS, "<i4", "r").reshape(-1, 2, seq_len)
+    return Blocks(stored[:, 0], stored[:, 1], digest)
 
 
 def count_blocks(
@@ -132,14 +121,17 @@ def count_blocks(
     corpus = text.open_corpus(source, field=text_field)
     encoded = _encoded(corpus, tokenizer, 1, lambda done, total: None)
     count = 0
-    for tokens, _ in _packed(encoded, seq_len, source):
-        count += len(tokens)
+    for blocks in _packed(encoded, seq_len, source):
+        count += len(blocks)
         if count >= most:
             break
     return count
 
 
 def _tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
+    # transformers stores with it whether it was loaded offline.
+    if "local_files_only" in tokenizer.init_kwargs:
+        tokenizer.init_kwargs["local_files_only"] = False
     if tokenizer.is_fast:
         # A tokenizer may be stored with these; calling it as here drops them, which is to leave its digest the same.
         tokenizer.backend_tokenizer.no_truncation()
@@ -154,34 +146,13 @@ def _tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
 def _is_stored(folder: Path) -> bool:
     """Whether a folder of the cache is there and undamaged."""
     try:
-        sums = json.loads((folder / _DOCUMENT).read_text())["sha256"]
-        return all(text.sha256(folder / name) == sums[name] for name in _ARRAYS)
+        return bool(json.loads((folder / _DOCUMENT).read_text())["sha256"] == text.sha256(folder / _BLOCKS))
     except (HeadshareError, OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def _write(folder: Path, packed: Iterable[tuple[np.ndarray, np.ndarray]], seq_len: int) -> None:
-    with ExitStack() as stack:
-        files = [stack.enter_context((folder / name).open("wb")) for name in _ARRAYS]
-        count = 0
-        for file in files:
-            _write_header(file, count, seq_len)
-        for arrays in packed:
-            count += len(arrays[0])
-            for file, array in zip(files, arrays, strict=True):
-                file.write(array.astype("<i4").tobytes())
-        for file in files:
-            file.seek(0)
-            _write_header(file, count, seq_len)
-
-
-def _write_header(file: Any, count: int, seq_len: int) -> None:
-    """The head of an .npy file; NumPy makes it equally long for every count."""
-    np.lib.format.write_array_header_1_0(file, {"descr": "<i4", "fortran_order": False, "shape": (count, seq_len)})
-
-
-def _packed(encoded: Iterable[np.ndarray], seq_len: int, source: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Tokens and segments [some, seq_len] from tokens and their documents' numbers, [2, some]."""
+def _packed(encoded: Iterable[np.ndarray], seq_len: int, source: str) -> Iterator[np.ndarray]:
+    """Tokens and segments [some, 2, seq_len] from tokens and their documents' numbers, [2, some]."""
     rest, any_block = np.empty((2, 0), np.int64), False
     for pair in encoded:
         pair = np.concatenate([rest, pair], axis=1)
@@ -189,7 +160,7 @@ def _packed(encoded: Iterable[np.ndarray], seq_len: int, source: str) -> Iterato
         rest, any_block = pair[:, whole:], any_block or whole > 0
         tokens, documents = pair[:, :whole].reshape(2, -1, seq_len)
         begins = np.diff(documents, axis=1, prepend=documents[:, :1]) != 0
-        yield tokens, 1 + np.cumsum(begins, axis=1)
+        yield np.stack([tokens, 1 + np.cumsum(begins, axis=1)], axis=1)
     if not any_block:
         raise HeadshareError(
             f"{source} has {rest.shape[1]} tokens, but one block takes seq_len {seq_len}; give more text or a smaller "
@@ -232,12 +203,12 @@ def _batches(pieces: Iterable[text.Piece]) -> Iterator[list[tuple[int, text.Piec
         yield batch
 
 
-def _in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Generator[R, None, None]:
+def _in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
     """The function's values, computed in threads, for a few items ahead of the value that is wanted."""
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers) as threads:
         running: deque[Future[R]] = deque()
         for item in items:
-            running.append(pool.submit(function, item))
+            running.append(threads.submit(function, item))
             if len(running) > 2 * workers:
                 yield running.popleft().result()
         yield from (future.result() for future in running)
@@ -270,35 +241,27 @@ class Batches:
         Args:
           blocks: what to train on.
           batch_size: B, blocks in a step.
-          accumulate: A, parts that a step's batch is cut into.
+          accumulate: A, parts that a step's batch is cut into; it divides B.
           seed: of the order, not negative.
-
-        Raises:
-          HeadshareError: a batch that cannot be cut so, or a negative seed.
         """
-        if batch_size < 1 or accumulate < 1 or batch_size % accumulate:
-            raise HeadshareError(f"batch_size ({batch_size}) must be a positive multiple of accumulate ({accumulate}).")
-        if seed < 0:
-            raise HeadshareError(f"The seed must not be negative, but is {seed}.")
-        self._blocks, self._batch_size, self._accumulate = blocks, batch_size, accumulate
+        self._blocks, self._accumulate = blocks, accumulate
         # Grain takes seed + epoch for an epoch's seed, so seeds in a row would give the same orders one epoch apart.
         mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-        self._order = grain.MapDataset.range(blocks.count).shuffle(seed=mixed).repeat()
+        self._order = grain.MapDataset.range(blocks.count).shuffle(seed=mixed).repeat().batch(batch_size)
 
-    def at(self, step: int, rows: slice | np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def at(self, step: int, rows: slice | np.ndarray = slice(None)) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and segments of a step, int32 [A, B / A, T].
 
         Args:
           step: counted from 0.
           rows: the rows wanted of every part, of B / A; no other is read.
         """
-        place_ab = step * self._batch_size + np.arange(self._batch_size).reshape(self._accumulate, -1)
-        place_ab = place_ab[:, slice(None) if rows is None else rows]
-        block_ab = np.array([self._order[int(place)] for place in place_ab.flat], np.int64).reshape(place_ab.shape)
+        block_ab = self._order[step].reshape(self._accumulate, -1)[:, rows]
         return np.asarray(self._blocks.tokens[block_ab]), np.asarray(self._blocks.segments[block_ab])
 
     def stream(
-        self, start: int, stop: int, rows: slice | np.ndarray | None = None
-    ) -> Generator[tuple[int, np.ndarray, np.ndarray], None, None]:
-        """The steps from `start` up to `stop`, each with its tokens and segments as `at` gives them, read ahead."""
-        return _in_order(lambda step: (step, *self.at(step, rows)), range(start, stop), workers=1)
+        self, start: int, stop: int, rows: slice | np.ndarray = slice(None)
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The steps from `start` up to `stop`, as `at` gives them, read a little ahead."""
+        steps = grain.MapDataset.range(start, stop).map(lambda step: self.at(step, rows))
+        return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))

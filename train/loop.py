@@ -5,68 +5,42 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from headshare_jax import convert
-from headshare_jax.convert import map_file, text, tokenizer
-from headshare_jax.convert.atomic import check_output, new_directory, new_file
-from headshare_jax.convert.cache import cache_directory
+from headshare_jax.convert.atomic import new_file
 from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluate.perplexity import perplexity
 from headshare_jax.fit.refit import refit
-from headshare_jax.matching.cosine import match
 from headshare_jax.model.llama import Llama
-from headshare_jax.model.mesh import batch_sharding, make_mesh, replicated
+from headshare_jax.model.mesh import batch_sharding, replicated
 from headshare_jax.model.place import place
 from headshare_jax.model.share import share
 from headshare_jax.parameters import parameter_names, pool_name
-from headshare_jax.sharing.choose import sharing_map
 from headshare_jax.sharing.map import SharingMap
-from headshare_jax.sharing.source import WeightSource, fingerprint
+from headshare_jax.sharing.source import WeightSource
 from headshare_jax.sharing.view import SharedView, cast
 from headshare_jax.signals import Stop, handled
-from headshare_jax.train import data
+from headshare_jax.train import data, run_folder
 from headshare_jax.train import recipe as recipes
 from headshare_jax.train.checkpoints import RunCheckpoints
+from headshare_jax.train.inputs import Progress, Run, check_devices, prepare
 from headshare_jax.train.losses import pair_cosine, tied_projections
 from headshare_jax.train.metrics import MetricsLog, is_spike, matrix_rate, step_flops
 from headshare_jax.train.placement import abstract_params, abstract_state, begin, gathered
-from headshare_jax.train.step import Params, StageContext, TrainState, make_step, trainable_names
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from headshare_jax.train.step import Params, StageContext, TrainState, make_step
 
 logger = logging.getLogger(__name__)
 
-CONFIG, MAP, REFIT, FINAL, CHECKPOINTS = "config.yaml", "map.json", "refit.json", "final", "checkpoints"
-
 Report = Callable[[dict[str, Any]], None]
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What stays the same throughout a run."""
-
-    recipe: recipes.Recipe
-    output: Path
-    source: convert.Checkpoint
-    sharing: SharingMap
-    mesh: Mesh
-    blocks: data.Blocks
-    eval_tokens: np.ndarray
-
-    def context(self, number: int) -> StageContext:
-        """What a stage's step is made for."""
-        return StageContext(self.source.config, self.sharing, self.recipe.stages[number], self.recipe)
 
 
 def run(
@@ -99,12 +73,15 @@ def run(
       KeyboardInterrupt: it was stopped by Ctrl-C.
     """
     check_devices(recipe)
-    _check_folder(output, recipe, resume)
+    run_folder.check(output, recipe, resume)
     task = prepare(recipe, output, progress)
     if not resume:
-        _begin_folder(task)
+        run_folder.begin(output, recipe, task.sharing)
     stopping = Stop()
-    with RunCheckpoints(output / CHECKPOINTS, recipe.checkpoints.keep) as checkpoints, handled(stopping.note):
+    with (
+        RunCheckpoints(output / run_folder.CHECKPOINTS, recipe.checkpoints.keep) as checkpoints,
+        handled(stopping.note),
+    ):
         trainer = _Trainer(task, checkpoints, stopping, report, progress)
         trainer.start(resume)
         if trainer.train():
@@ -112,136 +89,6 @@ def run(
         if stopping.interrupted:
             raise KeyboardInterrupt
         return None
-
-
-def check_devices(recipe: recipes.Recipe) -> Mesh:
-    """The recipe's mesh on this machine's devices; raises HeadshareError if it or the batch does not fit them."""
-    mesh = make_mesh((recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor))
-    rows, parts = recipe.batch_size // recipe.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % parts:
-        raise HeadshareError(
-            f"batch_size / accumulate ({rows}) must be a multiple of the mesh's data x fsdp ({parts}); change either."
-        )
-    return mesh
-
-
-def _check_text(recipe: recipes.Recipe, words: "PreTrainedTokenizerBase") -> None:
-    """Reads as much of the training text as a refit takes, or a block; HeadshareError if there is less."""
-    windows = recipe.sharing.refit_windows
-    blocks = data.count_blocks(
-        recipe.data.train,
-        words,
-        seq_len=recipe.data.seq_len,
-        text_field=recipe.data.text_field,
-        most=max(1, windows),
-    )
-    if windows > blocks:
-        raise HeadshareError(
-            f"sharing.refit_windows ({windows}) is more than the {blocks} blocks of seq_len {recipe.data.seq_len} that "
-            f"{recipe.data.train} has; lower it, or give more text."
-        )
-
-
-def prepare(recipe: recipes.Recipe, output: Path, progress: Progress) -> Run:
-    """Opens the model, makes or reads the map (`map.json` in `output`), and tokenises the text; writes nothing."""
-    source, words, eval_tokens = open_inputs(recipe)
-    stored = output / MAP
-    if stored.is_file():
-        sharing = map_file.read(stored)
-    else:
-        sharing = choose_pairs(recipe, source, recipe.sharing.match, partial(progress, "matching"))
-    blocks = data.prepare(
-        recipe.data.train,
-        words,
-        seq_len=recipe.data.seq_len,
-        text_field=recipe.data.text_field,
-        workers=recipe.data.workers,
-        cache=cache_directory() / "blocks",
-        progress=partial(progress, "tokenising"),
-    )
-    return Run(recipe, output, source, sharing, check_devices(recipe), blocks, eval_tokens)
-
-
-def open_inputs(recipe: recipes.Recipe) -> tuple[convert.Checkpoint, "PreTrainedTokenizerBase", np.ndarray]:
-    """The dense model, its tokenizer, and the held-out text as int32 [tokens], empty if the recipe has none.
-
-    Raises:
-      HeadshareError: one of them or the training text cannot be read, that text is too short, or the model shares
-        heads or has no parameters that a stage trains.
-    """
-    path = convert.locate(recipe.model)
-    source = convert.open_checkpoint(path)
-    if source.sharing is not None:
-        raise HeadshareError(f"{recipe.model} already shares heads; PostShare begins with a dense model.")
-    for stage in recipe.stages:
-        trainable_names(source.config, stage.trainable)
-    words = tokenizer.load(path)
-    _check_text(recipe, words)
-    held_out = recipe.data.eval
-    tokens = (
-        [] if held_out is None else words(text.read(held_out, field=recipe.data.text_field), verbose=False).input_ids
-    )
-    return source, words, np.asarray(tokens, np.int32)
-
-
-def choose_pairs(
-    recipe: recipes.Recipe,
-    source: convert.Checkpoint,
-    function: str,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> SharingMap:
-    """The map that the recipe names or whose model it begins with, or one made with a match function.
-
-    Raises:
-      HeadshareError: a map or a model that cannot be read, is for another model, or changes nothing.
-    """
-    settings = recipe.sharing
-    given = settings.start or settings.map
-    if given is not None:
-        found = map_file.read(Path(given)) if settings.start is None else convert.open_checkpoint(given).sharing
-        if found is None:
-            raise HeadshareError(f"sharing.start names {given}, which shares nothing; share {recipe.model} first.")
-        sharing = found
-        sharing.check_model(source.config)
-        if sharing.source is not None and sharing.source != fingerprint(source):
-            raise HeadshareError(f"The map of {given} was made for other weights than those of {recipe.model}.")
-    else:
-        scores = match(source, function, progress=progress)
-        sharing = sharing_map(scores, settings.ratio, chains=settings.chains, tie=settings.tie)
-    if not sharing.pooled:
-        raise HeadshareError(
-            "The map has no receivers and drops no unit, so there is nothing to share; raise the ratio."
-        )
-    return sharing
-
-
-def _check_folder(output: Path, recipe: recipes.Recipe, resume: bool) -> None:
-    path = output / CONFIG
-    if resume:
-        if not path.is_file():
-            raise HeadshareError(f"{output} holds no run to resume (no {CONFIG}); leave --resume out to begin one.")
-        changes = recipes.difference(recipes.load(path), recipe)
-        changed = [line for line in changes if not line.startswith("mesh.")]
-        if changed:
-            raise HeadshareError(
-                f"The recipe differs from that of the run in {output}: {'; '.join(changed)}. Undo the change (repeat "
-                f"--set, or give --config {path}), or begin a new run in another folder."
-            )
-        return
-    check_output(output, folder=True, overwrite=True)
-    if output.exists():
-        remedy = "pass --resume to go on with it, or choose another" if path.is_file() else "choose another folder"
-        raise HeadshareError(f"{output} exists already; {remedy}.")
-
-
-def _begin_folder(task: Run) -> None:
-    """Makes the run's folder with recipe and map, which appear together: without them, nothing could be resumed."""
-    _wait_for_all("prepared")
-    if jax.process_index() == 0:
-        with new_directory(task.output) as folder:
-            (folder / CONFIG).write_text(recipes.to_yaml(task.recipe))
-            (folder / MAP).write_text(task.sharing.to_json())
-    _wait_for_all("begun")
 
 
 class _Trainer:
@@ -292,14 +139,18 @@ class _Trainer:
             return convert.open_checkpoint(start)
         if self.task.recipe.stages[0].kind == "align":
             return source
-        return self._refitted(source, SharedView(source, self.task.sharing))
+        # Whether the map is for these weights was looked at when the run began.
+        return self._refitted(source, SharedView(source, self.task.sharing, check_source=False))
 
     def train(self) -> bool:
         """Runs every stage that is left; False if it was told to stop before the end."""
         stages = self.task.recipe.stages
         for number in range(self.number, len(stages)):
             if number > self.number:
-                self._enter(number, self._finished(stages[number].kind))
+                begun = self._finished(stages[number].kind)
+                # The optimizer's moments make room for those of the next stage.
+                del self.state
+                self._enter(number, begun)
             if not self._train_stage():
                 return False
         return True
@@ -317,12 +168,12 @@ class _Trainer:
         if jax.process_index() == 0:
             convert.save(
                 cast(whole, str(source.dtype("embed_vd"))),
-                self.task.output / FINAL,
+                self.task.output / run_folder.FINAL,
                 tokenizer_from=source.path,
                 overwrite=True,
                 provenance={"source": self.task.recipe.model, "postshare": last},
             )
-        _wait_for_all("exported")
+        run_folder.wait_for_all("exported")
         return last
 
     def _enter(self, number: int, source: WeightSource | None) -> None:
@@ -348,7 +199,7 @@ class _Trainer:
         shape = (recipe.accumulate, recipe.batch_size // recipe.accumulate, recipe.data.seq_len)
         mine = _local_rows(sharding, shape)
         start = time.perf_counter()
-        for _, *parts in batches.stream(self.step_in_stage, stage.steps, rows=mine):
+        for parts in batches.stream(self.step_in_stage, stage.steps, rows=mine):
             batch = (jax.make_array_from_process_local_data(sharding, part, shape) for part in parts)
             self.state, metrics = step(self.state, self.frozen, self.teacher, *batch)
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -440,7 +291,7 @@ class _Trainer:
             dense, shared, self.task.blocks.tokens[:windows], progress=partial(self.progress, "refitting")
         )
         if jax.process_index() == 0:
-            with new_file(self.task.output / REFIT, overwrite=True) as path:
+            with new_file(self.task.output / run_folder.REFIT, overwrite=True) as path:
                 path.write_text(json.dumps(asdict(report), indent=1))
         return fitted
 
@@ -462,7 +313,7 @@ class _Trainer:
         if document["data"] != self.task.blocks.digest:
             raise HeadshareError("The checkpoint was trained on other data: the text or the tokenizer has changed.")
         if SharingMap.from_json(document["map"]) != self.task.sharing:
-            raise HeadshareError(f"The checkpoint was trained with another map than the run's {MAP}.")
+            raise HeadshareError(f"The checkpoint was trained with another map than the run's {run_folder.MAP}.")
         context, mesh = self.task.context(document["stage"]), self.task.mesh
         frozen: dict[str, Any] = {}
         for name, dtype in document["frozen"].items():
@@ -474,10 +325,3 @@ def _local_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:
     """Rows (axis 1) of a batch that this process's devices hold."""
     places = sharding.addressable_devices_indices_map(shape).values()
     return np.unique([np.arange(shape[1])[place[1]] for place in places if place is not None])
-
-
-def _wait_for_all(name: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental.multihost_utils import sync_global_devices
-
-        sync_global_devices(name)

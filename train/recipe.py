@@ -1,38 +1,46 @@
-"""Recipes: everything that defines a PostShare run, read from YAML and checked."""
+"""Recipes: everything that defines a PostShare run, read from YAML and checked by pydantic."""
 
-import dataclasses
 import difflib
-import math
-import types
-import typing
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from headshare_jax.errors import HeadshareError
-from headshare_jax.matching.cosine import MATCH_FUNCTIONS
-from headshare_jax.model.layer import REMAT_POLICIES
-from headshare_jax.model.llama import COMPUTE_DTYPES
 from headshare_jax.sharing.map import check_tie
-from headshare_jax.train.losses import PENALTIES
 
-T = TypeVar("T")
-
-STAGES = ("align", "tied")
-CHAINS = ("resolve", "forbid")
-SCHEDULES = ("cosine", "wsd", "constant")
-WEIGHT_SCHEDULES = ("constant", "linear", "cosine")
 # Recipes that come with the package, by name.
 SHIPPED = {path.stem: path for path in sorted(Path(__file__).with_name("recipes").glob("*.yaml"))}
 # Settings of the penalty, which `tied` stages do not have; the next-token loss has weight 1 there.
 _ALIGN_ONLY = ("lm_weight", "sim_weight", "sim_schedule", "penalty")
 
 
-@dataclass(frozen=True)
-class Sharing:
+def _number(value: Any) -> Any:
+    """YAML takes 5e-5, without a point, for text."""
+    with suppress(ValueError):
+        return float(value) if isinstance(value, str) else value
+    return value
+
+
+Whole = Annotated[int, Field(strict=True)]
+Count = Annotated[Whole, Field(ge=1)]
+Natural = Annotated[Whole, Field(ge=0)]
+Number = Annotated[float, BeforeValidator(_number), Field(strict=True, allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0)]
+Weight = Annotated[Number, Field(ge=0)]
+Fraction = Annotated[Number, Field(ge=0, lt=1)]
+
+
+class _Section(BaseModel):
+    """Settings that cannot be changed, and no others than these."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Sharing(_Section):
     """Who is to share with whom: a shared model or a map that exists, or how to make one.
 
     Attributes:
@@ -49,15 +57,14 @@ class Sharing:
 
     start: str | None = None
     map: str | None = None
-    ratio: float = 0.3
-    match: str = "qk"
+    ratio: Fraction = 0.3
+    match: Literal["q", "k", "v", "qk", "qkv", "total", "random"] = "qk"
     tie: str = "qkv"
-    chains: str = "resolve"
-    refit_windows: int = 0
+    chains: Literal["resolve", "forbid"] = "resolve"
+    refit_windows: Natural = 0
 
 
-@dataclass(frozen=True)
-class Data:
+class Data(_Section):
     """Text to train and to evaluate on.
 
     Attributes:
@@ -72,13 +79,12 @@ class Data:
     train: str
     eval: str | None = None
     text_field: str = "text"
-    seq_len: int = 4096
-    workers: int = 1
-    eval_windows: int = 16
+    seq_len: Annotated[Whole, Field(ge=2)] = 4096
+    workers: Count = 1
+    eval_windows: Count = 16
 
 
-@dataclass(frozen=True)
-class Optimizer:
+class Optimizer(_Section):
     """AdamW and its learning rate; the defaults are the paper's (section 4.1).
 
     Attributes:
@@ -88,18 +94,17 @@ class Optimizer:
       clip: most that the global norm of the gradients may be.
     """
 
-    schedule: str = "cosine"
-    warmup: int = 0
-    end_rate: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip: float = 1.0
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup: Natural = 0
+    end_rate: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: Positive = 1e-8
+    weight_decay: Weight = 0.1
+    clip: Positive = 1.0
 
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(_Section):
     """One stage of training.
 
     Attributes:
@@ -116,39 +121,36 @@ class Stage:
       trainable: `all`, `attention`, or a comma-separated list of patterns of parameter names (`*_pool_*`).
     """
 
-    kind: str = "align"
-    steps: int = 1000
-    learning_rate: float = 5e-5
-    lm_weight: float = 0.5
-    sim_weight: float = 0.5
-    sim_schedule: str = "constant"
-    penalty: str = "norm"
-    z_weight: float = 0.0
-    distill_weight: float = 0.0
-    temperature: float = 1.0
+    kind: Literal["align", "tied"] = "align"
+    steps: Count = 1000
+    learning_rate: Positive = 5e-5
+    lm_weight: Weight = 0.5
+    sim_weight: Weight = 0.5
+    sim_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    penalty: Literal["norm", "mse", "kl", "js"] = "norm"
+    z_weight: Weight = 0.0
+    distill_weight: Weight = 0.0
+    temperature: Positive = 1.0
     trainable: str = "all"
 
 
-@dataclass(frozen=True)
-class Mesh:
+class Mesh(_Section):
     """Sizes of the device mesh; one may be -1, for all devices that the others leave."""
 
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
+    data: Whole = 1
+    fsdp: Whole = -1
+    tensor: Whole = 1
 
 
-@dataclass(frozen=True)
-class Checkpoints:
+class Checkpoints(_Section):
     """When to save and evaluate, in steps, and how many of the last checkpoints to keep besides the best."""
 
-    every: int = 200
-    keep: int = 2
-    eval_every: int = 200
+    every: Count = 200
+    keep: Count = 2
+    eval_every: Count = 200
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(_Section):
     """A PostShare run.
 
     Attributes:
@@ -163,75 +165,47 @@ class Recipe:
 
     model: str
     data: Data
-    sharing: Sharing = field(default_factory=Sharing)
+    sharing: Sharing = Sharing()
     stages: tuple[Stage, ...] = (Stage(),)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    mesh: Mesh = field(default_factory=Mesh)
-    checkpoints: Checkpoints = field(default_factory=Checkpoints)
-    batch_size: int = 128
-    accumulate: int = 1
-    compute_dtype: str = "bfloat16"
-    remat: str = "full"
-    max_bad_steps: int = 10
-    seed: int = 0
+    optimizer: Optimizer = Optimizer()
+    mesh: Mesh = Mesh()
+    checkpoints: Checkpoints = Checkpoints()
+    batch_size: Count = 128
+    accumulate: Count = 1
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    remat: Literal["none", "dots", "full"] = "full"
+    max_bad_steps: Count = 10
+    seed: Natural = 0
 
-    def __post_init__(self) -> None:
-        for key, value in _flat(_plain(dataclasses.asdict(self))).items():
-            name = key.rsplit(".", 1)[-1]
-            if name in _CHOICES and value not in _CHOICES[name]:
-                raise HeadshareError(f"{key} must be one of {', '.join(_CHOICES[name])}, not {value!r}.")
-            for names, allowed, words in _LIMITS:
-                if name in names.split() and not allowed(value):
-                    raise HeadshareError(f"{key} must be {words}, not {value}.")
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         check_tie(self.sharing.tie)
-        if self.sharing.start is not None and self.sharing.map is not None:
-            raise HeadshareError("sharing.start has a map of its own; leave sharing.map out.")
-        if self.sharing.start is not None and self.sharing.refit_windows:
-            raise HeadshareError(
-                "sharing.start is a shared model already, so that none is refitted; leave sharing.refit_windows out."
-            )
+        if self.sharing.refit_windows == 1:
+            raise HeadshareError("sharing.refit_windows must be 0, or at least 2, as one is held out.")
         kinds = [stage.kind for stage in self.stages]
         if not kinds or kinds != sorted(kinds):
             raise HeadshareError("stages must name at least one stage, and align before tied.")
-        if self.sharing.start is not None and kinds[0] != "tied":
-            raise HeadshareError("sharing.start is where a tied stage begins, but the first stage is align.")
+        if self.sharing.start is not None:
+            if self.sharing.map is not None:
+                raise HeadshareError("sharing.start has a map of its own; leave sharing.map out.")
+            if self.sharing.refit_windows:
+                raise HeadshareError("sharing.start is a shared model already; leave sharing.refit_windows out.")
+            if kinds[0] != "tied":
+                raise HeadshareError("sharing.start is where a tied stage begins, but the first stage is align.")
         for number, stage in enumerate(self.stages):
-            unused = [name for name in _ALIGN_ONLY if getattr(stage, name) != getattr(Stage, name)]
+            unused = [name for name in _ALIGN_ONLY if getattr(stage, name) != Stage.model_fields[name].default]
             if stage.kind == "tied" and unused:
                 raise HeadshareError(f"stages.{number}.{unused[0]} is of align stages only; leave it out.")
         if self.batch_size % self.accumulate:
             raise HeadshareError(
                 f"batch_size ({self.batch_size}) must be a multiple of accumulate ({self.accumulate})."
             )
+        return self
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of all stages."""
         return sum(stage.steps for stage in self.stages)
-
-
-# What values may be, by the last part of their keys.
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "match": MATCH_FUNCTIONS,
-    "chains": CHAINS,
-    "kind": STAGES,
-    "penalty": PENALTIES,
-    "sim_schedule": WEIGHT_SCHEDULES,
-    "schedule": SCHEDULES,
-    "compute_dtype": COMPUTE_DTYPES,
-    "remat": tuple(REMAT_POLICIES),
-}
-_COUNTS = "steps batch_size accumulate workers eval_windows every eval_every keep max_bad_steps"
-_WEIGHTS = "lm_weight sim_weight z_weight distill_weight weight_decay warmup seed"
-_LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
-    (_COUNTS, lambda value: value >= 1, "at least 1"),
-    ("seq_len", lambda value: value >= 2, "at least 2"),
-    ("refit_windows", lambda value: value == 0 or value >= 2, "0, or at least 2, as one is held out"),
-    ("learning_rate temperature clip eps", lambda value: value > 0, "positive"),
-    (_WEIGHTS, lambda value: value >= 0, "at least 0"),
-    ("end_rate", lambda value: 0 <= value <= 1, "from 0 to 1"),
-    ("ratio beta1 beta2", lambda value: 0 <= value < 1, "at least 0 and below 1"),
-)
 
 
 def load(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
@@ -248,61 +222,84 @@ def load(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     """
     path = SHIPPED.get(str(path), Path(path))
     try:
-        document = yaml.safe_load(path.read_text())
-    except FileNotFoundError as error:
+        content = path.read_bytes()
+    except OSError as error:
         raise HeadshareError(
             f"There is no recipe {path}; give a .yaml file, or one of the names {', '.join(SHIPPED)}."
         ) from error
-    # PyYAML lets ValueError through for dates that do not exist, and for what is no text.
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise HeadshareError(f"The recipe {path} is not readable YAML: {' '.join(str(error).split())}.") from error
+    document = _parsed(content, f"The recipe {path}")
     for change in changes:
-        document = _changed(document, change)
+        _change(document, change)
     return from_mapping(document)
 
 
-def _changed(document: Any, change: str) -> Any:
-    key, equals, text = change.partition("=")
+def _parsed(text: str | bytes, what: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        return yaml.safe_load(text)
+    # PyYAML lets ValueError through for dates that do not exist.
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise HeadshareError(f"The value in {change!r} is not readable YAML.") from error
+        raise HeadshareError(f"{what} is not readable YAML: {' '.join(str(error).split())}.") from error
+
+
+def _change(document: Any, change: str) -> None:
+    key, equals, text = change.partition("=")
     if not equals or not key:
         raise HeadshareError(f"{change!r} does not have the form key=value.")
+    value = _parsed(text, f"The value in {change!r}")
     *parents, last = key.split(".")
-    place = document
     for name in parents:
-        if isinstance(place, dict):
-            place = place.setdefault(name, {})
-        elif isinstance(place, list) and name.isdecimal() and int(name) < len(place):
-            place = place[int(name)]
+        if isinstance(document, dict):
+            document = document.setdefault(name, {})
+        elif isinstance(document, list) and name.isdecimal() and int(name) < len(document):
+            document = document[int(name)]
         else:
-            there = f"; it has {len(place)} there, counted from 0" if isinstance(place, list) else ""
+            there = f"; it has {len(document)} there, counted from 0" if isinstance(document, list) else ""
             raise HeadshareError(f"The recipe has no {name} to change in {key}{there}.")
-    if not isinstance(place, dict):
+    if not isinstance(document, dict):
         raise HeadshareError(f"The recipe has no {last} to change in {key}.")
-    place[last] = value
-    return document
+    document[last] = value
 
 
 def from_mapping(document: Any) -> Recipe:
     """A recipe from plain data; raises HeadshareError as `load`."""
-    return _build(Recipe, document, "")
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise HeadshareError(_sentence(error)) from error
+
+
+# Where pydantic's own words are Python's, not YAML's.
+_SAID = {"model_type": "must be a mapping of keys to values", "tuple_type": "must be a list"}
+_SECTIONS = {kind.__name__.lower(): kind for kind in (Data, Sharing, Optimizer, Mesh, Checkpoints)} | {"stages": Stage}
+
+
+def _sentence(error: ValidationError) -> str:
+    """What is wrong first; an unknown key before all, since one that is missing may be spelt so."""
+    entry = min(error.errors(), key=lambda entry: entry["type"] not in ("extra_forbidden", "invalid_key"))
+    key, kind = ".".join(map(str, entry["loc"])), entry["type"]
+    if kind in ("extra_forbidden", "invalid_key"):
+        section, _, name = key.rpartition(".")
+        keys = _SECTIONS.get(section.partition(".")[0], Recipe).model_fields
+        near = difflib.get_close_matches(name, keys, 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}."
+        return f"The recipe has an unknown key {key}; {hint}"
+    if kind == "missing":
+        return f"The recipe lacks {key}."
+    if kind == "value_error":
+        return str(entry["ctx"]["error"])
+    said = _SAID.get(kind) or entry["msg"].replace("Input should", "must")
+    return f"{key or 'The recipe'} {said}, not {entry['input']!r:.99}."
 
 
 def to_yaml(recipe: Recipe) -> str:
     """The recipe with every value that the run uses spelled out; `load` reads it back."""
-    document = _plain(dataclasses.asdict(recipe))
-    for stage in document["stages"]:
-        if stage["kind"] == "tied":
-            for name in _ALIGN_ONLY:
-                del stage[name]
-    return yaml.safe_dump(document, sort_keys=False)
+    unused = {number: set(_ALIGN_ONLY) for number, stage in enumerate(recipe.stages) if stage.kind == "tied"}
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude={"stages": unused}), sort_keys=False)
 
 
 def difference(old: Recipe, new: Recipe) -> list[str]:
     """Lines `key: old -> new` for every value that differs."""
-    before, after = (_flat(_plain(dataclasses.asdict(recipe))) for recipe in (old, new))
+    before, after = (_flat(recipe.model_dump(mode="json")) for recipe in (old, new))
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in dict.fromkeys([*before, *after])
@@ -310,70 +307,10 @@ def difference(old: Recipe, new: Recipe) -> list[str]:
     ]
 
 
-def _build(kind: type[T], document: Any, where: str) -> T:
-    if not isinstance(document, Mapping):
-        raise HeadshareError(f"{where or 'The recipe'} must be a mapping of keys to values, not {document!r}.")
-    hints = typing.get_type_hints(kind)
-    for key in document:
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, 1, 0.5)
-            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(hints)}."
-            raise HeadshareError(f"The recipe has an unknown key {_joined(where, key)}; {hint}")
-    values = {key: _value(hints[key], value, _joined(where, key)) for key, value in document.items()}
-    # That every kind is a dataclass is nothing that its type can say, here and in `_value`.
-    required = [f.name for f in dataclasses.fields(kind) if _is_required(f)]  # type: ignore[arg-type]
-    missing = [name for name in required if name not in values]
-    if missing:
-        raise HeadshareError(f"The recipe lacks {', '.join(_joined(where, name) for name in missing)}.")
-    return kind(**values)
-
-
-def _is_required(entry: "dataclasses.Field[Any]") -> bool:
-    return entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
-
-
-def _value(kind: Any, value: Any, where: str) -> Any:
-    origin = typing.get_origin(kind)
-    if origin is types.UnionType:
-        return None if value is None else _value(typing.get_args(kind)[0], value, where)
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise HeadshareError(f"{where} must be a list, not {value!r}.")
-        return tuple(_value(typing.get_args(kind)[0], item, f"{where}.{place}") for place, item in enumerate(value))
-    if dataclasses.is_dataclass(kind):
-        return _build(kind, value, where)  # type: ignore[arg-type]
-    return _scalar(kind, value, where)
-
-
-def _scalar(kind: Any, value: Any, where: str) -> Any:
-    try:
-        if kind is float and isinstance(value, (str, int)) and not isinstance(value, bool):
-            # YAML takes 5e-5, without a point, for text.
-            value = float(value)
-    except (ValueError, OverflowError):
-        pass
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-        raise HeadshareError(f"{where} must be {names[kind]}, not {value!r}.")
-    return value
-
-
-def _joined(where: str, key: Any) -> str:
-    return f"{where}.{key}" if where else str(key)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
 def _flat(value: Any, where: str = "") -> dict[str, Any]:
-    if isinstance(value, list):
-        value = dict(enumerate(value))
-    if not isinstance(value, dict):
+    """Nested values by their dotted keys."""
+    if not isinstance(value, dict | list):
         return {where: value}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= _flat(item, _joined(where, key))
-    return flat
+    entries = value.items() if isinstance(value, dict) else enumerate(value)
+    parts = [_flat(entry, f"{where}.{name}" if where else str(name)) for name, entry in entries]
+    return {key: item for part in parts for key, item in part.items()}

@@ -19,6 +19,7 @@ from headshare_jax.report.progress import progress_with_text
 from headshare_jax.sharing.ledger import megabytes
 from headshare_jax.train import loop
 from headshare_jax.train import recipe as recipes
+from headshare_jax.train.run_folder import FINAL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class Postshare(Command):
                 report=lambda line: show(line["step"], recipe.total_steps, _told(line)),
                 progress=lambda what, done, total: show(done, total, what),
             )
-        return {"output": str(self.output), "final": str(self.output / loop.FINAL) if last else None, "last": last}
+        return {"output": str(self.output), "final": str(self.output / FINAL) if last else None, "last": last}
 
     def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
         if self.dry_run:
@@ -90,7 +91,10 @@ class Postshare(Command):
     def _join(self) -> None:
         given = (self.coordinator, self.processes, self.process)
         if any(value is not None for value in given) and None in given:
-            raise HeadshareError("--coordinator, --processes and --process go together.")
+            raise HeadshareError(
+                "The address, the number of processes and the process's own number go together.",
+                option=("coordinator", "processes", "process"),
+            )
         try:
             jax.distributed.initialize(*given)
         except (ValueError, RuntimeError) as error:

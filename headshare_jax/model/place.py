@@ -54,9 +54,11 @@ def rows_of_pool(pool: jax.Array, slots: np.ndarray | jax.Array) -> jax.Array:
 
 
 def _held(source: WeightSource, name: str) -> jax.Array | None:
-    """A parameter that is in memory, as the source has it; None if it is to be read."""
+    """A parameter that is on devices, as the source has it; None if it is to be read."""
     if isinstance(source, OnDevices):
-        return source.array(name)
+        array = source.array(name)
+        # A model gathered from several hosts is NumPy's arrays, of which each process takes its part.
+        return array if isinstance(array, jax.Array) else None
     if not isinstance(source, SharedView | DenseView | ReplacedView):
         return None
     base = _held(source.base, name)

@@ -9,7 +9,7 @@ from headshare_jax.errors import HeadshareError
 from headshare_jax.model.mesh import batch_sharding
 from headshare_jax.parameters import parameter_names
 from headshare_jax.train import recipe as recipes
-from headshare_jax.train.loop import check_devices, choose_pairs, open_inputs
+from headshare_jax.train.inputs import check_devices, choose_pairs, open_inputs
 from headshare_jax.train.placement import abstract_params, abstract_state, bytes_on_device, split_names
 from headshare_jax.train.step import StageContext, make_step
 

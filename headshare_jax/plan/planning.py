@@ -206,15 +206,16 @@ def _choices(
 def _training(
     workload: Workload, layout: Layout, mesh: Mesh, *, shared: bool
 ) -> tuple[jax.stages.Lowered, dict[str, int]]:
-    stage = recipes.Stage(kind="tied" if shared else "align")
-    recipe = recipes.Recipe(
-        model="planned",
-        data=recipes.Data(train="planned", seq_len=workload.length),
-        stages=(stage,),
-        batch_size=workload.batch,
-        remat=layout.remat,
+    recipe = recipes.from_mapping(
+        {
+            "model": "planned",
+            "data": {"train": "planned", "seq_len": workload.length},
+            "stages": [{"kind": "tied" if shared else "align"}],
+            "batch_size": workload.batch,
+            "remat": layout.remat,
+        }
     )
-    context = StageContext(workload.config, workload.sharing, stage, recipe)
+    context = StageContext(workload.config, workload.sharing, recipe.stages[0], recipe)
     state = abstract_state(context, mesh)
     shape = (1, workload.batch, workload.length)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, axis=1))

@@ -1,6 +1,7 @@
 """Checkpoints of a run: which are kept, and how damage is passed over."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -70,15 +71,19 @@ def overwritten(part: str, content: bytes) -> Callable[[Path], None]:
     return damage
 
 
+def halved(checkpoint: Path) -> None:
+    largest = max((checkpoint / "arrays").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         overwritten("document", b"{"),
-        overwritten("document", b"[1]"),
         overwritten("document", json.dumps({"format": "another"}).encode()),
         overwritten("document", json.dumps({"format": FORMAT, "number": 4}).encode()),
         overwritten("arrays", b""),
-        overwritten(".", b""),
+        halved,
         lambda checkpoint: shutil.rmtree(checkpoint / "arrays"),
         lambda checkpoint: shutil.rmtree(checkpoint / "document"),
     ],
@@ -122,10 +127,9 @@ def test_checksums_tell_arrays_apart_wherever_they_lie(dtype: str) -> None:
     assert one not in checksums(others)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"{}"])
-def test_damaged_metrics_do_not_matter(tmp_path: Path, content: bytes) -> None:
+def test_damaged_metrics_do_not_matter(tmp_path: Path) -> None:
     saved(tmp_path / "run", {2: 9.0, 4: 8.0})
-    overwritten("metrics", content)(tmp_path / "run" / "4")
+    overwritten("metrics", b"{")(tmp_path / "run" / "4")
     assert restored(tmp_path / "run") == 4
 
 

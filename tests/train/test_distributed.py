@@ -20,7 +20,7 @@ from headshare_jax.train import recipe as recipes
 RECIPE = """
 model: {folder}/model
 data: {{train: {folder}/train.txt, eval: {folder}/train.txt, seq_len: 32, eval_windows: 2}}
-sharing: {{ratio: 0.5, refit_windows: 96}}
+sharing: {{ratio: 0.5, refit_windows: 16}}
 stages:
   - {{kind: align, steps: 2, learning_rate: 1.0e-3}}
   - {{kind: tied, steps: 2, learning_rate: 1.0e-3}}

@@ -132,9 +132,10 @@ def pairs(model: Llama, tie: str) -> SharingMap:
     return sharing_by_hand(model, tie, {units: 0, 2 * units - 1: 1, 2 * units: 0})
 
 
-@pytest.mark.parametrize("tie", ["qkv", "qkvo", "mixed"])
-@pytest.mark.parametrize("variant", ["mha", "gqa"])
-@pytest.mark.parametrize("penalty", losses.PENALTIES)
+@pytest.mark.parametrize(
+    ("penalty", "variant", "tie"),
+    [*[(penalty, "gqa", "mixed") for penalty in losses.PENALTIES], ("norm", "mha", "qkvo"), ("js", "mha", "qkv")],
+)
 def test_penalties_and_their_gradients_are_those_of_torch(penalty: str, variant: str, tie: str) -> None:
     model = tiny_model(**VARIANTS[variant])
     sharing, leaves = pairs(model, tie), support_torch.leaves(model)

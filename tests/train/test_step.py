@@ -91,8 +91,8 @@ class TorchTraining:
         self.at, self.hf = at, hf
         self.leaves = support_torch.leaves(model if at.model_sharing is None else share(model, at.model_sharing))
         self.teacher = support_torch.leaves(teacher or model)
-        matrices = [leaf for name, leaf in self.leaves.items() if "norm" not in name]
-        vectors = [leaf for name, leaf in self.leaves.items() if "norm" in name]
+        matrices = [leaf for name, leaf in self.leaves.items() if parameters.PARAMETERS[name].decays]
+        vectors = [leaf for name, leaf in self.leaves.items() if not parameters.PARAMETERS[name].decays]
         groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=RATE, betas=BETAS, eps=EPS)
         self.schedule = transformers.get_cosine_schedule_with_warmup(self.optimizer, 1, at.stage.steps)
@@ -129,12 +129,9 @@ class TorchTraining:
 
 
 TRAININGS: list[Any] = [
-    ("mha", "qkv", {"penalty": "norm"}),
-    ("gqa", "qkvo", {"penalty": "mse", "sim_weight": 50.0}),
-    ("tied", "qkvo", {"penalty": "kl", "sim_weight": 5.0, "z_weight": 1e-3}),
     ("gqa", "qkv", {"penalty": "js", "sim_weight": 5.0, "distill_weight": 0.5, "temperature": 2.0}),
-    ("gqa", "mixed", {"penalty": "norm"}),
-    ("mha", "qkvo", {"kind": "tied"}),
+    ("tied", "qkvo", {"penalty": "kl", "sim_weight": 5.0, "z_weight": 1e-3}),
+    ("mha", "mixed", {"penalty": "norm"}),
     ("mha", "mixed", {"kind": "tied"}),
     ("gqa", "qkv", {"kind": "tied", "z_weight": 1e-3, "distill_weight": 2.0}),
 ]

@@ -1,0 +1,70 @@
+"""The state that a tied stage begins with is read straight onto the mesh: what is in memory, and where."""
+
+import tracemalloc
+from collections import Counter
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import pytest
+from support import sharing_by_hand, tiny_model
+
+from headshare_jax import SharedView, share
+from headshare_jax.model.mesh import make_mesh
+from headshare_jax.parameters import PARAMETERS, parameter_names
+from headshare_jax.sharing.source import assemble_parts, stored_shape
+from headshare_jax.sharing.view import View
+from headshare_jax.train import recipe as recipes
+from headshare_jax.train.placement import abstract_state, begin
+from headshare_jax.train.step import StageContext
+
+
+class Watched(View):
+    """A source that is no model in memory, and counts what is read of it."""
+
+    reads: Counter[tuple[str, int | None]]
+
+    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
+        self.reads[name, layer] += 1
+        return super().read(name, layer, heads)
+
+
+@pytest.mark.parametrize("tie", ["qkv", "mixed"])
+def test_a_tied_stage_begins_as_sharing_in_memory_would_and_reads_once(tie: str) -> None:
+    dense, mesh = tiny_model(), make_mesh((2, 2, 2))
+    source = Watched(dense)
+    source.reads = Counter()
+    sharing = sharing_by_hand(dense, tie, {2: 0, 3: 1, 5: 0})
+    recipe = recipes.from_mapping(
+        {"model": "m", "data": {"train": "t"}, "stages": [{"kind": "tied", "trainable": "*_pool_*, *norm*"}]}
+    )
+    context = StageContext(dense.config, sharing, recipe.stages[0], recipe)
+    state, frozen = begin(context, SharedView(source, sharing, check_source=False), mesh)
+    assert set(source.reads.values()) == {1}
+    expected = share(dense, sharing, check_source=False)
+    for name in parameter_names(dense.config):
+        value = {**frozen, **state.params}[name]
+        np.testing.assert_array_equal(np.asarray(value), np.asarray(expected.array(name)), err_msg=name)
+        if PARAMETERS[name].pool:
+            assert {shard.data.size for shard in value.addressable_shards} == {value.size // 4}, name
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(
+        lambda leaf: leaf.sharding, abstract_state(context, mesh)
+    )
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state.opt_state))
+
+
+@pytest.mark.parametrize("name", ["q_pool_pdh", "gate_ldf"])
+def test_a_host_holds_its_own_part_and_one_layer(name: str) -> None:
+    dense = tiny_model(num_hidden_layers=16, hidden_size=128)
+    view = SharedView(Watched(dense), sharing_by_hand(dense, "k", {2: 0}), check_source=False)
+    view.base.reads = Counter()  # type: ignore[attr-defined]
+    view.read(name, 0)
+    whole = 4 * int(np.prod(stored_shape(dense.config, name)))
+    tracemalloc.start()
+    try:
+        (part,) = assemble_parts(view, name, [(slice(None), slice(0, 16))])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert part.nbytes == whole // 8
+    assert peak < part.nbytes + 2 * whole // 16 + 50_000 < whole // 3

@@ -1,0 +1,142 @@
+"""What a run is made from: devices, model, map and texts; all is checked before anything is written."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jax.sharding import Mesh
+
+from headshare_jax import convert
+from headshare_jax.convert import map_file
+from headshare_jax.convert.cache import cache_directory
+from headshare_jax.errors import HeadshareError
+from headshare_jax.loading import load_tokenizer, text_tokens
+from headshare_jax.matching.cosine import match
+from headshare_jax.model.mesh import make_mesh
+from headshare_jax.sharing.choose import sharing_map
+from headshare_jax.sharing.map import SharingMap
+from headshare_jax.sharing.source import fingerprint
+from headshare_jax.train import data
+from headshare_jax.train import recipe as recipes
+from headshare_jax.train.run_folder import MAP
+from headshare_jax.train.step import StageContext, trainable_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same throughout a run."""
+
+    recipe: recipes.Recipe
+    output: Path
+    source: convert.Checkpoint
+    sharing: SharingMap
+    mesh: Mesh
+    blocks: data.Blocks
+    eval_tokens: np.ndarray
+
+    def context(self, number: int) -> StageContext:
+        """What a stage's step is made for."""
+        return StageContext(self.source.config, self.sharing, self.recipe.stages[number], self.recipe)
+
+
+def prepare(recipe: recipes.Recipe, output: Path, progress: Progress) -> Run:
+    """Opens the model, makes or reads the map (`map.json` in `output`), and tokenises the text; writes nothing."""
+    source, tokenizer, eval_tokens = open_inputs(recipe)
+    stored = output / MAP
+    if stored.is_file():
+        sharing = map_file.read(stored)
+    else:
+        sharing = choose_pairs(recipe, source, recipe.sharing.match, partial(progress, "matching"))
+    blocks = data.prepare(
+        recipe.data.train,
+        tokenizer,
+        seq_len=recipe.data.seq_len,
+        text_field=recipe.data.text_field,
+        workers=recipe.data.workers,
+        cache=cache_directory() / "blocks",
+        progress=partial(progress, "tokenising"),
+    )
+    return Run(recipe, output, source, sharing, check_devices(recipe), blocks, eval_tokens)
+
+
+def check_devices(recipe: recipes.Recipe) -> Mesh:
+    """The recipe's mesh on this machine's devices; raises HeadshareError if it or the batch does not fit them."""
+    mesh = make_mesh((recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor))
+    rows, parts = recipe.batch_size // recipe.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % parts:
+        raise HeadshareError(
+            f"batch_size / accumulate ({rows}) must be a multiple of the mesh's data x fsdp ({parts}); change either."
+        )
+    return mesh
+
+
+def open_inputs(recipe: recipes.Recipe) -> tuple[convert.Checkpoint, "PreTrainedTokenizerBase", np.ndarray]:
+    """The dense model, its tokenizer, and the held-out text as int32 [tokens], empty if the recipe has none.
+
+    Raises:
+      HeadshareError: one of them or the training text cannot be read, that text is too short, or the model shares
+        heads or has no parameters that a stage trains.
+    """
+    path = convert.locate(recipe.model)
+    source = convert.open_checkpoint(path)
+    if source.sharing is not None:
+        raise HeadshareError(f"{recipe.model} already shares heads; PostShare begins with a dense model.")
+    for stage in recipe.stages:
+        trainable_names(source.config, stage.trainable)
+    tokenizer, held_out = load_tokenizer(path), recipe.data.eval
+    _check_text(recipe, tokenizer)
+    if held_out is None:
+        return source, tokenizer, np.empty(0, np.int32)
+    return source, tokenizer, text_tokens(held_out, tokenizer, field=recipe.data.text_field)
+
+
+def _check_text(recipe: recipes.Recipe, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Reads as much of the training text as a refit takes, or a block; HeadshareError if there is less."""
+    windows, settings = recipe.sharing.refit_windows, recipe.data
+    blocks = data.count_blocks(
+        settings.train, tokenizer, seq_len=settings.seq_len, text_field=settings.text_field, most=max(1, windows)
+    )
+    if windows > blocks:
+        raise HeadshareError(
+            f"sharing.refit_windows ({windows}) is more than the {blocks} blocks of seq_len {settings.seq_len} that "
+            f"{settings.train} has; lower it, or give more text."
+        )
+
+
+def choose_pairs(
+    recipe: recipes.Recipe,
+    source: convert.Checkpoint,
+    function: str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> SharingMap:
+    """The map that the recipe names or whose model it begins with, or one made with a match function.
+
+    Raises:
+      HeadshareError: a map or a model that cannot be read, is for another model, or changes nothing.
+    """
+    settings = recipe.sharing
+    given = settings.start or settings.map
+    if given is None:
+        scores = match(source, function, progress=progress)
+        sharing = sharing_map(scores, settings.ratio, chains=settings.chains, tie=settings.tie)
+    else:
+        found = map_file.read(Path(given)) if settings.start is None else convert.open_checkpoint(given).sharing
+        if found is None:
+            raise HeadshareError(f"sharing.start names {given}, which shares nothing; share {recipe.model} first.")
+        sharing = found
+        sharing.check_model(source.config)
+        if sharing.source is not None and sharing.source != fingerprint(source):
+            raise HeadshareError(f"The map of {given} was made for other weights than those of {recipe.model}.")
+    if not sharing.pooled:
+        raise HeadshareError(
+            "The map has no receivers and drops no unit, so there is nothing to share; raise the ratio."
+        )
+    return sharing
