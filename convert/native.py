@@ -195,7 +195,7 @@ def _store(tree: dict[str, "_Deferred"], path: Path) -> None:
     except ValueError as error:
         # TensorStore tells the system's own reason only in its text.
         code = re.search(r"os_error_code='(\d+)'", str(error))
-        if code is None:
+        if code is None or isinstance(error, HeadshareError):
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
@@ -225,7 +225,7 @@ def _parameter(source: WeightSource, name: str) -> _Deferred:
 
 
 class _DeferredHandler(type_handlers.NumpyHandler):  # type: ignore[misc]
-    """Writes deferred arrays one after another; Orbax's own handlers take arrays that are whole, all of them at once."""
+    """Writes deferred arrays one after another; Orbax's own handlers take all of them at once, each one whole."""
 
     async def serialize(
         self,
