@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
@@ -35,7 +35,9 @@ class SafetensorsReader:
 
     def __init__(self, files: list[Path]):
         self.files = files
-        self._open = lru_cache(_OPEN_FILES)(partial(safe_open, framework="numpy", backend="pread"))
+        self._open: Callable[[Path], Any] = lru_cache(_OPEN_FILES)(
+            partial(safe_open, framework="numpy", backend="pread")
+        )
 
     def infos(self) -> tuple[dict[str, TensorInfo], list[str]]:
         found: dict[str, TensorInfo] = {}
