@@ -199,8 +199,9 @@ def cut(key: Key, config: LlamaConfig, heads: Sequence[int] | None, shape: Seque
     first = key.part * size
     if heads is None:
         return Cut(axis, [slice(first, first + size)])
-    starts = [first + head * config.head_dim for head in heads]
-    return Cut(axis, [slice(start, start + config.head_dim) for start in starts])
+    runs = np.split(heads, np.flatnonzero(np.diff(heads) != 1) + 1)
+    edges = [(first + config.head_dim * int(head) for head in (run[0], run[-1] + 1)) for run in runs]
+    return Cut(axis, [slice(*edge) for edge in edges])
 
 
 def decode(table: KeyTable, config: LlamaConfig, name: str, part: np.ndarray) -> np.ndarray:

@@ -85,7 +85,7 @@ def test_an_expanded_export_reads_the_heads_of_other_layers_alone(
     monkeypatch.setattr(safetensors_files.Cut, "of", lambda cut, part: of(cut, Sliced(part, asked)))
     value = view.read("o_pool_phd", 2)
     # Two query heads of the donor, and the two others of the layer itself.
-    assert asked == [value.size // 4] * 4
+    assert asked == [value.size // 2] * 2
     assert np.array_equal(value[2:], source.read("o_pool_phd", 0)[:2])
     assert np.array_equal(value[:2], source.read("o_pool_phd", 2)[:2])
 
