@@ -31,11 +31,13 @@ def locate(src: str | Path) -> Path:
     name = str(src)
     if not name.strip():
         raise HeadshareError("The name of the checkpoint is empty; give a folder, a .gguf file or a hub id.")
+    at_hub = False
     with suppress(OSError, ValueError):  # of a name that no file can have
         if Path(name).exists():
             return _only_gguf(Path(name))
-        if huggingface.is_hub_id(name) and not Path(name).parent.exists():
-            return huggingface.fetch(name)
+        at_hub = huggingface.is_hub_id(name) and not Path(name).parent.exists()
+    if at_hub:
+        return huggingface.fetch(name)
     raise HeadshareError(f"{name[:200]} does not exist; give a folder, a .gguf file or a hub id (owner/model).")
 
 

@@ -1,6 +1,5 @@
 """Outputs that appear under their final name complete, or not at all."""
 
-import ctypes
 import errno
 import glob
 import logging
@@ -14,8 +13,6 @@ from pathlib import Path
 from headshare_jax.errors import HeadshareError
 
 logger = logging.getLogger(__name__)
-
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def check_output(path: Path, *, folder: bool, overwrite: bool, keep: tuple[Path, ...] = ()) -> None:
@@ -40,7 +37,9 @@ def check_output(path: Path, *, folder: bool, overwrite: bool, keep: tuple[Path,
         found, wanted = ("file", "folder") if folder else ("folder", "file")
         raise HeadshareError(f"The output {path} is a {found}, not a {wanted}; choose another name.")
     if not overwrite:
-        raise HeadshareError(f"The output {path} exists already; choose another name or pass --overwrite.")
+        raise HeadshareError(
+            f"The output {path} exists already; choose another name, or overwrite it.", option="overwrite"
+        )
     never = [Path.cwd(), _resolved(Path(os.path.expanduser("~")))]
     lost = [kept for kept in never if kept.is_relative_to(path)]
     lost += [kept for kept in keep if path in _resolved(kept).parents]
@@ -52,8 +51,10 @@ def check_output(path: Path, *, folder: bool, overwrite: bool, keep: tuple[Path,
 def new_directory(path: Path, *, overwrite: bool = False, keep: tuple[Path, ...] = ()) -> Iterator[Path]:
     """A folder to fill, which takes the name `path` when the block ends without an error.
 
-    Until then an old output under that name stays as it is. After an error the new folder is removed; after a kill
-    it is left behind under a hidden name that ends in `.partial`, of which the next to make this output is warned.
+    Until then an old output under that name stays as it is; it is never changed or deleted before the new one has the
+    name. After an error the new folder is removed; after a kill it is left behind under a hidden name that ends in
+    `.partial`. No portable call exchanges two folders, so the old one is renamed first, to a hidden name that ends in
+    `.old`, and a kill between the two renamings leaves it whole there. The next to make this output is told of either.
 
     Raises:
       HeadshareError: `path` cannot become an output (see `check_output`), or cannot be written.
@@ -100,27 +101,22 @@ def _tell_leftovers(folder: Path, name: str, ending: str) -> None:
     """Names what killed processes left; it is not removed, for a process that writes at this moment looks the same."""
     for left in folder.glob(f".{glob.escape(name)}.*{glob.escape(ending)}"):
         logger.warning("%s was left by a process that was killed or is still writing; delete it if none is.", left)
+    for old in folder.glob(f".{glob.escape(name)}.*.old"):
+        logger.warning("%s is an output that a killed process was replacing; rename it to keep it, or delete it.", old)
 
 
 def _take_place(partial: Path, path: Path) -> None:
     if not path.exists():
         os.rename(partial, path)
         return
-    if _exchange(partial, path):
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    old = partial.with_suffix(".old")
     os.rename(path, old)
-    os.rename(partial, path)
+    try:
+        os.rename(partial, path)
+    except BaseException:
+        os.rename(old, path)
+        raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swaps two names in one step, so that there is no moment without an output; False where the system cannot."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        return False
-    names = (os.fsencode(one), os.fsencode(other))
-    return bool(renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)
 
 
 def _resolved(path: Path) -> Path:

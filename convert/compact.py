@@ -27,7 +27,7 @@ MODEL_TYPE, ARCHITECTURE, MAP_FIELD = "headshare", "HeadshareForCausalLM", "head
 MODELING = Path(__file__).with_name("modeling_headshare.py")
 
 # [P, H, D] <-> [P, D, H]
-_ROWS_TURNED = keys.Layout(lambda tensor, heads: tensor.swapaxes(1, 2), lambda value, heads: value.swapaxes(1, 2))
+_ROWS_TURNED = keys.Layout(lambda tensor, width: tensor.swapaxes(1, 2), lambda value, width: value.swapaxes(1, 2))
 POOLS: keys.KeyTable = {
     "q_pool_pdh": keys.Key("model.q_pool.weight", _ROWS_TURNED),
     "k_pool_pdh": keys.Key("model.k_pool.weight", _ROWS_TURNED),
@@ -52,8 +52,6 @@ class CompactCheckpoint(TensorCheckpoint):
       HeadshareError: as `TensorCheckpoint`, or an index is not that of the map.
     """
 
-    reader: SafetensorsReader
-
     def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
         projection = PARAMETERS[name].pool
         if layer is None or projection is None or projection not in _pooled_projections(self.sharing):
@@ -61,7 +59,8 @@ class CompactCheckpoint(TensorCheckpoint):
         pool = POOLS[name].template
 
         def read_rows(rows: np.ndarray) -> np.ndarray:
-            return keys.decode(POOLS, self.config, name, self.reader.read_rows(self._infos[pool], pool, rows))
+            cut = keys.Cut(0, [slice(row, row + 1) for row in rows.tolist()])
+            return keys.decode(POOLS, self.config, name, self.reader.read(self._infos[pool], pool, cut))
 
         return read_heads(self, name, layer, heads, read_rows)
 

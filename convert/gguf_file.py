@@ -69,7 +69,11 @@ class GgufReader:
             for name, tensor in self._header.tensors.items()
         }, []
 
-    def read(self, info: TensorInfo, name: str) -> np.ndarray:
+    def read(self, info: TensorInfo, name: str, cut: keys.Cut | None = None) -> np.ndarray:
+        values = self._whole(info, name)
+        return values if cut is None else cut.of(values)
+
+    def _whole(self, info: TensorInfo, name: str) -> np.ndarray:
         tensor = self._header.tensors[name]
         try:
             with info.file.open("rb") as file:

@@ -137,17 +137,20 @@ def write_weights(
       value: gives a tensor by name.
       shard_bytes: size beyond which a new shard begins.
     """
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in layout.items()}
-    shards = _plan_shards(sizes, shard_bytes)
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    shards = split_state_dict_into_shards_factory(
+        dict(layout),
+        get_storage_size=lambda tensor: math.prod(tensor[0]) * tensor[1].itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    for file, names in shards.filename_to_tensors.items():
         # Widest type first keeps every tensor at a multiple of its own width.
         ordered = sorted(names, key=lambda name: -layout[name][1].itemsize)
         write_safetensors(folder / file, {name: layout[name] for name in ordered}, map(value, ordered))
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         _write_json(folder / "model.safetensors.index.json", index)
 
 
@@ -161,19 +164,6 @@ def write_settings(source: WeightSource, folder: Path, extra: Mapping[str, Any] 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _plan_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
-    """Names of the tensors of each shard, in order; a tensor larger than a shard has one to itself."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
 
 
 def encoded(source: WeightSource, tensor: keys.Tensor) -> np.ndarray:

@@ -3,8 +3,9 @@
 Every row is used in both directions: `decode` reads a checkpoint's tensor into a parameter, `encode` writes it back.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,10 +16,16 @@ from headshare_jax.parameters import PARAMETERS
 
 @dataclass(frozen=True)
 class Layout:
-    """A reversible rearrangement between a checkpoint's tensor and a parameter's slice for one layer."""
+    """A reversible rearrangement between a checkpoint's tensor and a parameter's slice for one layer.
+
+    Attributes:
+      decode, encode: take an array and H, the width of a head; one may hold any number of a layer's heads.
+      heads_axis: axis of the tensor along which heads lie one after another, where it holds heads.
+    """
 
     decode: Callable[[np.ndarray, int], np.ndarray]
     encode: Callable[[np.ndarray, int], np.ndarray]
+    heads_axis: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,44 +48,58 @@ class Key:
         return self.template.format(layer=layer)
 
 
-def _interleave(rows: np.ndarray, heads: int) -> np.ndarray:
+@dataclass(frozen=True)
+class Cut:
+    """Slices of one axis of a tensor, in the order in which they are wanted."""
+
+    axis: int
+    slices: Sequence[slice]
+
+    def of(self, tensor: Any) -> np.ndarray:
+        """The slices of an array, or of what gives arrays where it is sliced, side by side."""
+        before = (slice(None),) * self.axis
+        return np.concatenate([tensor[(*before, part)] for part in self.slices], self.axis)
+
+
+def _interleave(rows: np.ndarray, width: int) -> np.ndarray:
     """Rotary pairs from half-split (i, i + H/2) to adjacent (2i, 2i + 1), per head, along the first axis."""
-    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    return rows.reshape(-1, 2, width // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _split_halves(rows: np.ndarray, heads: int) -> np.ndarray:
+def _split_halves(rows: np.ndarray, width: int) -> np.ndarray:
     """Inverse of `_interleave`."""
-    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    return rows.reshape(-1, width // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _heads_in(rows: np.ndarray, heads: int) -> np.ndarray:
-    return rows.reshape(heads, -1, rows.shape[-1]).swapaxes(1, 2)
+def _heads_in(rows: np.ndarray, width: int) -> np.ndarray:
+    return rows.reshape(-1, width, rows.shape[-1]).swapaxes(1, 2)
 
 
-def _heads_in_back(heads_ndh: np.ndarray, heads: int) -> np.ndarray:
+def _heads_in_back(heads_ndh: np.ndarray, width: int) -> np.ndarray:
     return heads_ndh.swapaxes(1, 2).reshape(-1, heads_ndh.shape[1])
 
 
-SAME = Layout(lambda tensor, heads: tensor, lambda value, heads: value)
+SAME = Layout(lambda tensor, width: tensor, lambda value, width: value)
 # [out, in] <-> [in, out]
-TRANSPOSED = Layout(lambda tensor, heads: tensor.T, lambda value, heads: value.T)
+TRANSPOSED = Layout(lambda tensor, width: tensor.T, lambda value, width: value.T)
 # [n * H, D] <-> [n, D, H]
 HEADS_IN = Layout(_heads_in, _heads_in_back)
 # [D, n * H] <-> [n, H, D]
 HEADS_OUT = Layout(
-    lambda tensor, heads: tensor.T.reshape(heads, -1, tensor.shape[0]),
-    lambda value, heads: value.reshape(-1, value.shape[-1]).T,
+    lambda tensor, width: tensor.T.reshape(-1, width, tensor.shape[0]),
+    lambda value, width: value.reshape(-1, value.shape[-1]).T,
+    heads_axis=1,
 )
 # [n * H] <-> [n, H]
-HEAD_BIAS = Layout(lambda tensor, heads: tensor.reshape(heads, -1), lambda value, heads: value.reshape(-1))
+HEAD_BIAS = Layout(lambda tensor, width: tensor.reshape(-1, width), lambda value, width: value.reshape(-1))
 # llama.cpp stores q and k with adjacent rotary pairs.
 HEADS_IN_ADJACENT = Layout(
-    lambda tensor, heads: _heads_in(_split_halves(tensor, heads), heads),
-    lambda value, heads: _interleave(_heads_in_back(value, heads), heads),
+    lambda tensor, width: _heads_in(_split_halves(tensor, width), width),
+    lambda value, width: _interleave(_heads_in_back(value, width), width),
 )
 HEAD_BIAS_ADJACENT = Layout(
-    lambda tensor, heads: _split_halves(tensor, heads).reshape(heads, -1),
-    lambda value, heads: _interleave(value.reshape(-1), heads),
+    lambda tensor, width: _split_halves(tensor, width).reshape(-1, width),
+    lambda value, width: _interleave(value.reshape(-1), width),
 )
 
 KeyTable = Mapping[str, Key]
@@ -169,18 +190,25 @@ def tensors(table: KeyTable, config: LlamaConfig) -> dict[str, Tensor]:
     return found
 
 
-def decode(table: KeyTable, config: LlamaConfig, name: str, tensor: np.ndarray) -> np.ndarray:
-    """A parameter's slice for one layer, from the tensor that holds it."""
-    key = table[name]
-    rows = tensor.shape[0] // key.parts
-    return key.layout.decode(tensor[key.part * rows : (key.part + 1) * rows], _heads(config, name))
+def cut(key: Key, config: LlamaConfig, heads: Sequence[int] | None, shape: Sequence[int]) -> Cut | None:
+    """What of a tensor of this shape holds a parameter, or some heads of it; None if all of it does."""
+    if heads is None and key.parts == 1:
+        return None
+    axis = 0 if heads is None else key.layout.heads_axis
+    size = shape[axis] // key.parts
+    first = key.part * size
+    if heads is None:
+        return Cut(axis, [slice(first, first + size)])
+    runs = np.split(heads, np.flatnonzero(np.diff(heads) != 1) + 1)
+    edges = [(first + config.head_dim * int(head) for head in (run[0], run[-1] + 1)) for run in runs]
+    return Cut(axis, [slice(*edge) for edge in edges])
+
+
+def decode(table: KeyTable, config: LlamaConfig, name: str, part: np.ndarray) -> np.ndarray:
+    """A parameter's slice for one layer, or some heads of it, from what `cut` leaves of the tensor that holds it."""
+    return table[name].layout.decode(part, config.head_dim)
 
 
 def encode(table: KeyTable, config: LlamaConfig, name: str, value: np.ndarray) -> np.ndarray:
     """Inverse of `decode`: a parameter's slice as (its part of) the tensor that holds it."""
-    return table[name].layout.encode(value, _heads(config, name))
-
-
-def _heads(config: LlamaConfig, name: str) -> int:
-    projection = PARAMETERS[name].pool
-    return parameters.heads_per_layer(config, projection) if projection else 1
+    return table[name].layout.encode(value, config.head_dim)

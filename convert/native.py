@@ -5,11 +5,11 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.parameters import PARAMETERS, PROJECTIONS, index_name
 from headshare_jax.sharing.map import SharingMap
-from headshare_jax.sharing.source import WeightSource, assemble, pool_index, read_heads, stored_shape
+from headshare_jax.sharing.source import WeightSource, pool_index, read_heads, stored_layers, stored_shape
 
 DOCUMENT, WEIGHTS = "headshare.json", "weights"
 FORMAT, VERSION = "headshare-native", 1
@@ -130,7 +130,9 @@ class NativeCheckpoint:
 
 
 def write(source: WeightSource, folder: Path, *, provenance: dict[str, Any] | None = None) -> None:
-    """Writes a source into an existing folder; peak memory is its largest parameter and a few chunks.
+    """Writes a source into an existing folder, each layer read once.
+
+    Peak memory is a few layers' slices of a parameter, or the largest parameter without layers and a few chunks.
 
     Args:
       source: a model or an opened checkpoint; a shared one stores each head once.
@@ -141,10 +143,10 @@ def write(source: WeightSource, folder: Path, *, provenance: dict[str, Any] | No
       OSError: the folder cannot be written to.
     """
     config, names = source.config, parameters.parameter_names(source.config)
-    tree = {name: _Deferred(partial(assemble, source, name), PARAMETERS[name].layered) for name in names}
+    tree = {name: _parameter(source, name) for name in names}
     for projection in PROJECTIONS:
-        index = partial(pool_index, config, projection, source.sharing)
-        tree[index_name(projection)] = _Deferred(index, layered=False)
+        index = pool_index(config, projection, source.sharing)
+        tree[index_name(projection)] = _Deferred(index.shape, index.dtype, False, [(slice(0, len(index)), index)])
     _store(tree, folder.resolve() / WEIGHTS)
     document = {
         "format": FORMAT,
@@ -193,21 +195,37 @@ def _store(tree: dict[str, "_Deferred"], path: Path) -> None:
     except ValueError as error:
         # TensorStore tells the system's own reason only in its text.
         code = re.search(r"os_error_code='(\d+)'", str(error))
-        if code is None:
+        if code is None or isinstance(error, HeadshareError):
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
 @dataclass(frozen=True)
 class _Deferred:
-    """An array that is assembled only when its turn to be written comes; a layered one has a chunk for each row."""
+    """An array that is read, part after part, only when its turn to be written comes.
 
-    assemble: Callable[[], np.ndarray]
+    Attributes:
+      shape, dtype: of all of it.
+      layered: there is a chunk for each row of its leading axis.
+      parts: rows of that axis and their values, in order.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
     layered: bool
+    parts: Iterable[tuple[slice, np.ndarray]]
+
+
+def _parameter(source: WeightSource, name: str) -> _Deferred:
+    def whole() -> Iterator[tuple[slice, np.ndarray]]:
+        yield slice(0, shape[0]), source.read(name)
+
+    shape, layered = stored_shape(source.config, name, source.sharing), PARAMETERS[name].layered
+    return _Deferred(shape, source.dtype(name), layered, stored_layers(source, name) if layered else whole())
 
 
 class _DeferredHandler(type_handlers.NumpyHandler):  # type: ignore[misc]
-    """Writes deferred arrays one after another, so that one at a time is in memory."""
+    """Writes deferred arrays one after another; Orbax's own handlers take all of them at once, each one whole."""
 
     async def serialize(
         self,
@@ -217,31 +235,37 @@ class _DeferredHandler(type_handlers.NumpyHandler):  # type: ignore[misc]
     ) -> Sequence[Future[Any]]:
         for value, info in zip(values, infos, strict=True):
             await info.await_path_creation()
-            _write_array(Path(info.parent_dir) / info.name, value.assemble(), value.layered)
+            _write_array(Path(info.parent_dir) / info.name, value)
         return []
 
 
-def _write_array(path: Path, value: np.ndarray, layered: bool) -> None:
+def _write_array(path: Path, value: _Deferred) -> None:
     """Writes a plain zarr array: weights do not compress, and a layer or a head can be read by itself."""
-    row_bytes = value.nbytes // len(value)
+    row_bytes = math.prod(value.shape[1:]) * value.dtype.itemsize
     # Chunks are equal, since the last one takes a whole chunk's place on disk.
-    most = 1 if layered else max(1, CHUNK_BYTES // row_bytes)
-    rows = math.ceil(len(value) / math.ceil(len(value) / most))
-    chunk = (rows, *value.shape[1:])
+    most = 1 if value.layered else max(1, CHUNK_BYTES // row_bytes)
+    chunk = math.ceil(value.shape[0] / math.ceil(value.shape[0] / most))
+    at_once = max(1, CHUNK_BYTES // (chunk * row_bytes))
     spec = {
         "driver": "zarr",
         "kvstore": {"driver": "file", "path": f"{path}/"},
-        "metadata": {"compressor": None, "chunks": chunk},
+        "metadata": {"compressor": None, "chunks": (chunk, *value.shape[1:])},
     }
     array = ts.open(spec, create=True, dtype=value.dtype, shape=value.shape).result()
-    slices = [slice(start, min(start + rows, len(value))) for start in range(0, len(value), rows)]
-    at_once = max(1, CHUNK_BYTES // (rows * row_bytes))
-    for first in range(0, len(slices), at_once):
-        writes = [array[part].write(value[part]) for part in slices[first : first + at_once]]
-        # Every write is waited for, so that after an error none goes on behind the back of whoever cleans up.
-        errors = [error for error in [write.exception() for write in writes] if error is not None]
-        if errors:
-            raise errors[0]
+    writes: deque[ts.WriteFutures] = deque()
+    try:
+        for rows, values in value.parts:
+            for start in range(rows.start, rows.stop, chunk):
+                piece = values[start - rows.start :][:chunk]
+                writes.append(array[start : start + len(piece)].write(piece))
+                if len(writes) > at_once:
+                    writes.popleft().result()
+        for write in writes:
+            write.result()
+    finally:
+        # So that after an error none goes on behind the back of whoever cleans up.
+        for write in writes:
+            write.exception()
 
 
 def _provenance(document: dict[str, Any]) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from headshare_jax.convert.keys import Cut
 from headshare_jax.convert.tensor_files import TensorInfo
 from headshare_jax.errors import HeadshareError
 
@@ -24,19 +26,25 @@ _NAMES = {dtype: name for name, dtype in FLOATS.items()} | {
     np.dtype(np.int32): "I32",
     np.dtype(np.uint8): "U8",
 }
+# Files of one checkpoint that are kept open; systems allow a few hundred.
+_OPEN_FILES = 64
 
 
 class SafetensorsReader:
-    """Tensors of safetensors files; reads by file offset, so that no mapped pages count as memory."""
+    """Tensors of safetensors files, which stay open; no pages stay mapped, for they would count as memory."""
 
     def __init__(self, files: list[Path]):
         self.files = files
+        self._open: Callable[[Path], Any] = lru_cache(_OPEN_FILES)(
+            partial(safe_open, framework="numpy", backend="pread")
+        )
 
     def infos(self) -> tuple[dict[str, TensorInfo], list[str]]:
         found: dict[str, TensorInfo] = {}
         problems = []
         for path in self.files:
-            with _opened(path) as file:
+            with _explained(path):
+                file = self._open(path)
                 problems += [f"{name} stands more than once in {path.name}" for name in _repeated(path)]
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
                     part = file.get_slice(name)
@@ -45,16 +53,14 @@ class SafetensorsReader:
                     found[name] = TensorInfo(tuple(part.get_shape()), FLOATS.get(part.get_dtype()), path)
         return found, problems
 
-    def read(self, info: TensorInfo, name: str) -> np.ndarray:
-        with _opened(info.file) as file:
-            tensor: np.ndarray = file.get_tensor(name)
-        return tensor
-
-    def read_rows(self, info: TensorInfo, name: str, rows: np.ndarray) -> np.ndarray:
-        """The given rows of a tensor's first axis; no others are read."""
-        with _opened(info.file) as file:
-            part = file.get_slice(name)
-            return np.stack([part[int(row)] for row in rows])
+    def read(self, info: TensorInfo, name: str, cut: Cut | None = None) -> np.ndarray:
+        with _explained(info.file):
+            if cut is None:
+                tensor: np.ndarray = self._open(info.file).get_tensor(name)
+                return tensor
+            # Without a mapping the package reads the whole tensor for a slice of it.
+            with safe_open(info.file, "numpy", backend="mmap") as file:
+                return cut.of(file.get_slice(name))
 
 
 def _repeated(path: Path) -> list[str]:
@@ -66,10 +72,9 @@ def _repeated(path: Path) -> list[str]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _explained(path: Path) -> Iterator[None]:
     try:
-        with safe_open(path, "numpy", backend="pread") as file:
-            yield file
+        yield
     except (SafetensorError, OSError) as error:
         raise HeadshareError(
             f"{path} is truncated, corrupt or no safetensors file ({error}); fetch it again."

@@ -28,8 +28,8 @@ class TensorReader(Protocol):
     def infos(self) -> tuple[dict[str, TensorInfo], list[str]]:
         """All tensors by name, and problems found in their listing (such as a name that stands in two files)."""
 
-    def read(self, info: TensorInfo, name: str) -> np.ndarray:
-        """One tensor's values."""
+    def read(self, info: TensorInfo, name: str, cut: keys.Cut | None = None) -> np.ndarray:
+        """One tensor's values, or those of a cut of it; where the format allows, no others are read."""
 
 
 @dataclass
@@ -70,9 +70,11 @@ class TensorCheckpoint:
         return types.pop() if len(types) == 1 else np.dtype(np.float32)
 
     def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
-        tensor = self.table[name].name(layer)
-        value = keys.decode(self.table, self.config, name, self.reader.read(self._infos[tensor], tensor))
-        return value if heads is None else value[list(heads)]
+        key = self.table[name]
+        tensor = key.name(layer)
+        info = self._infos[tensor]
+        part = self.reader.read(info, tensor, keys.cut(key, self.config, heads, info.shape))
+        return keys.decode(self.table, self.config, name, part)
 
     def _expected(self) -> dict[str, keys.Tensor]:
         """Every tensor that the configuration asks for, unless its sizes are beyond any file."""

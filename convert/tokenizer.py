@@ -48,9 +48,13 @@ def _load_folder(path: Path) -> "PreTrainedTokenizerBase":
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise HeadshareError(f"{path} carries no tokenizer; put its tokenizer.json (or tokenizer.model) there.")
     try:
-        return _read(path)
+        tokenizer = _read(path)
     except Exception as error:  # transformers lets a damaged file show itself in any way
         raise HeadshareError(f"The tokenizer of {path} cannot be read: {error}") from error
+    if "local_files_only" in tokenizer.init_kwargs:
+        # Whether there was a network is no part of a tokenizer; transformers would save it as one.
+        tokenizer.init_kwargs["local_files_only"] = False
+    return tokenizer
 
 
 def _read(path: Path) -> "PreTrainedTokenizerBase":

@@ -7,6 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from headshare_jax.convert.keys import Cut
 from headshare_jax.convert.tensor_files import TensorInfo
 from headshare_jax.errors import HeadshareError
 
@@ -41,14 +42,14 @@ class TorchReader:
                 found[name] = TensorInfo(tuple(tensor.shape), dtype, path)
         return found, problems
 
-    def read(self, info: TensorInfo, name: str) -> np.ndarray:
+    def read(self, info: TensorInfo, name: str, cut: Cut | None = None) -> np.ndarray:
         tensor = self._tensors(info.file)[name].detach().contiguous()
         self._bytes_read += tensor.nbytes
         if info.dtype == ml_dtypes.bfloat16:
-            bits: np.ndarray = tensor.view(_torch().uint16).numpy()
-            return bits.view(ml_dtypes.bfloat16)
-        values: np.ndarray = tensor.numpy()
-        return values
+            values: np.ndarray = tensor.view(_torch().uint16).numpy().view(ml_dtypes.bfloat16)
+        else:
+            values = tensor.numpy()
+        return values if cut is None else cut.of(values)
 
     def _tensors(self, path: Path) -> dict[str, Any]:
         """The file's tensors, mapped rather than read where its format allows; one file is open at a time."""

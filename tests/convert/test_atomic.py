@@ -64,8 +64,9 @@ def test_what_a_killed_process_left_is_named_and_stays(
 def test_an_output_that_exists_is_refused(tmp_path: Path, kind: str) -> None:
     write(kind, tmp_path / "out.txt", "old")
     before = content(tmp_path)
-    with pytest.raises(HeadshareError, match=r"out\.txt exists already; choose another name or pass --overwrite"):
+    with pytest.raises(HeadshareError, match="exists already; choose another name, or overwrite it") as caught:
         write(kind, tmp_path / "out.txt", "new")
+    assert caught.value.options == ("overwrite",)
     with pytest.raises(HeadshareError, match="exists already"):
         check_output(tmp_path / "out.txt", folder=kind == "folder", overwrite=False)
     assert content(tmp_path) == before
@@ -79,11 +80,21 @@ def test_overwriting_replaces_all_of_the_old(tmp_path: Path) -> None:
     assert content(tmp_path) == {"out/text": b"new"}
 
 
-def test_overwriting_where_names_cannot_be_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headshare_jax.convert.atomic._exchange", lambda one, other: False)
+def test_a_new_folder_that_cannot_take_the_name_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write("folder", tmp_path / "out", "old")
-    write("folder", tmp_path / "out", "new", overwrite=True)
-    assert content(tmp_path) == {"out/text": b"new"}
+    rename = os.rename
+
+    def refuse(one: Path, other: Path) -> None:
+        if str(one).endswith(".partial"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(one, other)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(HeadshareError, match="Input/output error; what was there before is unchanged"):
+        write("folder", tmp_path / "out", "new", overwrite=True)
+    assert content(tmp_path) == {"out/text": b"old"}
 
 
 def test_overwriting_a_file(tmp_path: Path) -> None:
@@ -263,10 +274,10 @@ KILLED = """
     source, output, to = sys.argv[1:]
     read = TensorCheckpoint.read
 
-    def killed(self, name, layer=None):
+    def killed(self, name, layer=None, heads=None):
         if layer == 2 and name.startswith("up"):
             os.kill(os.getpid(), signal.SIGKILL)
-        return read(self, name, layer)
+        return read(self, name, layer, heads)
 
     TensorCheckpoint.read = killed
     headshare_jax.save(headshare_jax.open_checkpoint(source), output, to=to, overwrite=True)
@@ -286,6 +297,33 @@ def test_a_kill_leaves_what_was_there(tmp_path: Path, source: Path, to: str, old
     assert rest[0].startswith(".out.")
     assert rest[0].endswith(".partial")
     assert (tmp_path / "out").exists() == old
+
+
+KILLED_BETWEEN = """
+    import os, signal, sys
+    from pathlib import Path
+    from headshare_jax.convert.atomic import new_directory
+
+    rename = os.rename
+
+    def killed(one, other):
+        rename(one, other)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    os.rename = killed
+    with new_directory(Path(sys.argv[1]), overwrite=True) as folder:
+        (folder / "text").write_text("new")
+"""
+
+
+def test_a_kill_between_the_two_renamings_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write("folder", tmp_path / "out", "old")
+    assert run(KILLED_BETWEEN, tmp_path / "out").returncode == -signal.SIGKILL
+    (old,), (new,) = tmp_path.glob(".out.*.old"), tmp_path.glob(".out.*.partial")
+    assert (content(old), content(new)) == ({"text": b"old"}, {"text": b"new"})
+    write("folder", tmp_path / "out", "newer")
+    assert f"{old} is an output that a killed process was replacing; rename it to keep it" in caplog.text
+    assert content(old) == {"text": b"old"}
 
 
 FULL = """

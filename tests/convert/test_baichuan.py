@@ -89,6 +89,15 @@ def test_baichuan_2_keeps_its_head_in_native_and_exports_it_normalised(tmp_path:
     check_logits(hf_logits(exported.eval(), tokens), hf_logits(normalized(model), tokens))
 
 
+def test_single_heads_of_the_fused_tensor(tmp_path: Path, model: Any) -> None:
+    source = headshare_jax.open_checkpoint(write_baichuan(tmp_path / "baichuan", model))
+    for projection, name in (("q", "q_pool_pdh"), ("k", "k_pool_pdh"), ("v", "v_pool_pdh")):
+        weight = model.get_submodule(f"model.layers.1.self_attn.{projection}_proj").weight.detach().numpy()
+        heads_ndh = weight.reshape(4, -1, weight.shape[1]).swapaxes(1, 2)
+        assert np.array_equal(source.read(name, 1), heads_ndh)
+        assert np.array_equal(source.read(name, 1, [0, 3]), heads_ndh[[0, 3]])
+
+
 def test_baichuan_1_has_a_plain_head(tmp_path: Path, model: Any) -> None:
     folder, tokens = write_baichuan(tmp_path / "baichuan", model, BAICHUAN_1), random_tokens((2, 40))
     check_logits(jax_logits(headshare_jax.load(folder), tokens), hf_logits(model, tokens))

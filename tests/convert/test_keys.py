@@ -48,9 +48,30 @@ def test_decode_and_encode_undo_each_other(table: str, data: st.DataObject) -> N
         key = TABLES[table][name]
         fused = np.full((key.parts, *part.shape), -1)
         fused[key.part] = part
-        decoded = keys.decode(TABLES[table], config, name, fused.reshape(-1, *part.shape[1:]))
+        tensor = fused.reshape(-1, *part.shape[1:])
+        cut = keys.cut(key, config, None, tensor.shape)
+        decoded = keys.decode(TABLES[table], config, name, tensor if cut is None else cut.of(tensor))
         assert np.array_equal(decoded, value)
         assert np.array_equal(keys.encode(TABLES[table], config, name, decoded), part)
+
+
+@pytest.mark.parametrize("table", TABLES)
+@given(data=st.data())
+def test_a_cut_for_some_heads_holds_those_heads(table: str, data: st.DataObject) -> None:
+    config = data.draw(configs(table))
+    for name in parameters.parameter_names(config):
+        projection, key = PARAMETERS[name].pool, TABLES[table][name]
+        if projection is None:
+            continue
+        count = parameters.heads_per_layer(config, projection)
+        heads = data.draw(st.lists(st.integers(0, count - 1), min_size=1, unique=True).map(sorted))
+        shape = parameters.slice_shape(config, name)
+        value = np.arange(np.prod(shape)).reshape(shape)
+        part = keys.encode(TABLES[table], config, name, value)
+        tensor = np.concatenate([part if number == key.part else part * 0 - 1 for number in range(key.parts)])
+        cut = keys.cut(key, config, heads, tensor.shape)
+        assert cut is not None
+        assert np.array_equal(keys.decode(TABLES[table], config, name, cut.of(tensor)), value[heads])
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -58,9 +79,10 @@ def test_decode_and_encode_undo_each_other(table: str, data: st.DataObject) -> N
 def test_shapes_of_tensors_are_those_of_their_parts(table: str, data: st.DataObject) -> None:
     config = data.draw(configs(table))
     for name, tensor in keys.tensors(TABLES[table], config).items():
-        value = np.zeros(tensor.shape)
+        shape = (tensor.shape[0] // len(tensor.parts), *tensor.shape[1:])
         for part in tensor.parts:
-            assert keys.decode(TABLES[table], config, part, value).shape == parameters.slice_shape(config, part), name
+            decoded = keys.decode(TABLES[table], config, part, np.zeros(shape))
+            assert decoded.shape == parameters.slice_shape(config, part), name
 
 
 @pytest.mark.parametrize("table", TABLES)

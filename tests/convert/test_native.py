@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,56 @@ def test_parameters_larger_than_a_chunk(tmp_path: Path, monkeypatch: pytest.Monk
     headshare_jax.save(model, tmp_path / "out")
     assert len(list((tmp_path / "out" / WEIGHTS / "embed_vd").glob("[0-9]*"))) > 40
     check_same(model, tmp_path / "out")
+
+
+class Counted:
+    """A source that keeps a list of what is read of it."""
+
+    def __init__(self, base: Any):
+        self.base, self.config, self.sharing = base, base.config, base.sharing
+        self.reads: list[tuple[str, int | None]] = []
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        return np.dtype(self.base.dtype(name))
+
+    def read(self, name: str, layer: int | None = None, heads: Any = None) -> np.ndarray:
+        self.reads.append((name, layer))
+        return np.array(self.base.read(name, layer, heads))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_layers_are_read_once_and_never_stacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
+    monkeypatch.setattr("headshare_jax.convert.native.CHUNK_BYTES", 10_000)
+    model = tiny_model(num_hidden_layers=24, intermediate_size=512)
+    if shared:
+        model = headshare_jax.share(model, sharing_by_hand(model, "qkvo", {3: 0, 4: 0}))
+    source = Counted(model)
+    stack = source.read("up_ldf", 0).nbytes * model.config.num_layers
+    source.reads.clear()
+    tracemalloc.start()
+    try:
+        headshare_jax.save(source, tmp_path / "out")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < stack / 2
+    assert len(source.reads) == len(set(source.reads))
+    check_same(model, tmp_path / "out")
+
+
+def test_after_an_error_nothing_more_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Counted(tiny_model())
+    read = source.read
+
+    def failing(name: str, layer: int | None = None, heads: Any = None) -> np.ndarray:
+        if (name, layer) == ("up_ldf", 2):
+            raise HeadshareError("No more layers.")
+        return read(name, layer, heads)
+
+    monkeypatch.setattr(source, "read", failing)
+    with pytest.raises(HeadshareError, match="No more layers"):
+        headshare_jax.save(source, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_paths_may_go_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

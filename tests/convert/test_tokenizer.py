@@ -2,11 +2,13 @@
 
 import json
 import logging
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_cli_model
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,8 +17,8 @@ from support_gguf import write_gguf
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import headshare_jax
-from headshare_jax import HeadshareError
-from headshare_jax.convert import gguf_tokenizer, locate, tokenizer
+from headshare_jax import HeadshareError, cli
+from headshare_jax.convert import FORMATS, gguf_tokenizer, locate, tokenizer
 from headshare_jax.convert.gguf_header import GgufHeader
 
 CORPUS = [
@@ -280,3 +282,24 @@ def test_a_damaged_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(HeadshareError, match=r"The tokenizer of .* cannot be read"):
         tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("given", [str, Path, headshare_jax.load_tokenizer], ids=["str", "Path", "object"])
+def test_a_saved_model_with_its_tokenizer_generates(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: Callable[[Path], Any], to: str
+) -> None:
+    folder = tiny_cli_model.saved(tmp_path / "model")
+    headshare_jax.save(headshare_jax.load(folder), tmp_path / "out", to=to, tokenizer_from=given(folder))
+    answers = []
+    for path in (folder, tmp_path / "out"):
+        words = ["generate", str(path), "--prompt", "Hello", "--max-new-tokens", "4", "--chat", "--json"]
+        assert cli.run(words) == 0
+        answers.append(json.loads(capsys.readouterr().out)["results"])
+    assert answers[0] == answers[1]
+
+
+def test_a_tokenizer_does_not_say_whether_there_was_a_network(tmp_path: Path) -> None:
+    loaded = headshare_jax.load_tokenizer(tiny_cli_model.saved(tmp_path / "model"))
+    loaded.save_pretrained(tmp_path / "out")
+    assert '"local_files_only": true' not in (tmp_path / "out" / "tokenizer_config.json").read_text()
