@@ -60,9 +60,7 @@ def one_size(options: Options) -> dict[str, Any]:
     """Seconds of both, compiling included, as a user waits for them."""
     import jax
 
-    from headshare_jax import Llama, LlamaConfig, match_functional, share, sharing_map
-    from headshare_jax.fit import refit
-    from headshare_jax.matching.functional import Search
+    from headshare_jax import FunctionalSettings, Llama, LlamaConfig, match_functional, refit, share, sharing_map
 
     heads = GROUP * options.kv_heads
     config = LlamaConfig(
@@ -80,7 +78,8 @@ def one_size(options: Options) -> dict[str, Any]:
     windows = rng.integers(VOCABULARY, size=(options.windows, options.seq_len), dtype=np.int32)
     before = peak_rss()
     found: list[Any] = []
-    took = {"match": seconds(lambda: found.append(match_functional(model, windows, Search(windows=options.windows))))}
+    settings = FunctionalSettings(windows=options.windows)
+    took = {"match": seconds(lambda: found.append(match_functional(model, windows, settings)))}
     shared = share(model, sharing_map(found[0], RATIO, chains="forbid"))
     took["refit"] = seconds(lambda: refit(model, shared, windows))
     return {

@@ -6,7 +6,7 @@ Run from the repository root: python bench/match.py
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from common import child_result, cores, machine, peak_rss, report, seconds
 from rich.table import Table
 
 from headshare_jax import LlamaConfig, fingerprint, match
-from headshare_jax.matching import cosine as similarity
+from headshare_jax.matching import cosine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Options:
     """The loop runs once over all pairs in so many processes; the median time counts."""
     matrices: tuple[int, ...] = (2048, 4096)
     """Sizes of the square matrices whose product is the limit."""
-    block_bytes: int = similarity.BLOCK_BYTES
+    block_bytes: int = cosine.BLOCK_BYTES
     """As in `headshare_jax.match`."""
     quick: bool = False
     """A tiny model instead, to test this benchmark; its figures mean nothing."""
@@ -75,9 +75,10 @@ class RandomWeights:
     def dtype(self, name: str) -> np.dtype[Any]:
         return np.dtype(np.float32)
 
-    def read(self, name: str, layer: int | None = None) -> np.ndarray:
+    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
         assert layer is not None
-        return self.weights[name, layer]
+        value: np.ndarray = self.weights[name, layer]
+        return value if heads is None else value[list(heads)]
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def scores(source: RandomWeights, options: Options, layers: int) -> np.ndarray:
         return [source.read(name, layer) for name in ("q_pool_pdh", "k_pool_pdh")]
 
     dim = 2 * options.width * options.head_dim
-    return similarity.cosine_scores(read, layers, options.heads, dim, block_bytes=options.block_bytes)
+    return cosine.cosine_scores(read, layers, options.heads, dim, block_bytes=options.block_bytes)
 
 
 def best_times(source: RandomWeights, options: Options) -> tuple[dict[str, float], dict[str, float]]:

@@ -1,5 +1,6 @@
 """Small random models for tests, made by transformers, the reference that this project is compared with."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
+import pytest
 import transformers
 
 from headshare_jax import Llama, LlamaConfig, SharingMap, parameters
@@ -59,6 +60,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+def torch_or_skip() -> Any:
+    """PyTorch; the oldest releases of everything else are tested without it (`make test-oldest`)."""
+    if os.environ.get("HEADSHARE_TESTS_WITHOUT_TORCH"):
+        pytest.skip("tested with PyTorch alone")
+    import torch
+
+    return torch
+
+
 def hf_config(**overrides: Any) -> Any:
     """transformers' configuration of a tiny model."""
     return transformers.LlamaConfig(**(TINY | overrides))
@@ -66,6 +76,7 @@ def hf_config(**overrides: Any) -> Any:
 
 def tiny_hf_model(seed: int = 0, **overrides: Any) -> Any:
     """A random transformers.LlamaForCausalLM in float32 whose norms and biases are random too."""
+    torch = torch_or_skip()
     torch.manual_seed(seed)
     model: Any = transformers.LlamaForCausalLM(hf_config(**overrides))
     model.eval()
@@ -80,9 +91,9 @@ def tiny_hf_model(seed: int = 0, **overrides: Any) -> Any:
     return model
 
 
-def saved_hf_model(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
-    """A tiny model written to a folder by transformers; returns the folder."""
-    tiny_hf_model(seed, **overrides).to(dtype).save_pretrained(folder)
+def saved_hf_model(folder: Path, seed: int = 0, dtype: Any = None, **overrides: Any) -> Path:
+    """A tiny model written to a folder by transformers, in a type of PyTorch's (float32); returns the folder."""
+    tiny_hf_model(seed, **overrides).to(dtype or torch_or_skip().float32).save_pretrained(folder)
     return folder
 
 
@@ -93,6 +104,7 @@ def random_tokens(shape: tuple[int, ...], vocab_size: int = TINY["vocab_size"], 
 
 def hf_logits(model: Any, tokens: np.ndarray, **inputs: Any) -> np.ndarray:
     """Logits by transformers, float32 [B, T, V]."""
+    torch = torch_or_skip()
     with torch.no_grad():
         logits: np.ndarray = model(torch.as_tensor(tokens, dtype=torch.long), **inputs).logits.float().numpy()
     return logits
@@ -149,7 +161,7 @@ def mixed_sharing(model: Llama) -> SharingMap:
 
 def tied_by_hand(model: Any, sharing: SharingMap) -> Any:
     """A transformers model with receivers' weights overwritten by their donors', and dropped units' by zeros."""
-    config = model.config
+    torch, config = torch_or_skip(), model.config
     heads = {"q": config.num_attention_heads, "o": config.num_attention_heads}
     assert sharing.unit_tie is not None
     with torch.no_grad():

@@ -5,8 +5,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from support import VARIANTS, saved_hf_model, sharing_by_hand, tiny_model
+from support import VARIANTS, saved_hf_model, sharing_by_hand, tiny_model, torch_or_skip
 
 import headshare_jax
 from headshare_jax import Llama, fingerprint, parameters, share, unshare
@@ -69,7 +68,7 @@ def test_fingerprints_are_of_the_attention_weights() -> None:
 
 
 def test_a_fingerprint_does_not_depend_on_storage(tmp_path: Path) -> None:
-    folder = saved_hf_model(tmp_path, dtype=torch.bfloat16)
+    folder = saved_hf_model(tmp_path, dtype=torch_or_skip().bfloat16)
     on_disk = headshare_jax.open_checkpoint(folder)
     model = headshare_jax.load(folder, dtype="float32")
     assert fingerprint(on_disk) == fingerprint(model)

@@ -5,8 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
+from support import torch_or_skip
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from headshare_jax import LlamaConfig
@@ -44,7 +44,8 @@ def real_config(rope: dict[str, Any]) -> Any:
 )
 def test_frequencies_are_those_of_transformers(rope: dict[str, Any], length: int) -> None:
     theirs = real_config(rope)
-    expected, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](theirs, torch.device("cpu"), seq_len=length)
+    device = torch_or_skip().device("cpu")
+    expected, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](theirs, device, seq_len=length)
     frequencies = inverse_frequencies(LlamaConfig.from_hf(theirs.to_dict()), length)
     np.testing.assert_allclose(np.asarray(frequencies), expected.numpy(), rtol=2e-6)
 

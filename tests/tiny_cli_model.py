@@ -7,15 +7,29 @@ from typing import Any
 import support
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import headshare_jax as hs
+
 SPECIAL = ("<pad>", "<s>", "</s>")
 CHAT_TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
 
 
+ALPHABET = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+
+
 def saved(folder: Path, **overrides: Any) -> Path:
-    """Writes a tiny model and a byte-level tokenizer without merges; returns the folder."""
-    alphabet = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    support.saved_hf_model(folder, vocab_size=len(alphabet), **overrides)
-    tokenizer = Tokenizer(models.BPE({token: place for place, token in enumerate(alphabet)}, []))
+    """Writes a tiny model, by transformers, and its tokenizer; returns the folder."""
+    return with_tokenizer(support.saved_hf_model(folder, vocab_size=len(ALPHABET), **overrides))
+
+
+def saved_without_torch(folder: Path, **overrides: Any) -> Path:
+    """The same by the project's own export."""
+    hs.save(support.tiny_model(vocab_size=len(ALPHABET), **overrides), folder, to="hf")
+    return with_tokenizer(folder)
+
+
+def with_tokenizer(folder: Path) -> Path:
+    """Writes a byte-level tokenizer without merges beside a model; returns the folder."""
+    tokenizer = Tokenizer(models.BPE({token: place for place, token in enumerate(ALPHABET)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL))

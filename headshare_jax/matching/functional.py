@@ -320,13 +320,13 @@ class _LayerScorer:
         total = (np.zeros((width, width)), np.zeros((len(donors), width, size)), np.zeros((len(donors), size, size)))
         for part in parts:
             x_btd = cut(self.x_wtd[part], self.mesh)
-            for sums, more in zip(total, _products(self.config, weights, candidates, x_btd), strict=True):
+            for sums, more in zip(total, batch_sums(self.config, weights, candidates, x_btd), strict=True):
                 sums += np.asarray(more, np.float64)
         return total
 
 
 @partial(jax.jit, static_argnames="config")
-def _products(
+def batch_sums(
     config: LlamaConfig, weights: Weights, donors: Weights, x_btd: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`Sums` of a batch, float32, weighted as a refit weights tokens."""

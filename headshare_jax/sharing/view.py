@@ -72,7 +72,8 @@ class SharedView(View):
                 "every head out."
             )
         sharing.check_model(base.config)
-        if check_source and sharing.source not in (None, fingerprint(base)) and not self._changes_nothing():
+        foreign = check_source and sharing.source is not None and sharing.source != fingerprint(base)
+        if foreign and not self._changes_nothing():
             raise HeadshareError(
                 "The map was made for other weights: its source fingerprint is not this model's; make a map for this "
                 'model with a ratio, or set "source" to null in the map to use its pairs all the same.'

@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import importlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +17,6 @@ import headshare_jax as hs
 from headshare_jax import parameters
 from headshare_jax.convert import journal_folder
 from headshare_jax.convert.journal_folder import KEY
-from headshare_jax.matching import functional
 
 WINDOWS = random_tokens((8, 32))
 LAYERS = 3
@@ -28,28 +26,32 @@ class StopError(Exception):
     """In place of a kill."""
 
 
-def counting(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, stop_at: int | None = None) -> list[Any]:
-    """The first argument of every call of a function, which is stopped at one of them."""
-    calls: list[Any] = []
-    function = getattr(owner, name)
+class Noted:
+    """Journals that take down what is written to them, and may stop the work there."""
 
-    def counted(first: Any, *args: Any) -> Any:
-        if len(calls) == stop_at:
+    def __init__(self, journals: hs.JournalFolder, stop_at: int | None = None):
+        self.journals, self.stop_at = journals, stop_at
+        self.written: list[str] = []
+
+    def of(self, work: str, key: Mapping[str, Any]) -> "Noted":
+        self.journal = self.journals.of(work, key)
+        return self
+
+    def read(self, step: str) -> dict[str, np.ndarray] | None:
+        return self.journal.read(step)
+
+    def write(self, step: str, arrays: Mapping[str, np.ndarray]) -> None:
+        if len(self.written) == self.stop_at:
             raise StopError
-        calls.append(first)
-        return function(first, *args)
-
-    monkeypatch.setattr(owner, name, counted)
-    return calls
+        self.written.append(step)
+        self.journal.write(step, arrays)
 
 
 def steps(folder: Path) -> list[str]:
     return sorted(path.stem for path in folder.glob("*/*.safetensors"))
 
 
-def test_matching_goes_on_where_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_matching_goes_on_where_it_was(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model(num_hidden_layers=LAYERS)
 
     def match(**kwargs: Any) -> hs.MatchResult:
@@ -57,23 +59,19 @@ def test_matching_goes_on_where_it_was(
 
     expected, journals = match(), hs.JournalFolder(tmp_path / "work")
 
-    def goes_on(layers: list[int]) -> None:
-        with monkeypatch.context() as patch:
-            scored = counting(patch, functional._LayerScorer, "layer_costs")
-            same_bits(match(journals=journals), expected)
-        assert [scorer.layer for scorer in scored] == layers
-
-    def stop(done: int, total: int) -> None:
-        if done == 2 * LAYERS + 2:
-            raise StopError
+    def goes_on(layers: list[int]) -> list[int]:
+        """Asserts which layers are scored; returns the steps of progress."""
+        noted, told = Noted(journals), list[int]()
+        same_bits(match(journals=noted, progress=lambda done, total: told.append(done)), expected)
+        assert noted.written == [f"layer-{layer}" for layer in layers]
+        return told
 
     with pytest.raises(StopError):
-        match(journals=journals, progress=stop)
+        match(journals=Noted(journals, stop_at=2))
     assert steps(tmp_path / "work") == ["layer-0", "layer-1"]
-    goes_on([2])
-    with monkeypatch.context() as patch:
-        assert counting(patch, functional, "attention_gradients", stop_at=0) == []
-        goes_on([])
+    assert len(goes_on([2])) == 3 * LAYERS
+    # Where all is finished nothing is computed, gradients neither.
+    assert goes_on([]) == []
     (damaged,) = tmp_path.glob("work/*/layer-1.safetensors")
     damaged.write_bytes(damaged.read_bytes()[:-1])
     goes_on([1])
@@ -92,9 +90,7 @@ def same_bits(found: hs.MatchResult, expected: hs.MatchResult) -> None:
 @pytest.mark.parametrize(
     ("dtype", "scope", "blocks"), [("float32", "receivers", 2), ("bfloat16", "all", 4)], ids=["float32", "bfloat16"]
 )
-def test_a_refit_goes_on_where_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, scope: str, blocks: int
-) -> None:
+def test_a_refit_goes_on_where_it_was(tmp_path: Path, dtype: str, scope: str, blocks: int) -> None:
     dense = tiny_model(num_hidden_layers=LAYERS, dtype=dtype)
     shared = hs.share(dense, sharing_by_hand(dense, "qkv", {2: 0}, dropped=[5]))
     # In several batches, of which one would hold both what is fitted to and what is held out.
@@ -104,17 +100,16 @@ def test_a_refit_goes_on_where_it_was(
     journals = hs.JournalFolder(tmp_path / "work")
     for finished in range(blocks):
         assert len(steps(tmp_path / "work")) == finished
-        with monkeypatch.context() as patch:
-            calls = counting(patch, importlib.import_module("headshare_jax.fit.refit"), "_fit", stop_at=1)
-            if finished < blocks - 1:
-                with pytest.raises(StopError):
-                    hs.refit(dense, shared, WINDOWS, settings, journals=journals)
-            else:
-                fitted, again = hs.refit(dense, shared, WINDOWS, settings, journals=journals)
-        assert len(calls) == 1
+        noted = Noted(journals, stop_at=1)
+        if finished < blocks - 1:
+            with pytest.raises(StopError):
+                hs.refit(dense, shared, WINDOWS, settings, journals=noted)
+        else:
+            fitted, again = hs.refit(dense, shared, WINDOWS, settings, journals=noted)
+        assert len(noted.written) == 1
     assert again == report
     for name in parameters.parameter_names(dense.config):
-        np.testing.assert_array_equal(getattr(fitted, name)[...], getattr(expected, name)[...], strict=True)
+        np.testing.assert_array_equal(fitted.array(name), expected.array(name), strict=True)
 
 
 class Asked:

@@ -10,8 +10,9 @@ from support import random_tokens, sharing_by_hand, tiny_model
 
 from headshare_jax.calibration.fisher import attention_gradients
 from headshare_jax.calibration.streams import batches, calibration_mesh, cut, layer_weights
-from headshare_jax.fit.refit import RefitSettings, _moments, refit
-from headshare_jax.matching.functional import FunctionalSettings, _products, match_functional
+from headshare_jax.fit.moments import batch_moments
+from headshare_jax.fit.refit import RefitSettings, refit
+from headshare_jax.matching.functional import FunctionalSettings, batch_sums, match_functional
 from headshare_jax.model.share import share
 
 # Of these a refit holds out 3: 3 devices cannot cut every batch.
@@ -68,8 +69,8 @@ def test_each_device_does_its_part_and_only_sums_move() -> None:
         mesh = calibration_mesh(jax.devices()[:count])
         weights = layer_weights(model, 1, mesh)
         x_btd = cut(np.ones((16, 16, model.config.hidden_size), np.float32), mesh)
-        moments = _moments.lower(model.config, weights, x_btd, x_btd, x_btd, x_btd, "attention")
-        return [moments.compile(), _products.lower(model.config, weights, weights, x_btd).compile()]
+        moments = batch_moments.lower(model.config, weights, x_btd, x_btd, x_btd, x_btd, "attention")
+        return [moments.compile(), batch_sums.lower(model.config, weights, weights, x_btd).compile()]
 
     for one, several in zip(compiled(1), compiled(8), strict=True):
         assert several.cost_analysis()["flops"] < 1.1 * one.cost_analysis()["flops"] / 8

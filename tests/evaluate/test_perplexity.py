@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from scipy.special import logsumexp
 from support import hf_logits, random_tokens, saved_hf_model, sharing_by_hand, tiny_hf_model, tiny_model
 
 import headshare_jax
@@ -18,9 +18,8 @@ SEQ_LEN = 24
 
 def hf_losses(model: Any, window: np.ndarray) -> np.ndarray:
     """Negative log-likelihood of every token of a window but its first, float64."""
-    logits = torch.as_tensor(hf_logits(model, window[None])[0, :-1]).double()
-    targets = torch.as_tensor(window[1:], dtype=torch.long)
-    losses: np.ndarray = torch.nn.functional.cross_entropy(logits, targets, reduction="none").numpy()
+    logits = hf_logits(model, window[None])[0, :-1].astype(np.float64)
+    losses: np.ndarray = logsumexp(logits, axis=-1) - logits[np.arange(len(logits)), window[1:]]
     return losses
 
 
@@ -39,7 +38,7 @@ def test_windows_side_by_side(model: Llama) -> None:
     assert (result.seq_len, result.stride, result.word_perplexity) == (24, 24, None)
 
 
-@pytest.mark.parametrize("stride", [1, 10, 23])
+@pytest.mark.parametrize("stride", [7, 23])
 def test_windows_that_overlap_score_each_token_once(model: Llama, stride: int) -> None:
     theirs, scored, losses = tiny_hf_model(), 1, []
     for start in range(0, len(TEXT) - SEQ_LEN + 1, stride):

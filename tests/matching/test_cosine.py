@@ -1,7 +1,6 @@
-"""Match scores against published results, and against one pair at a time in NumPy."""
+"""Match scores against their definition, one pair at a time in NumPy."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,15 +40,6 @@ def total(q_hd: np.ndarray, k_hd: np.ndarray, v_hd: np.ndarray) -> np.ndarray:
     exponent = np.exp(q_hd @ k_hd.T / np.sqrt(q_hd.shape[1]))
     product: np.ndarray = exponent / exponent.sum(axis=1, keepdims=True) @ v_hd
     return product
-
-
-@pytest.mark.parametrize("function", WEIGHTED)
-def test_published_results_are_reproduced(tiny_mha: Path, function: str) -> None:
-    expected = np.load(tiny_mha / "expected.npz")
-    result = match(headshare_jax.open_checkpoint(tiny_mha), function)
-    np.testing.assert_array_equal(result.donor_layer[1:], expected[f"{function}_donor_layer"])
-    np.testing.assert_array_equal(result.donor_unit[1:], expected[f"{function}_donor_head"])
-    np.testing.assert_allclose(result.value[1:], expected[f"{function}_value"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("function", WEIGHTED)

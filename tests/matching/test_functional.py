@@ -58,7 +58,7 @@ def test_a_residual_is_that_of_solving_for_it_alone(units: int, size: int, ridge
             np.testing.assert_allclose(shared[unit, donor], squares, rtol=1e-8)
 
 
-@pytest.mark.parametrize("overrides", [{}, VARIANTS["tied"], {"attention_bias": True, "mlp_bias": True}])
+@pytest.mark.parametrize("overrides", [VARIANTS["tied"], {"attention_bias": True, "mlp_bias": True}])
 def test_gradients_are_those_of_the_log_probability_of_tokens_the_model_draws(overrides: dict[str, Any]) -> None:
     dense = tiny_model(**overrides)
     config, tokens = dense.config, random_tokens((2, 12))
@@ -90,7 +90,7 @@ def test_gradients_are_those_of_the_log_probability_of_tokens_the_model_draws(ov
             assert distance.min() < 1e-4 * np.abs(gradients).max()
 
 
-@pytest.mark.parametrize("overrides", [{}, VARIANTS["mha"], {"attention_bias": True}], ids=["gqa", "mha", "bias"])
+@pytest.mark.parametrize("overrides", [{}, VARIANTS["mha"] | {"attention_bias": True}], ids=["gqa", "mha, bias"])
 def test_scores_are_what_is_left_after_a_refit_along_the_gradients(overrides: dict[str, Any]) -> None:
     dense = tiny_model(**overrides)
     config, units = dense.config, dense.config.num_kv_heads
@@ -151,7 +151,7 @@ def test_a_copy_is_found_whatever_its_layer() -> None:
 
 
 def test_every_ratio_gives_a_map_without_chains() -> None:
-    result = match_functional(tiny_model(num_hidden_layers=5), WINDOWS, FunctionalSettings(span=2))
+    result = match_functional(tiny_model(num_hidden_layers=5), WINDOWS[:2], FunctionalSettings(span=2))
     for ratio, count in ((0.0, 0), (0.1, 1), (0.3, 3), (0.5, 5)):
         chosen = sharing_map(result, ratio, chains="forbid")
         assert len(chosen.receivers) == count
@@ -165,7 +165,7 @@ def test_span_and_same_layer_say_who_is_tried() -> None:
     layer = np.arange(8) // 2
     distance = layer[:, None] - layer[None, :]
     for span, same in ((1, False), (2, False), (2, True)):
-        scores = match_functional(dense, WINDOWS, FunctionalSettings(span=span, same_layer=same)).scores
+        scores = match_functional(dense, WINDOWS[:2], FunctionalSettings(span=span, same_layer=same)).scores
         assert scores is not None
         wanted = (distance <= span) & (distance >= (0 if same else 1)) & ~np.eye(8, dtype=bool)
         np.testing.assert_array_equal(np.isfinite(scores), wanted)

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 from flax import nnx
 from support import (
@@ -20,6 +19,7 @@ from support import (
     sharing_by_hand,
     tiny_hf_model,
     tiny_model,
+    torch_or_skip,
 )
 
 import headshare_jax
@@ -42,7 +42,7 @@ def error(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
-def loaded_by_hf(folder: Path, dtype: torch.dtype) -> Any:
+def loaded_by_hf(folder: Path, dtype: Any) -> Any:
     model: Any = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
     return model.eval()
 
@@ -82,6 +82,7 @@ def test_dynamic_scaling_starts_beyond_the_context() -> None:
 
 
 def test_given_positions_are_used_as_by_transformers(tmp_path: Path) -> None:
+    torch = torch_or_skip()
     tokens, positions = random_tokens((2, 12)), np.stack([np.arange(12) * 3, np.arange(12) + 5]).astype(np.int32)
     logits = jax_logits(headshare_jax.load(saved_hf_model(tmp_path)), tokens, positions_bt=positions)
     expected = hf_logits(tiny_hf_model(), tokens, position_ids=torch.as_tensor(positions, dtype=torch.long))
@@ -142,7 +143,7 @@ def test_padding_does_not_count_as_length() -> None:
 
 
 def test_bfloat16_is_as_exact_as_in_transformers(tmp_path: Path) -> None:
-    tokens = random_tokens((4, CONTEXT))
+    torch, tokens = torch_or_skip(), random_tokens((4, CONTEXT))
     folder = saved_hf_model(tmp_path, dtype=torch.bfloat16)
     exact = jax_logits(headshare_jax.load(folder), tokens)
     logits = jax_logits(headshare_jax.load(folder, compute_dtype="bfloat16"), tokens)
@@ -153,7 +154,7 @@ def test_bfloat16_is_as_exact_as_in_transformers(tmp_path: Path) -> None:
 
 
 def test_a_bfloat16_checkpoint_is_stored_and_computed_as_it_is(tmp_path: Path) -> None:
-    tokens = random_tokens((2, 20))
+    torch, tokens = torch_or_skip(), random_tokens((2, 20))
     folder = saved_hf_model(tmp_path, dtype=torch.bfloat16)
     model = headshare_jax.load(folder)
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype("bfloat16")}
