@@ -1,49 +1,29 @@
 """Architecture of a LLaMA-family model, and its Hugging Face spelling in both directions."""
 
 import logging
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from dataclasses import fields as fields_of
-from typing import Any, Self
+from functools import cache
+from typing import Annotated, Any, Literal, Self
 
-from headshare_jax.errors import HeadshareError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
+
+from headshare_jax.errors import HeadshareError, one_sentence
 
 logger = logging.getLogger(__name__)
 
-ROPE_KINDS = ("linear", "dynamic", "llama3")
-HIDDEN_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
-
-_ACTIVATION_FROM_HF = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-}
-_ACTIVATION_TO_HF = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
+# No count in a file or in memory can be larger.
+Count = Annotated[int, Field(gt=0, lt=2**63)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 # Fields of a config.json that change nothing about the function the model computes.
 _NEUTRAL = (
-    "architectures model_type torch_dtype dtype use_cache transformers_version initializer_range "
-    "pretraining_tp _name_or_path _attn_implementation auto_map is_llama_config transformers.js_config "
-    "unsloth_version unsloth_fixed tokenizer_class model_max_length gradient_checkpointing _from_model_config "
-    "z_loss_weight return_dict output_attentions output_hidden_states name_or_path"
+    "torch_dtype dtype use_cache transformers_version initializer_range pretraining_tp _name_or_path is_decoder "
+    "_attn_implementation auto_map is_llama_config transformers.js_config unsloth_version unsloth_fixed "
+    "tokenizer_class model_max_length gradient_checkpointing _from_model_config z_loss_weight return_dict "
+    "output_attentions output_hidden_states name_or_path"
 )
-_NEUTRAL_FIELDS = frozenset(_NEUTRAL.split())
-# Fields that do change it when they hold anything but these values.
-_REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
-    "attention_dropout": (0, None),
-    "partial_rotary_factor": (1, None),
-    "rope_interleaved": (False, None),
-    "quantization_config": (None,),
-    "sliding_window": (None,),
-    "use_sliding_window": (False, None),
-    "layer_types": (None,),
-    "is_decoder": (True, False, None),
-    "add_cross_attention": (False, None),
-}
 
 
 @dataclass(frozen=True)
@@ -62,19 +42,15 @@ class RopeScaling:
       HeadshareError: an unknown kind, or a value that is missing, has the wrong type or is out of range.
     """
 
-    kind: str
-    factor: float
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    original_max_position_embeddings: int | None = None
+    kind: Literal["linear", "dynamic", "llama3"]
+    factor: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    low_freq_factor: Positive | None = None
+    high_freq_factor: Positive | None = None
+    original_max_position_embeddings: Count | None = None
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _check_positive(self, "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        if self.kind not in ROPE_KINDS:
-            raise HeadshareError(f"Rotary scaling {self.kind!r} is not one of {', '.join(ROPE_KINDS)}.")
-        if self.factor < 1:
-            raise HeadshareError(f"The factor of rotary scaling must be at least 1, not {self.factor}.")
+        with one_sentence("a model configuration"):
+            _checks(type(self)).model_validate(vars(self))
         if self.kind != "llama3":
             return
         low, high = self.low_freq_factor, self.high_freq_factor
@@ -102,7 +78,7 @@ class LlamaConfig:
       rms_norm_eps: added to the mean square in RMSNorm.
       rope_theta: base of the rotary frequencies.
       rope_scaling: stretch of the rotary frequencies, or None.
-      hidden_act: MLP activation, one of `HIDDEN_ACTIVATIONS`.
+      hidden_act: MLP activation, `silu`, `gelu`, `gelu_tanh` or `relu`.
       attention_bias: q, k, v and o projections carry a bias.
       mlp_bias: gate, up and down projections carry a bias.
       tie_word_embeddings: the output head is the embedding.
@@ -112,18 +88,18 @@ class LlamaConfig:
       pad_token_id: token of padding, where the model names one.
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
+    vocab_size: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_layers: Count
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+    max_position_embeddings: Count = 2048
+    rms_norm_eps: Positive = 1e-6
+    rope_theta: Positive = 10000.0
     rope_scaling: RopeScaling | None = None
-    hidden_act: str = "silu"
+    hidden_act: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
@@ -133,17 +109,14 @@ class LlamaConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _check_positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
-        _check_positive(self, "num_kv_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta")
+        with one_sentence("a model configuration"):
+            _checks(type(self)).model_validate(vars(self))
         if self.num_heads % self.num_kv_heads:
             raise HeadshareError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})."
             )
         if self.head_dim % 2:
             raise HeadshareError(f"head_dim must be even for rotary embeddings, not {self.head_dim}.")
-        if self.hidden_act not in HIDDEN_ACTIVATIONS:
-            raise HeadshareError(f"hidden_act {self.hidden_act!r} is not one of {', '.join(HIDDEN_ACTIVATIONS)}.")
         if self.tie_word_embeddings and self.normalize_head:
             raise HeadshareError("normalize_head needs its own output head, but tie_word_embeddings is true.")
 
@@ -187,17 +160,24 @@ class LlamaConfig:
           >>> hs.LlamaConfig.from_hf(fields).heads_per_unit
           2
         """
-        return cls(**_ConfigReader(fields).read())
+        found = _HuggingFace.read(fields, "config.json")
+        architecture, normalize_head = _architecture(found)
+        rope_theta, rope_scaling = _rope(found)
+        found.warn_of_rest(architecture)
+        values = {field.name: getattr(found, field.name) for field in fields_of(cls) if field.name in vars(found)}
+        values |= {"normalize_head": normalize_head, "rope_theta": rope_theta, "rope_scaling": rope_scaling}
+        return cls(**values)
 
     def to_hf(self) -> dict[str, Any]:
         """Fields of a `LlamaForCausalLM` `config.json`, rotary settings in both spellings.
 
         `normalize_head` has no such field: whoever writes the weights must write the head already normalised.
         """
-        eos: int | list[int] | None = list(self.eos_token_ids) or None
-        if len(self.eos_token_ids) == 1:
-            eos = self.eos_token_ids[0]
-        scaling = self._rope_scaling_to_hf()
+        eos = self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else list(self.eos_token_ids) or None
+        scaling: dict[str, Any] | None = None
+        if self.rope_scaling is not None:
+            set_fields = {name: value for name, value in asdict(self.rope_scaling).items() if value is not None}
+            scaling = {"rope_type": set_fields.pop("kind"), **set_fields}
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -213,7 +193,7 @@ class LlamaConfig:
             "rope_theta": self.rope_theta,
             "rope_scaling": scaling,
             "rope_parameters": {"rope_theta": self.rope_theta, **(scaling or {"rope_type": "default"})},
-            "hidden_act": _ACTIVATION_TO_HF[self.hidden_act],
+            "hidden_act": "gelu_pytorch_tanh" if self.hidden_act == "gelu_tanh" else self.hidden_act,
             "attention_bias": self.attention_bias,
             "attention_dropout": 0.0,
             "mlp_bias": self.mlp_bias,
@@ -224,175 +204,128 @@ class LlamaConfig:
             "use_cache": True,
         }
 
-    def _rope_scaling_to_hf(self) -> dict[str, Any] | None:
-        if self.rope_scaling is None:
-            return None
-        fields = {name: value for name, value in asdict(self.rope_scaling).items() if value is not None}
-        return {"rope_type": fields.pop("kind"), **fields}
+
+@cache
+def _checks(kind: type[RopeScaling | LlamaConfig]) -> type[BaseModel]:
+    """The checks that the annotations of a configuration's fields ask for."""
+    fields: dict[str, Any] = {field.name: (field.type, ...) for field in fields_of(kind)}
+    return create_model(kind.__name__, __config__=ConfigDict(strict=True), **fields)
 
 
-def _check_types(config: RopeScaling | LlamaConfig) -> None:
-    accepted: dict[Any, Any] = {float: int | float, float | None: int | float | None, tuple[int, ...]: tuple}
-    for field in fields_of(config):
-        value = getattr(config, field.name)
-        items = value if isinstance(value, tuple) else ()
-        if (
-            not isinstance(value, accepted.get(field.type, field.type))
-            or (isinstance(value, bool) and field.type is not bool)
-            or any(isinstance(item, bool) or not isinstance(item, int) for item in items)
-        ):
-            kind = field.type.__name__ if isinstance(field.type, type) else field.type
-            raise HeadshareError(f"{field.name} of a model configuration must be of type {kind}, not {value!r}.")
+class _Fields(BaseModel):
+    """What is read of an object in a `config.json`; `model_extra` is what was not understood."""
 
+    model_config = ConfigDict(strict=True, extra="allow")
 
-def _check_positive(config: RopeScaling | LlamaConfig, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not 0 < value <= sys.float_info.max:
-            raise HeadshareError(f"{name} must be positive, not {value}.")
+    rope_theta: Positive | None = None
+    original_max_position_embeddings: Count | None = None
+    # Anything but this in one of these changes the function that the model computes.
+    attention_dropout: Annotated[float, Field(ge=0, le=0)] = 0
+    partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] = 1
+    rope_interleaved: Literal[False] = False
+    quantization_config: None = None
+    sliding_window: None = None
+    use_sliding_window: Literal[False] = False
+    layer_types: None = None
+    add_cross_attention: Literal[False] = False
 
+    @classmethod
+    def read(cls, fields: Mapping[str, Any], where: str) -> Self:
+        """The fields, of which null ones are as absent."""
+        with one_sentence(where):
+            found = cls.model_validate({name: value for name, value in fields.items() if value is not None})
+        return found
 
-class _ConfigReader:
-    """Takes fields out of a config.json one by one, so that what is left over was not understood."""
-
-    def __init__(self, fields: Mapping[str, Any]):
-        self.left = dict(fields)
-
-    def read(self) -> dict[str, Any]:
-        architecture, baichuan2 = self._architecture()
-        hidden_size = self._int("hidden_size")
-        num_heads = self._int("num_attention_heads")
-        values: dict[str, Any] = {
-            "hidden_size": hidden_size,
-            "num_heads": num_heads,
-            "num_kv_heads": self._int("num_key_value_heads", num_heads),
-            "head_dim": self._int("head_dim", hidden_size // max(num_heads, 1)),
-            "vocab_size": self._int("vocab_size"),
-            "intermediate_size": self._int("intermediate_size"),
-            "num_layers": self._int("num_hidden_layers"),
-            "max_position_embeddings": self._int("max_position_embeddings", None if baichuan2 else 2048),
-            "rms_norm_eps": self._float("rms_norm_eps", 1e-6),
-            "attention_bias": self._bool("attention_bias"),
-            "mlp_bias": self._bool("mlp_bias"),
-            "tie_word_embeddings": self._bool("tie_word_embeddings"),
-            "normalize_head": baichuan2,
-            "hidden_act": self._activation(),
-            "bos_token_id": self._token("bos_token_id"),
-            "pad_token_id": self._token("pad_token_id"),
-            "eos_token_ids": self._tokens("eos_token_id"),
-        }
-        values["rope_theta"], values["rope_scaling"] = self._rope(values["max_position_embeddings"])
-        self._check_rest(architecture)
-        return values
-
-    def _architecture(self) -> tuple[str, bool]:
-        names = self.left.get("architectures") or []
-        if not isinstance(names, list):
-            raise HeadshareError(f"architectures in config.json must be a list of names, not {names!r}.")
-        model_type = self.left.get("model_type")
-        for name, normalizes_head in (("BaichuanForCausalLM", True), ("BaiChuanForCausalLM", False)):
-            if name in names and "max_position_embeddings" not in self.left:
-                raise HeadshareError(
-                    f"This {name} has no max_position_embeddings, so it is a 13B with ALiBi positions, which are not "
-                    "supported; only the rotary Baichuan models are."
-                )
-            if name in names:
-                return name, normalizes_head
-        if "LlamaForCausalLM" in names or (not names and model_type == "llama"):
-            return "LlamaForCausalLM", False
-        found = ", ".join(map(str, names)) or f"model_type {model_type!r}"
-        raise HeadshareError(
-            f"The architecture in config.json ({found}) is not supported; LlamaForCausalLM, BaichuanForCausalLM "
-            "(Baichuan-2) and BaiChuanForCausalLM (Baichuan-1) are."
-        )
-
-    def _rope(self, max_positions: int) -> tuple[float, RopeScaling | None]:
-        theta = self._float("rope_theta", 10000.0)
-        old, new = self.left.pop("rope_scaling", None), self.left.pop("rope_parameters", None)
-        for name, value in (("rope_scaling", old), ("rope_parameters", new)):
-            if value is not None and not isinstance(value, Mapping):
-                raise HeadshareError(f"{name} in config.json must be an object, not {value!r}.")
-        # Where both are given, transformers too takes the old one.
-        name, fields = ("rope_scaling", dict(old)) if old else ("rope_parameters", dict(new or {}))
-        outer = self._int("original_max_position_embeddings", 0)
-        rope = _ConfigReader(fields)
-        theta = rope._float("rope_theta", theta)
-        old_kind = rope.left.pop("type", None)
-        kind = rope.left.pop("rope_type", None) or old_kind or "default"
-        if kind not in ("default", *ROPE_KINDS):
-            raise HeadshareError(
-                f"{name} asks for rotary scaling of type {kind!r}; default, linear, dynamic and llama3 are supported."
-            )
-        scaling = None
-        if kind != "default":
-            factor = rope._float("factor")
-            original = outer or rope._int("original_max_position_embeddings", max_positions)
-            if kind == "llama3":
-                scaling = RopeScaling(
-                    kind, factor, rope._float("low_freq_factor"), rope._float("high_freq_factor"), original
-                )
-            elif original != max_positions:
-                raise HeadshareError(
-                    f"original_max_position_embeddings ({original}) differs from max_position_embeddings "
-                    f"({max_positions}), which {kind} rotary scaling does not use."
-                )
-            else:
-                scaling = RopeScaling(kind, factor)
-        rope.left.pop("original_max_position_embeddings", None)
-        rope._check_rest(name)
-        return theta, scaling
-
-    def _check_rest(self, where: str) -> None:
-        for name, allowed in _REQUIRED_VALUES.items():
-            value = self.left.pop(name, None)
-            if value not in allowed:
-                raise HeadshareError(f"{name} = {value!r} in {where} is not supported; it must be {allowed[0]!r}.")
-        unknown = sorted(name for name, value in self.left.items() if name not in _NEUTRAL_FIELDS and value)
-        if unknown:
+    def warn_of_rest(self, where: str) -> None:
+        rest = sorted(name for name, value in (self.model_extra or {}).items() if value)
+        if unknown := [name for name in rest if name not in _NEUTRAL.split()]:
             logger.warning("%s does not use these fields of its configuration: %s", where, ", ".join(unknown))
 
-    def _take(self, name: str, default: Any, kinds: tuple[type, ...], wanted: str) -> Any:
-        value = self.left.pop(name, None)
-        if value is None:
-            value = default
-        if value is None:
-            raise HeadshareError(f"config.json has no {name}; it is not a complete model configuration.")
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise HeadshareError(f"{name} in config.json must be {wanted}, not {value!r}.")
-        return value
 
-    def _int(self, name: str, default: int | None = None) -> int:
-        return int(self._take(name, default, (int,), "a whole number"))
+class _Scaled(_Fields):
+    factor: Positive
 
-    def _float(self, name: str, default: float | None = None) -> float:
-        value = self._take(name, default, (int, float), "a number")
-        if not 0 < value <= sys.float_info.max:
-            raise HeadshareError(f"{name} in config.json must be a positive number, not {value}.")
-        return float(value)
 
-    def _bool(self, name: str) -> bool:
-        return bool(self._take(name, False, (bool,), "true or false"))
+class _Llama3(_Scaled):
+    low_freq_factor: Positive
+    high_freq_factor: Positive
 
-    def _token(self, name: str) -> int | None:
-        value = self.left.pop(name, None)
-        if value is None or (isinstance(value, int) and not isinstance(value, bool)):
-            return value
-        raise HeadshareError(f"{name} in config.json must be a token id or null, not {value!r}.")
 
-    def _tokens(self, name: str) -> tuple[int, ...]:
-        value = self.left.get(name)
-        if not isinstance(value, list):
-            token = self._token(name)
-            return () if token is None else (token,)
-        self.left.pop(name)
-        if not all(isinstance(token, int) for token in value):
-            raise HeadshareError(f"{name} in config.json must be token ids, not {value!r}.")
-        return tuple(value)
+_ROTARY = {"default": _Fields, "linear": _Scaled, "dynamic": _Scaled, "llama3": _Llama3}
+_ACTIVATIONS = {"swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
-    def _activation(self) -> str:
-        name = self._take("hidden_act", "silu", (str,), "a name")
-        if name not in _ACTIVATION_FROM_HF:
+
+class _HuggingFace(_Fields):
+    """A Hugging Face `config.json`, by the names of `LlamaConfig` where it has them."""
+
+    architectures: list[str] = []
+    model_type: Any = None
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: Annotated[int, Field(alias="num_hidden_layers")]
+    num_heads: Annotated[int, Field(alias="num_attention_heads")]
+    num_kv_heads: Annotated[int, Field(alias="num_key_value_heads", default_factory=lambda read: read["num_heads"])]
+    head_dim: Annotated[int, Field(default_factory=lambda read: read["hidden_size"] // max(read["num_heads"], 1))]
+    max_position_embeddings: int = 2048
+    rms_norm_eps: Positive = 1e-6
+    rope_scaling: dict[str, Any] = {}
+    rope_parameters: dict[str, Any] = {}
+    hidden_act: Annotated[
+        Literal["silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"],
+        AfterValidator(lambda name: _ACTIVATIONS.get(name, name)),
+    ] = "silu"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: Annotated[
+        tuple[int, ...],
+        BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else (value,)),
+        Field(alias="eos_token_id"),
+    ] = ()
+    pad_token_id: int | None = None
+
+
+def _architecture(found: _HuggingFace) -> tuple[str, bool]:
+    """The name of the model's class, and whether it normalises its output head."""
+    normalizes_head = {"BaichuanForCausalLM": True, "BaiChuanForCausalLM": False, "LlamaForCausalLM": False}
+    implied = "LlamaForCausalLM" if found.model_type == "llama" else f"model_type {found.model_type!r}"
+    names = found.architectures or [implied]
+    name = next((name for name in normalizes_head if name in names), None)
+    if name is None:
+        raise HeadshareError(
+            f"The architecture in config.json ({', '.join(names)}) is not supported; LlamaForCausalLM, "
+            "BaichuanForCausalLM (Baichuan-2) and BaiChuanForCausalLM (Baichuan-1) are."
+        )
+    if name != "LlamaForCausalLM" and "max_position_embeddings" not in found.model_fields_set:
+        raise HeadshareError(
+            f"This {name} has no max_position_embeddings, so it is a 13B with ALiBi positions, which are not "
+            "supported; only the rotary Baichuan models are."
+        )
+    return name, normalizes_head[name]
+
+
+def _rope(found: _HuggingFace) -> tuple[float, RopeScaling | None]:
+    """The base of the rotary frequencies, and their scaling."""
+    # Where both spellings are given, transformers too takes the old one.
+    where = "rope_scaling" if found.rope_scaling else "rope_parameters"
+    fields = found.rope_scaling or found.rope_parameters
+    kind = fields.get("rope_type") or fields.get("type") or "default"
+    if kind not in list(_ROTARY):
+        raise HeadshareError(f"{where} asks for rotary scaling of type {kind!r}; {', '.join(_ROTARY)} are supported.")
+    rope = _ROTARY[kind].read(fields | {"type": None, "rope_type": None}, where)
+    rope.warn_of_rest(where)
+    positions = found.max_position_embeddings
+    original = found.original_max_position_embeddings or rope.original_max_position_embeddings or positions
+    scaling = None
+    if isinstance(rope, _Llama3):
+        scaling = RopeScaling("llama3", rope.factor, rope.low_freq_factor, rope.high_freq_factor, original)
+    elif isinstance(rope, _Scaled):
+        scaling = RopeScaling(kind, rope.factor)
+        if original != positions:
             raise HeadshareError(
-                f"hidden_act {name!r} is not supported; these are: {', '.join(sorted(_ACTIVATION_FROM_HF))}."
+                f"original_max_position_embeddings ({original}) differs from max_position_embeddings ({positions}), "
+                f"which {kind} rotary scaling does not use."
             )
-        return _ACTIVATION_FROM_HF[name]
+    return rope.rope_theta or found.rope_theta or 10000.0, scaling

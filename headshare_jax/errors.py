@@ -1,4 +1,9 @@
-"""The one exception that bad input raises."""
+"""The one exception that bad input raises, and what pydantic refuses in its words."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pydantic import ValidationError
 
 
 class HeadshareError(ValueError):
@@ -14,3 +19,25 @@ class HeadshareError(ValueError):
     def __init__(self, message: str, *, option: str | tuple[str, ...] = ()):
         super().__init__(message)
         self.options = (option,) if isinstance(option, str) else option
+
+
+@contextmanager
+def one_sentence(where: str) -> Iterator[None]:
+    """Raises the first thing that pydantic finds wrong as a HeadshareError, e.g. `seed in the map must be ...`."""
+    try:
+        yield
+    except ValidationError as error:
+        raise HeadshareError(_sentence(error, where)) from error
+
+
+def _sentence(error: ValidationError, where: str) -> str:
+    first = error.errors(include_url=False)[0]
+    key, said = ".".join(map(str, first["loc"])), first["msg"]
+    subject = f"{key} in {where}" if key else where[:1].upper() + where[1:]
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    if first["type"] == "missing":
+        return f"{subject} is missing."
+    if not said.startswith("Input should"):
+        return f"{subject} is not usable ({said})."
+    return f"{subject} {said.replace('Input should', 'must')}, not {first['input']!r:.99}."

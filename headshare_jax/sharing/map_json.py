@@ -1,19 +1,17 @@
 """The JSON document of a sharing map, and the words that maps use: the name of a tie, and what stands for no donor."""
 
 import json
-import sys
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+from pydantic import AfterValidator, BaseModel, Field
 
-from headshare_jax.errors import HeadshareError
+from headshare_jax.errors import HeadshareError, one_sentence
 from headshare_jax.parameters import PROJECTIONS
 
 if TYPE_CHECKING:
     from headshare_jax.sharing.map import SharingMap
 
-FORMAT, VERSION = "headshare-map", 1
 # In place of a donor: the unit is dropped, its output is zero, and nothing of it is stored.
 DROPPED = -1
 
@@ -25,48 +23,74 @@ def check_tie(tie: str) -> str:
     return tie
 
 
+Tie = Annotated[str, AfterValidator(check_tie)]
+Whole = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Model(BaseModel):
+    num_layers: Count
+    units_per_layer: Count
+    heads_per_unit: Count
+
+
+class _Dropped(BaseModel):
+    layer: Whole
+    unit: Whole
+    score: float | None = None
+
+
+class _Receiver(_Dropped):
+    donor: tuple[Whole, Whole]
+    # Where there is none, it is the map's.
+    tie: Tie = ""
+
+
+class _Document(BaseModel):
+    format: Literal["headshare-map"]
+    version: Literal[1]
+    model: _Model
+    tie: Tie
+    method: str
+    match: str | None = None
+    chains: str
+    ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
+    budget: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Whole | None = None
+    source: str | None = None
+    dropped: list[_Dropped] = []
+    receivers: list[_Receiver]
+
+
+_SETTINGS = ("tie", "method", "match", "chains", "ratio", "budget", "seed", "source")
+
+
 def document(sharing: "SharingMap") -> str:
     """A map's document, with one receiver or dropped unit a line."""
     num_layers, units = sharing.donor.shape
-    head = {
-        "format": FORMAT,
-        "version": VERSION,
-        "model": {"num_layers": num_layers, "units_per_layer": units, "heads_per_unit": sharing.heads_per_unit},
-        "tie": sharing.tie,
-        "method": sharing.method,
-        "match": sharing.match,
-        "chains": sharing.chains,
-        "ratio": sharing.ratio,
-        **({} if sharing.budget is None else {"budget": sharing.budget}),
-        "seed": sharing.seed,
-        "source": sharing.source,
-    }
+    model = {"num_layers": num_layers, "units_per_layer": units, "heads_per_unit": sharing.heads_per_unit}
+    settings = {name: getattr(sharing, name) for name in _SETTINGS if name != "budget" or sharing.budget is not None}
+    head = {"format": "headshare-map", "version": 1, "model": model, **settings}
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
     if sharing.dropped.any():
-        dropped = (_place(sharing, int(flat)) for flat in np.flatnonzero(sharing.dropped))
-        lines.append(f'  "dropped": {_one_a_line(dropped)},')
-    receivers = (_receiver(sharing, int(flat)) for flat in sharing.receivers)
-    lines.append(f'  "receivers": {_one_a_line(receivers)}')
+        lines.append(f'  "dropped": {_one_a_line(sharing, np.flatnonzero(sharing.dropped))},')
+    lines.append(f'  "receivers": {_one_a_line(sharing, sharing.receivers)}')
     return "\n".join(["{", *lines, "}", ""])
 
 
-def _receiver(sharing: "SharingMap", flat: int) -> dict[str, Any]:
-    assert sharing.unit_tie is not None
-    place, tie = _place(sharing, flat), str(sharing.unit_tie.flat[flat])
-    donor = list(divmod(int(sharing.donor.flat[flat]), sharing.donor.shape[1]))
-    score = {"score": place.pop("score")}
-    return place | {"donor": donor} | ({} if tie == sharing.tie else {"tie": tie}) | score
-
-
-def _place(sharing: "SharingMap", flat: int) -> dict[str, Any]:
-    layer, unit = divmod(flat, sharing.donor.shape[1])
-    score = float(sharing.score.flat[flat])
-    return {"layer": layer, "unit": unit, "score": None if np.isnan(score) else score}
-
-
-def _one_a_line(entries: Iterable[dict[str, Any]]) -> str:
-    lines = [f"    {json.dumps(entry)}" for entry in entries]
+def _one_a_line(sharing: "SharingMap", units: np.ndarray) -> str:
+    lines = [f"    {json.dumps(_entry(sharing, int(flat)))}" for flat in units]
     return "[\n" + ",\n".join(lines) + "\n  ]" if lines else "[]"
+
+
+def _entry(sharing: "SharingMap", flat: int) -> dict[str, Any]:
+    assert sharing.unit_tie is not None
+    layer, unit = divmod(flat, sharing.donor.shape[1])
+    donor, tie, score = (array[layer, unit].item() for array in (sharing.donor, sharing.unit_tie, sharing.score))
+    place = {"layer": layer, "unit": unit}
+    shares = {} if donor == DROPPED else {"donor": list(divmod(donor, sharing.donor.shape[1]))}
+    own_tie = {} if tie in ("", sharing.tie) else {"tie": tie}
+    return {**place, **shares, **own_tie, "score": None if np.isnan(score) else score}
 
 
 def fields(text: str) -> dict[str, Any]:
@@ -76,119 +100,35 @@ def fields(text: str) -> dict[str, Any]:
       HeadshareError: not JSON, not such a document, values of other kinds, units out of range or named twice, a
         receiver that is its own donor.
     """
-    try:
-        said = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise HeadshareError(
-            f"The map is not valid JSON ({error}); give one that was saved by this program."
-        ) from error
-    if not isinstance(said, dict) or said.get("format") != FORMAT:
-        raise HeadshareError(f'The map is not a {FORMAT} document (its "format" says otherwise).')
-    if said.get("version") != VERSION:
-        raise HeadshareError(f"The map has version {said.get('version')!r}; this release reads {VERSION}.")
-    try:
-        return _fields(said)
-    except KeyError as error:
-        raise HeadshareError(f"The map lacks the field {error}.") from error
+    with one_sentence("the map"):
+        said = _Document.model_validate_json(text, strict=True)
+    shape = (said.model.num_layers, said.model.units_per_layer)
+    if shape[0] * shape[1] > 2**24:
+        raise HeadshareError("The map claims {} layers of {} units, more than any model has.".format(*shape))
+    donor = np.arange(shape[0] * shape[1]).reshape(shape)
+    score, unit_tie = np.full(shape, np.nan), np.full(shape, "", "<U4")
+    named: set[tuple[int, int]] = set()
+    for entry in [*said.receivers, *said.dropped]:
+        place = _place(entry.layer, entry.unit, shape)
+        if place in named:
+            raise HeadshareError("The map names unit {}.{} (layer.unit) twice.".format(*place))
+        named.add(place)
+        score[place] = np.nan if entry.score is None else entry.score
+        donor[place] = DROPPED
+        if isinstance(entry, _Receiver):
+            if place == _place(*entry.donor, shape):
+                raise HeadshareError(
+                    "The map makes unit {}.{} (layer.unit) its own donor; leave it out instead.".format(*place)
+                )
+            donor[place] = entry.donor[0] * shape[1] + entry.donor[1]
+            unit_tie[place] = entry.tie or said.tie
+    settings = {name: getattr(said, name) for name in _SETTINGS} | {"heads_per_unit": said.model.heads_per_unit}
+    return {"donor": donor, "score": score, "unit_tie": unit_tie, **settings}
 
 
-def _fields(document: Mapping[str, Any]) -> dict[str, Any]:
-    model = _object(document["model"], "model")
-    num_layers, units = (_whole(model[name], name, 1) for name in ("num_layers", "units_per_layer"))
-    if num_layers * units > 2**24:
-        raise HeadshareError(f"The map claims {num_layers} layers of {units} units, more than any model has.")
-    donor = np.arange(num_layers * units).reshape(num_layers, units)
-    score = np.full(donor.shape, np.nan)
-    tie = check_tie(_text(document["tie"], "tie"))
-    unit_tie = np.full(donor.shape, "", "<U4")
-    named = np.zeros(donor.shape, bool)
-
-    def name(entry: Mapping[str, Any]) -> tuple[int, int]:
-        place = _unit(entry["layer"], entry["unit"], donor.shape)
-        if named[place]:
-            raise HeadshareError(f"The map names unit {place[0]}.{place[1]} (layer.unit) twice.")
-        named[place] = True
-        if entry.get("score") is not None:
-            score[place] = _number(entry["score"], "score")
-        return place
-
-    for entry in _objects(document["receivers"], "receivers"):
-        place = name(entry)
-        donor_layer, donor_unit = _unit(*_pair(entry["donor"], "donor"), donor.shape)
-        if place == (donor_layer, donor_unit):
-            raise HeadshareError(
-                f"The map makes unit {place[0]}.{place[1]} (layer.unit) its own donor; leave it out instead."
-            )
-        donor[place] = donor_layer * units + donor_unit
-        unit_tie[place] = check_tie(_text(entry.get("tie", tie), "tie"))
-    for entry in _objects(document.get("dropped", []), "dropped"):
-        donor[name(entry)] = DROPPED
-    match, ratio, budget, seed, source = (document.get(name) for name in ("match", "ratio", "budget", "seed", "source"))
-    return {
-        "donor": donor,
-        "score": score,
-        "heads_per_unit": _whole(model["heads_per_unit"], "heads_per_unit", 1),
-        "tie": tie,
-        "unit_tie": unit_tie,
-        "method": _text(document["method"], "method"),
-        "chains": _text(document["chains"], "chains"),
-        "match": None if match is None else _text(match, "match"),
-        "ratio": None if ratio is None else _fraction(ratio, "ratio"),
-        "budget": None if budget is None else _fraction(budget, "budget", inclusive=True),
-        "seed": None if seed is None else _whole(seed, "seed", 0),
-        "source": None if source is None else _text(source, "source"),
-    }
-
-
-def _unit(layer: Any, unit: Any, shape: tuple[int, ...]) -> tuple[int, int]:
-    layer, unit = _whole(layer, "layer", 0), _whole(unit, "unit", 0)
+def _place(layer: int, unit: int, shape: tuple[int, int]) -> tuple[int, int]:
     if layer >= shape[0] or unit >= shape[1]:
         raise HeadshareError(
             f"The map names unit {layer}.{unit} (layer.unit), but its model has {shape[0]} layers of {shape[1]} units."
         )
     return layer, unit
-
-
-def _whole(value: Any, name: str, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise HeadshareError(f"{name} in the map must be a whole number of at least {least}, not {value!r}.")
-    return value
-
-
-def _number(value: Any, name: str) -> float:
-    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    if not whole and not isinstance(value, float):
-        raise HeadshareError(f"{name} in the map must be a number, not {value!r}.")
-    return float(value)
-
-
-def _fraction(value: Any, name: str, *, inclusive: bool = False) -> float:
-    number = _number(value, name)
-    if not (0 <= number < 1 or (inclusive and number == 1)):
-        end = "at most 1" if inclusive else "below 1"
-        raise HeadshareError(f"{name} in the map must be a number of at least 0 and {end}, not {value!r}.")
-    return number
-
-
-def _pair(value: Any, name: str) -> tuple[Any, Any]:
-    if not isinstance(value, list) or len(value) != 2:
-        raise HeadshareError(f"{name} in the map must be [layer, unit], not {value!r}.")
-    return value[0], value[1]
-
-
-def _object(value: Any, name: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise HeadshareError(f"{name} in the map must be an object, not {value!r}.")
-    return value
-
-
-def _objects(value: Any, name: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list):
-        raise HeadshareError(f"{name} in the map must be a list, not {value!r}.")
-    return [_object(entry, f"an entry of {name}") for entry in value]
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise HeadshareError(f"{name} in the map must be text, not {value!r}.")
-    return value
