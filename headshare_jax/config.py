@@ -4,7 +4,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from dataclasses import fields as fields_of
-from functools import cache
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
@@ -50,7 +49,7 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         with one_sentence("a model configuration"):
-            _checks(type(self)).model_validate(vars(self))
+            _CHECKS[RopeScaling].model_validate(vars(self))
         if self.kind != "llama3":
             return
         low, high = self.low_freq_factor, self.high_freq_factor
@@ -110,7 +109,7 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         with one_sentence("a model configuration"):
-            _checks(type(self)).model_validate(vars(self))
+            _CHECKS[LlamaConfig].model_validate(vars(self))
         if self.num_heads % self.num_kv_heads:
             raise HeadshareError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})."
@@ -205,11 +204,13 @@ class LlamaConfig:
         }
 
 
-@cache
-def _checks(kind: type[RopeScaling | LlamaConfig]) -> type[BaseModel]:
-    """The checks that the annotations of a configuration's fields ask for."""
+def _checks(kind: type[Any]) -> type[BaseModel]:
     fields: dict[str, Any] = {field.name: (field.type, ...) for field in fields_of(kind)}
     return create_model(kind.__name__, __config__=ConfigDict(strict=True), **fields)
+
+
+# What the annotations of a configuration's fields ask for.
+_CHECKS = {kind: _checks(kind) for kind in (RopeScaling, LlamaConfig)}
 
 
 class _Fields(BaseModel):
@@ -251,7 +252,7 @@ class _Llama3(_Scaled):
     high_freq_factor: Positive
 
 
-_ROTARY = {"default": _Fields, "linear": _Scaled, "dynamic": _Scaled, "llama3": _Llama3}
+_ROTARY: dict[str, type[_Fields]] = {"default": _Fields, "linear": _Scaled, "dynamic": _Scaled, "llama3": _Llama3}
 _ACTIVATIONS = {"swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -311,7 +312,7 @@ def _rope(found: _HuggingFace) -> tuple[float, RopeScaling | None]:
     # Where both spellings are given, transformers too takes the old one.
     where = "rope_scaling" if found.rope_scaling else "rope_parameters"
     fields = found.rope_scaling or found.rope_parameters
-    kind = fields.get("rope_type") or fields.get("type") or "default"
+    kind: Any = fields.get("rope_type") or fields.get("type") or "default"
     if kind not in list(_ROTARY):
         raise HeadshareError(f"{where} asks for rotary scaling of type {kind!r}; {', '.join(_ROTARY)} are supported.")
     rope = _ROTARY[kind].read(fields | {"type": None, "rope_type": None}, where)

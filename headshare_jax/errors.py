@@ -38,6 +38,8 @@ def _sentence(error: ValidationError, where: str) -> str:
         return str(first["ctx"]["error"])
     if first["type"] == "missing":
         return f"{subject} is missing."
+    if first["type"] == "json_invalid":
+        return f"{subject} is not valid JSON ({first['ctx']['error']})."
     if not said.startswith("Input should"):
         return f"{subject} is not usable ({said})."
     return f"{subject} {said.replace('Input should', 'must')}, not {first['input']!r:.99}."

@@ -332,7 +332,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda folder: edit_config(folder, headshare_map=None),
         r"missing: model\.layers\.0\.self_attn\.q_proj\.weight.*unexpected: .*model\.q_pool\.weight",
     ),
-    "a map that is no map": (lambda folder: edit_config(folder, headshare_map=[1]), "not a headshare-map document"),
+    "a map that is no map": (
+        lambda folder: edit_config(folder, headshare_map=[1]),
+        r"The map must be an object, not \[1\]",
+    ),
     "an index outside its pool": (
         tensor_damage(lambda tensors: tensors["model.k_pool.index"].__setitem__((2, 1), 99)),
         r"model\.k_pool\.index disagrees with headshare_map",
