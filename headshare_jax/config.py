@@ -18,10 +18,10 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 # Fields of a config.json that change nothing about the function the model computes.
 _NEUTRAL = (
-    "torch_dtype dtype use_cache transformers_version initializer_range pretraining_tp _name_or_path is_decoder "
-    "_attn_implementation auto_map is_llama_config transformers.js_config unsloth_version unsloth_fixed "
-    "tokenizer_class model_max_length gradient_checkpointing _from_model_config z_loss_weight return_dict "
-    "output_attentions output_hidden_states name_or_path"
+    "architectures model_type torch_dtype dtype use_cache transformers_version initializer_range pretraining_tp "
+    "_name_or_path is_decoder _attn_implementation auto_map is_llama_config transformers.js_config unsloth_version "
+    "unsloth_fixed tokenizer_class model_max_length gradient_checkpointing _from_model_config z_loss_weight "
+    "return_dict output_attentions output_hidden_states name_or_path"
 )
 
 
@@ -159,8 +159,8 @@ class LlamaConfig:
           >>> hs.LlamaConfig.from_hf(fields).heads_per_unit
           2
         """
+        architecture, normalize_head = _architecture(fields)
         found = _HuggingFace.read(fields, "config.json")
-        architecture, normalize_head = _architecture(found)
         rope_theta, rope_scaling = _rope(found)
         found.warn_of_rest(architecture)
         values = {field.name: getattr(found, field.name) for field in fields_of(cls) if field.name in vars(found)}
@@ -259,8 +259,6 @@ _ACTIVATIONS = {"swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "
 class _HuggingFace(_Fields):
     """A Hugging Face `config.json`, by the names of `LlamaConfig` where it has them."""
 
-    architectures: list[str] = []
-    model_type: Any = None
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -288,18 +286,20 @@ class _HuggingFace(_Fields):
     pad_token_id: int | None = None
 
 
-def _architecture(found: _HuggingFace) -> tuple[str, bool]:
+def _architecture(fields: Mapping[str, Any]) -> tuple[str, bool]:
     """The name of the model's class, and whether it normalises its output head."""
     normalizes_head = {"BaichuanForCausalLM": True, "BaiChuanForCausalLM": False, "LlamaForCausalLM": False}
-    implied = "LlamaForCausalLM" if found.model_type == "llama" else f"model_type {found.model_type!r}"
-    names = found.architectures or [implied]
+    kind = fields.get("model_type")
+    names = fields.get("architectures") or ["LlamaForCausalLM" if kind == "llama" else f"model_type {kind!r}"]
+    if not isinstance(names, list):
+        raise HeadshareError(f"architectures in config.json must be a list of names, not {names!r}.")
     name = next((name for name in normalizes_head if name in names), None)
     if name is None:
         raise HeadshareError(
-            f"The architecture in config.json ({', '.join(names)}) is not supported; LlamaForCausalLM, "
+            f"The architecture in config.json ({', '.join(map(str, names))}) is not supported; LlamaForCausalLM, "
             "BaichuanForCausalLM (Baichuan-2) and BaiChuanForCausalLM (Baichuan-1) are."
         )
-    if name != "LlamaForCausalLM" and "max_position_embeddings" not in found.model_fields_set:
+    if name != "LlamaForCausalLM" and fields.get("max_position_embeddings") is None:
         raise HeadshareError(
             f"This {name} has no max_position_embeddings, so it is a 13B with ALiBi positions, which are not "
             "supported; only the rotary Baichuan models are."

@@ -127,6 +127,11 @@ def test_what_cannot_be_computed_is_refused_by_name(overrides: dict[str, Any], n
         LlamaConfig.from_hf(HF | overrides)
 
 
+def test_another_architecture_is_named_whatever_its_fields() -> None:
+    with pytest.raises(HeadshareError, match="GPT2LMHeadModel"):
+        LlamaConfig.from_hf({"architectures": ["GPT2LMHeadModel"], "n_embd": 768, "attn_pdrop": 0.1})
+
+
 @pytest.mark.parametrize(
     "name", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
 )
