@@ -9,20 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from headshare_jax.calibration.streams import (
-    Weights,
-    advance,
-    batches,
-    calibration_mesh,
-    cut,
-    embedded,
-    layer_weights,
-    on_disk,
-    room_on_disk,
-    through_layer,
-    whole,
-    window_sharding,
-)
+from headshare_jax.calibration import streams
+from headshare_jax.calibration.streams import Weights
 from headshare_jax.config import LlamaConfig
 from headshare_jax.model.layer import rms_norm
 from headshare_jax.model.mesh import replicated
@@ -38,8 +26,8 @@ def _backward(
     config: LlamaConfig, weights: Weights, x_btd: jax.Array, gradient_btd: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients behind a layer's attention and before the layer, from its input and the gradient behind it."""
-    middle_btd, through_attention = jax.vjp(lambda x: advance(config, weights, x, "attention"), x_btd)
-    _, through_mlp = jax.vjp(lambda x: advance(config, weights, x, "mlp"), middle_btd)
+    middle_btd, through_attention = jax.vjp(lambda x: streams.advance(config, weights, x, "attention"), x_btd)
+    _, through_mlp = jax.vjp(lambda x: streams.advance(config, weights, x, "mlp"), middle_btd)
     (middle_gradient_btd,) = through_mlp(gradient_btd)
     return middle_gradient_btd, through_attention(middle_gradient_btd)[0]
 
@@ -49,42 +37,30 @@ def _head_gradient(
     config: LlamaConfig, mesh: Mesh, final_norm_d: jax.Array, head_vd: jax.Array, x_btd: jax.Array, keys_bt: jax.Array
 ) -> jax.Array:
     """Gradient of the log-probability of tokens drawn by the model itself, by the stream before the final norm."""
-    everywhere, rows = replicated(mesh).spec, window_sharding(len(x_btd), mesh).spec
-    of_windows = jax.shard_map(
-        partial(_head_gradient_of_windows, config),
-        mesh=mesh,
-        in_specs=(everywhere, everywhere, rows, rows),
-        out_specs=rows,
-        check_vma=False,
-    )
+    everywhere, rows = replicated(mesh).spec, streams.window_sharding(len(x_btd), mesh).spec
+    specs = (everywhere, everywhere, rows, rows)
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
+    def of_windows(final_norm_d: jax.Array, head_vd: jax.Array, x_btd: jax.Array, keys_bt: jax.Array) -> jax.Array:
+        def of_token(row: tuple[jax.Array, jax.Array]) -> jax.Array:
+            x_d, key = row
+            logits_v, through_logits = jax.vjp(
+                lambda x_d: head_logits(rms_norm(x_d, final_norm_d, config.rms_norm_eps), head_vd), x_d
+            )
+            drawn_v = jax.nn.one_hot(jax.random.categorical(key, logits_v), logits_v.size, dtype=jnp.float32)
+            return through_logits(drawn_v - jax.nn.softmax(logits_v))[0]
+
+        tokens = (x_btd.reshape(-1, x_btd.shape[-1]), keys_bt.ravel())
+        return jax.lax.map(of_token, tokens, batch_size=_HEAD_TOKENS).reshape(x_btd.shape)
+
     gradient_btd: jax.Array = of_windows(final_norm_d, head_vd, x_btd, keys_bt)
     return gradient_btd
 
 
-def _head_gradient_of_windows(
-    config: LlamaConfig, final_norm_d: jax.Array, head_vd: jax.Array, x_btd: jax.Array, keys_bt: jax.Array
-) -> jax.Array:
-    def of_token(row: tuple[jax.Array, jax.Array]) -> jax.Array:
-        x_d, key = row
-
-        def logits(x_d: jax.Array) -> jax.Array:
-            return head_logits(rms_norm(x_d, final_norm_d, config.rms_norm_eps), head_vd)
-
-        logits_v, through_logits = jax.vjp(logits, x_d)
-        drawn_v = jax.nn.one_hot(jax.random.categorical(key, logits_v), logits_v.size, dtype=jnp.float32)
-        return through_logits(drawn_v - jax.nn.softmax(logits_v))[0]
-
-    tokens = (x_btd.reshape(-1, x_btd.shape[-1]), keys_bt.ravel())
-    return jax.lax.map(of_token, tokens, batch_size=_HEAD_TOKENS).reshape(x_btd.shape)
-
-
 def _draw_keys(seed: int, windows: slice, seq_len: int) -> jax.Array:
     """Keys of a draw for every token, [W, T]; a window's do not depend on the others."""
-
-    def of_window(window: jax.Array) -> jax.Array:
-        return jax.random.split(jax.random.fold_in(jax.random.key(seed), window), seq_len)
-
-    return jax.vmap(of_window)(jnp.arange(windows.start, windows.stop))
+    key_w = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(windows.start, windows.stop))
+    return jax.vmap(partial(jax.random.split, num=seq_len))(key_w)
 
 
 @contextmanager
@@ -119,26 +95,30 @@ def attention_gradients(
       HeadshareError: the disk is full.
     """
     config, total = source.config, 2 * source.config.num_layers
-    mesh = mesh or calibration_mesh()
+    mesh = mesh or streams.calibration_mesh()
     windows, seq_len = windows_wt.shape
-    parts = list(batches(slice(0, windows), batch_tokens, seq_len, mesh.size))
+    parts = list(streams.batches(slice(0, windows), batch_tokens, seq_len, mesh.size))
     shape = (config.num_layers, windows, seq_len, config.hidden_size)
-    with room_on_disk(shape) as states_lwtd, on_disk(embedded(source, windows_wt)) as x_wtd:
+    # Room is taken at once, so that a full disk is an error here.
+    room = (np.zeros((1, *shape[2:]), np.float32) for _ in range(shape[0] * windows))
+    with streams.on_disk(room) as states, streams.on_disk(streams.embedded(source, windows_wt)) as x_wtd:
+        states_lwtd = states.reshape(shape)
         for layer in range(config.num_layers):
-            weights = layer_weights(source, layer, mesh)
+            weights = streams.layer_weights(source, layer, mesh)
             for part in parts:
                 states_lwtd[layer, part] = x_wtd[part]
-                x_wtd[part] = through_layer(config, weights, cut(x_wtd[part], mesh))
+                x_wtd[part] = streams.through_layer(config, weights, streams.cut(x_wtd[part], mesh))
             progress(layer + 1, total)
-        final_norm_d, head_vd = whole(source.read("final_norm_d"), mesh), whole(output_head(source), mesh)
+        final_norm_d = streams.whole(source.read("final_norm_d"), mesh)
+        head_vd = streams.whole(output_head(source), mesh)
         for part in parts:
             keys_bt = _draw_keys(seed, part, seq_len)
-            x_wtd[part] = _head_gradient(config, mesh, final_norm_d, head_vd, cut(x_wtd[part], mesh), keys_bt)
+            x_wtd[part] = _head_gradient(config, mesh, final_norm_d, head_vd, streams.cut(x_wtd[part], mesh), keys_bt)
         for layer in reversed(range(config.num_layers)):
-            weights = layer_weights(source, layer, mesh)
+            weights = streams.layer_weights(source, layer, mesh)
             for part in parts:
                 states_lwtd[layer, part], x_wtd[part] = _backward(
-                    config, weights, cut(states_lwtd[layer, part], mesh), cut(x_wtd[part], mesh)
+                    config, weights, streams.cut(states_lwtd[layer, part], mesh), streams.cut(x_wtd[part], mesh)
                 )
             progress(total - layer, total)
         yield states_lwtd

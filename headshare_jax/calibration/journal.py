@@ -1,9 +1,13 @@
 """Journals of long work: what is finished of it, step by step, so that it can go on after a stop."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import numpy as np
+
+from headshare_jax.calibration.windows import tokens_digest
+from headshare_jax.sharing.source import WeightSource, whole_fingerprint
 
 
 class Journal(Protocol):
@@ -35,3 +39,18 @@ class NoJournal:
 
     def write(self, step: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Keeps nothing."""
+
+
+def journal_of(
+    journals: Journals | None,
+    work: str,
+    models: Mapping[str, WeightSource],
+    windows_wt: np.ndarray,
+    settings: Any,
+    **more: Any,
+) -> Journal:
+    """The journal of a kind of work on some models and a text; without journals, one that keeps nothing."""
+    if journals is None:
+        return NoJournal()
+    key = {name: whole_fingerprint(model) for name, model in models.items()}
+    return journals.of(work, {**key, "text": tokens_digest(windows_wt), "settings": asdict(settings), **more})

@@ -3,7 +3,6 @@
 Every device has the weights of a layer; windows of text are cut among them, and sums over tokens come out whole.
 """
 
-import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,8 +27,6 @@ from headshare_jax.sharing.source import WeightSource
 # A layer adds to the residual stream what its two blocks give, one after the other; each ends in a linear map.
 BLOCKS = ("attention", "mlp")
 OUTPUT = {"attention": "o_pool_phd", "mlp": "down_lfd"}
-# Written at a time to take room on the disk.
-_FILLING_BYTES = 2**20
 # One layer's parameters by name, float32.
 Weights = dict[str, jax.Array]
 
@@ -118,12 +115,8 @@ def window_heads(config: LlamaConfig, weights: Weights, x_btd: jax.Array) -> jax
       weights: norm of the layer that the stream is in, q, k and v weights [N or K, D, H], and biases if there are any.
       x_btd: the residual stream before the layer.
     """
-
-    def attention(q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array) -> tuple[jax.Array, None]:
-        return attend(q_btnh, k_btkh, v_btkh), None
-
     angles = rotary_angles(config, jnp.arange(x_btd.shape[1], dtype=jnp.int32)[None])
-    return head_outputs(config, Held(weights), x_btd, angles, attention)[0]
+    return head_outputs(config, Held(weights), x_btd, angles, lambda *qkv: (attend(*qkv), None))[0]
 
 
 @contextmanager
@@ -142,35 +135,17 @@ def on_disk(parts: Iterable[np.ndarray], folder: Path | None = None) -> Iterator
     """
     with tempfile.TemporaryFile(dir=folder) as file:
         windows = 0
-        with _told_when_full():
+        try:
             for part in parts:
                 file.write(np.ascontiguousarray(part, np.float32).data)
                 windows += len(part)
             file.flush()
+        except OSError as error:
+            raise HeadshareError(
+                f"The hidden states of the calibration text find no room in temporary files ({error.strerror}); "
+                "set TMPDIR to a folder with more room, or calibrate on fewer tokens."
+            ) from error
         yield np.memmap(file, np.float32, "r+", shape=(windows, *part.shape[1:]))
-
-
-@contextmanager
-def room_on_disk(shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """Room for a float32 array in a temporary file, taken at once, so that a full disk is an error here."""
-    with tempfile.TemporaryFile() as file:
-        nothing = bytes(_FILLING_BYTES)
-        with _told_when_full():
-            for start in range(0, 4 * math.prod(shape), _FILLING_BYTES):
-                file.write(nothing[: 4 * math.prod(shape) - start])
-            file.flush()
-        yield np.memmap(file, np.float32, "r+", shape=shape)
-
-
-@contextmanager
-def _told_when_full() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise HeadshareError(
-            f"The hidden states of the calibration text find no room in temporary files ({error.strerror}); "
-            "set TMPDIR to a folder with more room, or calibrate on fewer tokens."
-        ) from error
 
 
 def embedded(source: WeightSource, windows_wt: np.ndarray) -> Iterator[np.ndarray]:

@@ -15,26 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from headshare_jax.calibration.journal import Journal, Journals, NoJournal
-from headshare_jax.calibration.streams import (
-    BLOCKS,
-    OUTPUT,
-    Weights,
-    advance,
-    batches,
-    calibration_mesh,
-    cut,
-    embedded,
-    layer_weights,
-    on_disk,
-    output_weight,
-    run_block,
-)
-from headshare_jax.calibration.windows import tokens_digest
+from headshare_jax.calibration import streams
+from headshare_jax.calibration.journal import Journals, journal_of
+from headshare_jax.calibration.streams import BLOCKS, OUTPUT, Weights
 from headshare_jax.errors import HeadshareError
 from headshare_jax.fit.moments import Moments, batch_moments
 from headshare_jax.model.llama import Llama
-from headshare_jax.sharing.source import WeightSource, pool_index, pool_rows, whole_fingerprint
+from headshare_jax.sharing.source import WeightSource, pool_index, stored_shape
 from headshare_jax.sharing.view import ReplacedView
 
 SCOPES = ("receivers", "attention", "all")
@@ -168,59 +155,45 @@ def refit(
         )
     if shared.sharing is None or dense.config != shared.config:
         raise HeadshareError("A refit needs a shared model and the dense model that it was made from.")
-    journal = _journal(journals, dense, shared, windows_wt, settings)
-    fitted = _Fitted(shared)
+    assert shared.sharing.unit_tie is not None
+    journal = journal_of(
+        journals,
+        "refit",
+        {"model": dense, "shared model": shared},
+        windows_wt,
+        settings,
+        types={name: str(shared.dtype(name)) for name in OUTPUT.values()},
+        donor=shared.sharing.donor.tolist(),
+        tie=shared.sharing.unit_tie.tolist(),
+    )
+    fitted: dict[tuple[str, int], np.ndarray] = {}
     blocks: list[BlockFit] = []
     with ExitStack() as files:
-        walk = _Walk(dense, windows_wt, settings, calibration_mesh(devices), files)
+        walk = _Walk(dense, windows_wt, settings, streams.calibration_mesh(devices), files)
         for layer in range(dense.config.num_layers):
             changed = bool((shared.sharing.receives | shared.sharing.dropped)[layer].any())
-            walk.enter(layer, layer_weights(shared, layer, walk.mesh) if changed or walk.parted else None)
+            walk.enter(layer, streams.layer_weights(shared, layer, walk.mesh) if changed or walk.parted else None)
             for block in BLOCKS:
-                if not walk.parted or not _in_scope(settings.scope, block, changed):
-                    walk.advance(block)
-                    continue
-                name = f"layer-{layer}-{block}"
-                step = journal.read(name)
-                if step is None:
-                    step = _fit_block(walk, fitted, layer, block, settings)
-                    journal.write(name, step)
+                if walk.parted and _in_scope(settings.scope, block, changed):
+                    name = f"layer-{layer}-{block}"
+                    step = journal.read(name)
+                    if step is None:
+                        step = _fit_block(walk, shared, layer, block, settings)
+                        journal.write(name, step)
+                    else:
+                        walk.advance_dense(block)
+                    if _WEIGHT in step:
+                        fitted[OUTPUT[block], layer] = step[_WEIGHT]
+                        walk.compressed[OUTPUT[block]] = jnp.asarray(step[_WEIGHT], jnp.float32)
+                    blocks.append(BlockFit(**json.loads(step[_FIT].tobytes())))
                 else:
                     walk.advance_dense(block)
-                fit = BlockFit(**json.loads(step[_FIT].tobytes()))
-                if _WEIGHT in step:
-                    walk.compressed[OUTPUT[block]] = fitted.put(layer, block, step[_WEIGHT])
-                walk.advance_compressed(block)
-                blocks.append(fit)
+                if walk.parted:
+                    walk.advance_compressed(block)
             progress(layer + 1, dense.config.num_layers)
     report = RefitReport(tuple(blocks), walk.windows, walk.seq_len, settings)
-    view = ReplacedView(shared, fitted.values)
+    view = ReplacedView(shared, fitted)
     return Llama.of(view, **shared.settings) if isinstance(shared, Llama) else view, report
-
-
-def _journal(
-    journals: Journals | None,
-    dense: WeightSource,
-    shared: WeightSource,
-    windows_wt: np.ndarray,
-    settings: RefitSettings,
-) -> Journal:
-    if journals is None:
-        return NoJournal()
-    assert shared.sharing is not None
-    assert shared.sharing.unit_tie is not None
-    return journals.of(
-        "refit",
-        {
-            "model": whole_fingerprint(dense),
-            "shared model": whole_fingerprint(shared),
-            "types": {name: str(shared.dtype(name)) for name in OUTPUT.values()},
-            "donor": shared.sharing.donor.tolist(),
-            "tie": shared.sharing.unit_tie.tolist(),
-            "text": tokens_digest(windows_wt),
-            "settings": asdict(settings),
-        },
-    )
 
 
 class _Walk:
@@ -233,12 +206,12 @@ class _Walk:
         self.windows, self.seq_len = windows_wt.shape
         kept = self.windows - min(max(1, round(settings.held_out * self.windows)), self.windows - 1)
         self.fit_to, self.held_out = (
-            list(batches(part, settings.batch_tokens, self.seq_len, mesh.size))
+            list(streams.batches(part, settings.batch_tokens, self.seq_len, mesh.size))
             for part in (slice(0, kept), slice(kept, self.windows))
         )
         # The streams run in these batches alone, so that they have the same bits whether or not a block is fitted.
         self.parts = self.fit_to + self.held_out
-        self.x_wtd = self.compressed_wtd = files.enter_context(on_disk(embedded(dense, windows_wt)))
+        self.x_wtd = self.compressed_wtd = files.enter_context(streams.on_disk(streams.embedded(dense, windows_wt)))
         self.compressed: Weights = {}
 
     @property
@@ -248,41 +221,34 @@ class _Walk:
 
     def enter(self, layer: int, compressed: Weights | None) -> None:
         """Goes on to a layer; `compressed` are its weights in the compressed model, None where they are the dense's."""
-        self.dense = layer_weights(self.source, layer, self.mesh)
+        self.dense = streams.layer_weights(self.source, layer, self.mesh)
         if compressed is None:
             return
         self.compressed = compressed
         if not self.parted:
-            self.compressed_wtd = self.files.enter_context(on_disk(self.x_wtd[part] for part in self.parts))
-
-    def moments(self, block: str) -> tuple[Moments, Moments]:
-        """Sums over the windows to fit to, and over those held out; the dense stream is then behind the block."""
-        return self._moments(block, self.fit_to), self._moments(block, self.held_out)
-
-    def advance(self, block: str) -> None:
-        """Takes both streams behind a block."""
-        if self.parted:
-            self.advance_compressed(block)
-        self.advance_dense(block)
+            self.compressed_wtd = self.files.enter_context(streams.on_disk(self.x_wtd[part] for part in self.parts))
 
     def advance_dense(self, block: str) -> None:
         """Takes the dense stream alone behind a block."""
-        for part in self.parts:
-            self.x_wtd[part] = advance(self.config, self.dense, cut(self.x_wtd[part], self.mesh), block)
+        self._advance(self.x_wtd, self.dense, block)
 
     def advance_compressed(self, block: str) -> None:
         """Takes the compressed stream alone behind a block."""
-        for part in self.parts:
-            before_btd = cut(self.compressed_wtd[part], self.mesh)
-            self.compressed_wtd[part] = advance(self.config, self.compressed, before_btd, block)
+        self._advance(self.compressed_wtd, self.compressed, block)
 
-    def _moments(self, block: str, parts: list[slice]) -> Moments:
-        width = output_weight(self.dense, block).shape[0]
+    def _advance(self, x_wtd: np.ndarray, weights: Weights, block: str) -> None:
+        for part in self.parts:
+            x_wtd[part] = streams.advance(self.config, weights, streams.cut(x_wtd[part], self.mesh), block)
+
+    def moments(self, block: str, parts: list[slice]) -> Moments:
+        """Sums over some windows, whose dense stream is then behind the block."""
+        width = streams.output_weight(self.dense, block).shape[0]
         shape = (2, width, self.config.hidden_size)
         total = Moments(np.zeros((width, width)), np.zeros(shape), np.zeros((2, 2)), 0)
         for part in parts:
-            x_btd, compressed_btd = cut(self.x_wtd[part], self.mesh), cut(self.compressed_wtd[part], self.mesh)
-            y_btd, after_btd = run_block(self.config, self.dense, x_btd, block)
+            x_btd = streams.cut(self.x_wtd[part], self.mesh)
+            compressed_btd = streams.cut(self.compressed_wtd[part], self.mesh)
+            y_btd, after_btd = streams.run_block(self.config, self.dense, x_btd, block)
             sums = batch_moments(self.config, self.compressed, x_btd, y_btd, after_btd, compressed_btd, block)
             gram, cross, energy = (np.asarray(value, np.float64) for value in sums)
             total += Moments(gram, cross, energy, x_btd.shape[0] * x_btd.shape[1])
@@ -336,40 +302,25 @@ def _fit(
 
 
 def _fit_block(
-    walk: _Walk, fitted: "_Fitted", layer: int, block: str, settings: RefitSettings
+    walk: _Walk, shared: WeightSource, layer: int, block: str, settings: RefitSettings
 ) -> dict[str, np.ndarray]:
     """What a journal keeps of a block, which is fitted for it; the dense stream is then behind the block."""
-    change, fit = _fit(*walk.moments(block), fitted.free_rows(layer, block), layer, block, settings)
+    fit_to, held_out = (walk.moments(block, parts) for parts in (walk.fit_to, walk.held_out))
+    change, fit = _fit(fit_to, held_out, _free_rows(shared, layer, block), layer, block, settings)
     step = {_FIT: np.frombuffer(json.dumps(asdict(fit)).encode(), np.uint8)}
     if fit.drift is not None:
-        step[_WEIGHT] = fitted.changed(layer, block, change)
+        before = shared.read(OUTPUT[block], layer)
+        step[_WEIGHT] = (before.astype(np.float64) + change.reshape(before.shape)).astype(before.dtype)
     return step
 
 
-class _Fitted:
-    """Output weights of a shared source, of which those that change are kept."""
-
-    def __init__(self, shared: WeightSource):
-        self.shared = shared
-        self.values: dict[tuple[str, int], np.ndarray] = {}
-
-    def free_rows(self, layer: int, block: str) -> np.ndarray:
-        """Rows of the block's output weight that are stored and that nothing else uses, ascending."""
-        config = self.shared.config
-        if block == "mlp":
-            return np.arange(config.intermediate_size)
-        index_ln = pool_index(config, "o", self.shared.sharing)
-        users = np.bincount(index_ln.ravel())
-        stored_n = index_ln[layer] < pool_rows(config, "o", self.shared.sharing)
-        heads = np.flatnonzero((users[index_ln[layer]] == 1) & stored_n)
-        return (heads[:, None] * config.head_dim + np.arange(config.head_dim)).ravel()
-
-    def changed(self, layer: int, block: str, change: np.ndarray) -> np.ndarray:
-        """The block's output weight and a change [I, D], in the weight's own shape and type."""
-        before = self.shared.read(OUTPUT[block], layer)
-        return (before.astype(np.float64) + change.reshape(before.shape)).astype(before.dtype)
-
-    def put(self, layer: int, block: str, weight: np.ndarray) -> jax.Array:
-        """Takes over what `changed` gave; returns it as `layer_weights` would."""
-        self.values[OUTPUT[block], layer] = weight
-        return jnp.asarray(weight, jnp.float32)
+def _free_rows(shared: WeightSource, layer: int, block: str) -> np.ndarray:
+    """Rows of the block's output weight that are stored and that nothing else uses, ascending."""
+    config = shared.config
+    if block == "mlp":
+        return np.arange(config.intermediate_size)
+    index_ln = pool_index(config, "o", shared.sharing)
+    users = np.bincount(index_ln.ravel())
+    stored_n = index_ln[layer] < stored_shape(config, OUTPUT[block], shared.sharing)[0]
+    heads = np.flatnonzero((users[index_ln[layer]] == 1) & stored_n)
+    return (heads[:, None] * config.head_dim + np.arange(config.head_dim)).ravel()

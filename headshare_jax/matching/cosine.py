@@ -75,10 +75,11 @@ def match(
         raise HeadshareError("Matching needs at least two layers: donors come from earlier layers.")
     units = config.num_kv_heads
     if function == "random":
-        scores = _random_scores(config.num_units, seed)
+        if seed < 0:
+            raise HeadshareError(f"The seed must not be negative, but is {seed}.")
+        scores = np.random.default_rng(seed).random((config.num_units, config.num_units), np.float32)
     else:
-        read = partial(_read_features, source, function)
-        dim = _feature_dim(config, function)
+        read, dim = partial(_read_features, source, function), _feature_dim(config, function)
         scores = cosine_scores(read, config.num_layers, units, dim, block_bytes=block_bytes, progress=progress)
     layer = np.repeat(np.arange(config.num_layers), units)
     scores = np.where(layer[:, None] > layer[None, :], scores, -np.inf).astype(np.float32)
@@ -239,9 +240,3 @@ def _total(q_ndh: jax.Array, k_kdh: jax.Array, v_kdh: jax.Array) -> jax.Array:
     logits_nhi = jnp.einsum("ndh,ndi->nhi", q_ndh, k_ndh, precision=jax.lax.Precision.HIGHEST)
     weights_nhi = jax.nn.softmax(logits_nhi / jnp.sqrt(jnp.float32(width)), axis=-1)
     return jnp.einsum("nhi,ndi->ndh", weights_nhi, v_ndh, precision=jax.lax.Precision.HIGHEST)
-
-
-def _random_scores(size: int, seed: int) -> np.ndarray:
-    if seed < 0:
-        raise HeadshareError(f"The seed must not be negative, but is {seed}.")
-    return np.random.default_rng(seed).random((size, size), np.float32)

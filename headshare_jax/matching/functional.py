@@ -5,9 +5,8 @@ projection is refitted. Sums of products tell for all pairs what then is left of
 model's predictions what that does to them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -15,29 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from headshare_jax.calibration import streams
 from headshare_jax.calibration.fisher import attention_gradients
-from headshare_jax.calibration.journal import Journal, Journals, NoJournal
-from headshare_jax.calibration.streams import (
-    Weights,
-    advance,
-    batches,
-    calibration_mesh,
-    cut,
-    embedded,
-    layer_weights,
-    on_disk,
-    output_weight,
-    residual_weights,
-    through_layer,
-    window_heads,
-)
-from headshare_jax.calibration.windows import tokens_digest
+from headshare_jax.calibration.journal import Journals, journal_of
+from headshare_jax.calibration.streams import Weights
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.matching.elimination import TINY, dropped_solution, pair_residuals, regular_inverse, shared_solution
 from headshare_jax.parameters import PARAMETERS
 from headshare_jax.sharing.scores import MatchResult, best_donors
-from headshare_jax.sharing.source import WeightSource, fingerprint, whole_fingerprint
+from headshare_jax.sharing.source import WeightSource, fingerprint
 
 # Float64 sums over tokens: the layer's own features [I, I], those with each donor's [C, I, J], each donor's [C, J, J].
 Sums = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -125,34 +111,25 @@ def match_functional(
     if config.num_layers < 2:
         raise HeadshareError("Matching needs at least two layers: donors come from earlier layers.")
     windows_wt, ties = windows_wt[: settings.windows], tuple(dict.fromkeys(("qkv", *ties)))
-    journal = _journal(journals, source, windows_wt, settings, ties)
-    found = {layer: journal.read(_step(layer)) for layer in range(config.num_layers)}
-    finished = {layer: costs for layer, costs in found.items() if costs is not None}
-    if len(finished) < config.num_layers:
-        mesh = calibration_mesh(devices)
-        finished |= _match_layers(source, windows_wt, settings, ties, finished, mesh, journal, progress)
-    scores = {
-        name: -np.concatenate([finished[layer][name] for layer in range(config.num_layers)]) for name in ("drop", *ties)
-    }
-    drop_score = scores.pop("drop").reshape(config.num_layers, -1)
-    return _result(scores.pop("qkv"), scores, drop_score, config, fingerprint(source))
-
-
-def _journal(
-    journals: Journals | None,
-    source: WeightSource,
-    windows_wt: np.ndarray,
-    settings: FunctionalSettings,
-    ties: tuple[str, ...],
-) -> Journal:
-    if journals is None:
-        return NoJournal()
-    key = {"model": whole_fingerprint(source), "text": tokens_digest(windows_wt)}
-    return journals.of("match", key | {"settings": asdict(settings), "ties": ties})
-
-
-def _step(layer: int) -> str:
-    return f"layer-{layer}"
+    journal = journal_of(journals, "match", {"model": source}, windows_wt, settings, ties=ties)
+    steps = [f"layer-{layer}" for layer in range(config.num_layers)]
+    costs = {layer: found for layer, step in enumerate(steps) if (found := journal.read(step)) is not None}
+    if len(costs) < config.num_layers:
+        mesh = streams.calibration_mesh(devices)
+        for layer, found in _match_layers(source, windows_wt, settings, ties, costs, mesh, progress):
+            costs[layer] = found
+            journal.write(steps[layer], found)
+    scores = {name: -np.concatenate([costs[layer][name] for layer in sorted(costs)]) for name in ("drop", *ties)}
+    drop_score, qkv_scores = scores.pop("drop"), scores.pop("qkv")
+    return MatchResult(
+        *best_donors(qkv_scores, config.num_kv_heads),
+        match="functional",
+        heads_per_unit=config.heads_per_unit,
+        scores=qkv_scores,
+        tie_scores=scores,
+        drop_score=drop_score.reshape(config.num_layers, -1),
+        source=fingerprint(source),
+    )
 
 
 def _match_layers(
@@ -160,51 +137,30 @@ def _match_layers(
     windows_wt: np.ndarray,
     settings: FunctionalSettings,
     ties: tuple[str, ...],
-    finished: Mapping[int, Costs],
+    finished: Container[int],
     mesh: Mesh,
-    journal: Journal,
     progress: Callable[[int, int], None],
-) -> dict[int, Costs]:
-    """Costs of all layers but those that are finished; each goes to the journal as soon as it is there."""
-    config, layers = source.config, source.config.num_layers
-    found: dict[int, Costs] = {}
+) -> Iterator[tuple[int, Costs]]:
+    """Costs of one layer after another, but for those that are finished."""
+    layers = source.config.num_layers
+    gradients = attention_gradients(
+        source,
+        windows_wt,
+        batch_tokens=settings.batch_tokens,
+        mesh=mesh,
+        progress=lambda done, total: progress(done, total + layers),
+    )
     near: dict[int, Weights] = {}
-    with ExitStack() as files:
-        gradients_lwtd = files.enter_context(
-            attention_gradients(
-                source,
-                windows_wt,
-                batch_tokens=settings.batch_tokens,
-                mesh=mesh,
-                progress=lambda done, total: progress(done, total + layers),
-            )
-        )
-        x_wtd = files.enter_context(on_disk(embedded(source, windows_wt)))
+    with gradients as gradients_lwtd, streams.on_disk(streams.embedded(source, windows_wt)) as x_wtd:
         for layer in range(layers):
-            weights = layer_weights(source, layer, mesh)
+            weights = streams.layer_weights(source, layer, mesh)
             near = {below: near[below] for below in range(max(0, layer - settings.span), layer)} | {layer: weights}
             if layer not in finished:
-                scorer = _LayerScorer(config, near, x_wtd, gradients_lwtd[layer], settings, mesh)
-                found[layer] = scorer.layer_costs(ties)
-                journal.write(_step(layer), found[layer])
-            for part in batches(slice(0, len(x_wtd)), settings.batch_tokens, x_wtd.shape[1], mesh.size):
-                x_wtd[part] = through_layer(config, weights, cut(x_wtd[part], mesh))
+                scorer = _LayerScorer(source.config, near, x_wtd, gradients_lwtd[layer], settings, mesh)
+                yield layer, scorer.layer_costs(ties)
+            for part in streams.batches(slice(0, len(x_wtd)), settings.batch_tokens, x_wtd.shape[1], mesh.size):
+                x_wtd[part] = streams.through_layer(source.config, weights, streams.cut(x_wtd[part], mesh))
             progress(2 * layers + layer + 1, 3 * layers)
-    return found
-
-
-def _result(
-    scores: np.ndarray, tie_scores: Mapping[str, np.ndarray], drop_score: np.ndarray, config: LlamaConfig, source: str
-) -> MatchResult:
-    return MatchResult(
-        *best_donors(scores, config.num_kv_heads),
-        match="functional",
-        heads_per_unit=config.heads_per_unit,
-        scores=scores,
-        tie_scores=tie_scores,
-        drop_score=drop_score,
-        source=source,
-    )
 
 
 class _LayerScorer:
@@ -220,109 +176,105 @@ class _LayerScorer:
         mesh: Mesh,
     ):
         self.config, self.near, self.x_wtd, self.settings, self.mesh = config, near, x_wtd, settings, mesh
-        self.layer, self.first_layer = max(near), min(near)
         self.gradients_wtd = gradients_wtd
+        self.layer, self.units = max(near), config.num_kv_heads
+        # Flat indices of the layer's units.
+        self.own = np.arange(self.layer * self.units, (self.layer + 1) * self.units)
+        self.parts = self._batches(slice(0, len(x_wtd)))
         g_md = gradients_wtd.reshape(-1, config.hidden_size)
         metric_dd = np.asarray(g_md.T @ g_md, np.float64) / max(np.sum(np.square(g_md)), TINY)
-        o_id = np.asarray(output_weight(near[self.layer], "attention"), np.float64)
+        o_id = np.asarray(streams.output_weight(near[self.layer], "attention"), np.float64)
         self.outer_ii = o_id @ metric_dd @ o_id.T
-
-    def own_units(self) -> np.ndarray:
-        """Flat indices of the layer's units."""
-        units = self.config.num_kv_heads
-        return np.arange(self.layer * units, (self.layer + 1) * units)
 
     def layer_costs(self, ties: Sequence[str]) -> Costs:
         """Costs of all units, infinite for pairs that are not tried; `qkv` is among the ties."""
-        own, (donors, sums) = self.own_units(), self.kept_donors()
-        rank_us = np.full((len(own), self.config.num_units), np.inf)
-        rank_us[:, donors] = self.ranks(donors, sums)
-        receivers, best = self.best_pairs(rank_us)
-        places, rows = np.searchsorted(donors, best), receivers - own[0]
-        drop, costs = self.costs(receivers, best, "qkv", (sums[0], sums[1][places], sums[2][places]))
+        donors, sums = self._kept_donors()
+        # What is left when q, k and v are shared; infinite where a unit is no donor of the layer.
+        rank_us = np.full((self.units, self.config.num_units), np.inf)
+        wanted_uc = (self.own[:, None] != donors) & (self.settings.same_layer | (donors < self.own[0]))
+        rank_us[:, donors] = pair_residuals(*sums, self.outer_ii, self.settings.ridge, wanted_uc)
+        # The pairs with the least rank, up to `keep` for each unit, its best first.
+        best_uk = np.argsort(rank_us, axis=1, kind="stable")[:, : self.settings.keep]
+        found_uk = np.isfinite(np.take_along_axis(rank_us, best_uk, axis=1))
+        rows, best = np.nonzero(found_uk)[0], best_uk[found_uk]
+        receivers, places = self.own[rows], np.searchsorted(donors, best)
+        drop, costs = self._costs(receivers, best, "qkv", (sums[0], sums[1][places], sums[2][places]))
         share = {tie: np.full(rank_us.shape, np.inf, np.float32) for tie in ties}
-        for row, place in {row: place for place, row in reversed(list(enumerate(rows)))}.items():
+        for row, place in zip(*np.unique(rows, return_index=True), strict=True):
             share["qkv"][row] = rank_us[row] * (costs[place] / max(rank_us[row, best[place]], TINY))
         share["qkv"][rows, best] = costs
         for tie in share.keys() - {"qkv"} if len(receivers) else ():
-            sums = self.sums(receivers, best, tie, self.all_windows())
-            share[tie][rows, best] = self.costs(receivers, best, tie, sums)[1]
+            sums = self._sums(receivers, best, tie, self.parts)
+            share[tie][rows, best] = self._costs(receivers, best, tie, sums)[1]
         return {"drop": drop.astype(np.float32), **share}
 
-    def all_windows(self) -> list[slice]:
-        """Batches of all windows."""
-        return self._batches(slice(0, len(self.x_wtd)))
-
-    def kept_donors(self) -> tuple[np.ndarray, Sums]:
+    def _kept_donors(self) -> tuple[np.ndarray, Sums]:
         """Donors worth trying on all windows, flat and ascending, and the sums over all windows; never none."""
-        units, first = self.config.num_kv_heads, min(self.settings.prefilter, len(self.x_wtd))
-        donors = np.arange(self.first_layer * units, (self.layer + 1) * units)
-        if not self.settings.same_layer and self.first_layer < self.layer:
-            donors = donors[:-units]
-        sums = self.sums(donors, donors, "qkv", self._batches(slice(0, first)))
+        first = min(self.settings.prefilter, len(self.x_wtd))
+        donors = np.arange(min(self.near) * self.units, (self.layer + 1) * self.units)
+        if not self.settings.same_layer and len(self.near) > 1:
+            donors = donors[: -self.units]
+        sums = self._sums(donors, donors, "qkv", self._batches(slice(0, first)))
         if first == len(self.x_wtd):
             return donors, sums
-        kept = _promising(pair_residuals(*sums, self.outer_ii, self.settings.ridge), self.settings.keep * units)
-        more = self.sums(donors[kept], donors[kept], "qkv", self._batches(slice(first, len(self.x_wtd))))
+        residual_uc = pair_residuals(*sums, self.outer_ii, self.settings.ridge)
+        kept = _promising(residual_uc, self.settings.keep * self.units)
+        more = self._sums(donors[kept], donors[kept], "qkv", self._batches(slice(first, len(self.x_wtd))))
         return donors[kept], (sums[0] + more[0], sums[1][kept] + more[1], sums[2][kept] + more[2])
 
-    def ranks(self, donors: np.ndarray, sums: Sums) -> np.ndarray:
-        """What is left when q, k and v are shared, [U, donors]; infinite where a unit is no donor of the layer."""
-        below_c = donors // self.config.num_kv_heads < self.layer
-        another_uc = self.own_units()[:, None] != donors[None, :]
-        wanted_uc = another_uc & (below_c | self.settings.same_layer)[None, :]
-        return pair_residuals(*sums, self.outer_ii, self.settings.ridge, wanted_uc)
-
-    def best_pairs(self, rank_us: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Flat receivers and donors of the pairs with the least rank, up to `keep` for each unit, its best first."""
-        best_uk = np.argsort(rank_us, axis=1, kind="stable")[:, : self.settings.keep]
-        found = np.isfinite(np.take_along_axis(rank_us, best_uk, axis=1))
-        return np.repeat(self.own_units(), found.sum(axis=1)), best_uk[found]
-
-    def costs(self, receivers: np.ndarray, donors: np.ndarray, tie: str, sums: Sums) -> tuple[np.ndarray, np.ndarray]:
+    def _costs(self, receivers: np.ndarray, donors: np.ndarray, tie: str, sums: Sums) -> tuple[np.ndarray, np.ndarray]:
         """Costs [U] of dropping each unit, and [pairs] of sharing, from the pairs' sums over all windows."""
-        own, (gram, cross_cij, own_cjj) = self.own_units(), sums
+        gram, cross_cij, own_cjj = sums
         inverse, rho = regular_inverse(gram, self.settings.ridge)
-        size = own_cjj.shape[-1] if len(own_cjj) else len(gram) // len(own)
-        rows = [slice(unit * size, (unit + 1) * size) for unit in range(len(own))]
-        solutions = [dropped_solution(inverse, rows[unit]) for unit in range(len(own))]
+        size = len(gram) // self.units
+        rows = [slice(unit * size, (unit + 1) * size) for unit in range(self.units)]
+        solutions = [dropped_solution(inverse, rows_of_unit) for rows_of_unit in rows]
         for receiver, cross_ij, own_jj in zip(receivers, cross_cij, own_cjj, strict=True):
-            solutions.append(shared_solution(inverse, rho, cross_ij, own_jj, rows[receiver - own[0]]))
+            solutions.append(shared_solution(inverse, rho, cross_ij, own_jj, rows[receiver - self.own[0]]))
         # A dropped unit is one whose donor gives zeros.
-        receivers, donors = np.concatenate([own, receivers]), np.concatenate([own, donors])
-        shared_c = np.arange(len(donors)) >= len(own)
+        receivers, donors = np.concatenate([self.own, receivers]), np.concatenate([self.own, donors])
+        shared_c = np.arange(len(donors)) >= self.units
         candidates = self._candidates(receivers, donors, tie)
         solution_cij = jnp.asarray(np.stack(solutions), jnp.float32)
         total = np.zeros(len(donors))
-        for part in self.all_windows():
-            total += np.asarray(
-                _squares(
-                    self.config, self.near[self.layer], candidates, cut(self.x_wtd[part], self.mesh),
-                    cut(self.gradients_wtd[part], self.mesh), receivers - own[0], solution_cij, shared_c,
-                ),
-                np.float64,
-            )  # fmt: skip
+        unit_c, weights = receivers - self.own[0], self.near[self.layer]
+        for part in self.parts:
+            x_btd = streams.cut(self.x_wtd[part], self.mesh)
+            gradient_btd = streams.cut(self.gradients_wtd[part], self.mesh)
+            more = _squares(self.config, weights, candidates, x_btd, gradient_btd, unit_c, solution_cij, shared_c)
+            total += np.asarray(more, np.float64)
         costs = total / (2 * self.x_wtd[..., 0].size)
-        return costs[: len(own)], costs[len(own) :]
+        return costs[: self.units], costs[self.units :]
 
-    def _candidates(self, receivers: np.ndarray, donors: np.ndarray, tie: str) -> Weights:
-        letters = {letter: donors if letter in tie else receivers for letter in "qkv"}
-        return _units(self.near, letters, self.config.num_kv_heads)
-
-    def _batches(self, windows: slice) -> list[slice]:
-        return list(batches(windows, self.settings.batch_tokens, self.x_wtd.shape[1], self.mesh.size))
-
-    def sums(self, receivers: np.ndarray, donors: np.ndarray, tie: str, parts: Sequence[slice]) -> Sums:
+    def _sums(self, receivers: np.ndarray, donors: np.ndarray, tie: str, parts: Sequence[slice]) -> Sums:
         """Sums over some windows, of units with their donors' weights of `tie` and their receivers' of the rest."""
-        candidates = self._candidates(receivers, donors, tie)
-        weights = self.near[self.layer]
-        size, width = len(self.outer_ii) // self.config.num_kv_heads, len(self.outer_ii)
-        total = (np.zeros((width, width)), np.zeros((len(donors), width, size)), np.zeros((len(donors), size, size)))
+        candidates, width = self._candidates(receivers, donors, tie), len(self.outer_ii)
+        count, size = len(donors), width // self.units
+        total = (np.zeros((width, width)), np.zeros((count, width, size)), np.zeros((count, size, size)))
         for part in parts:
-            x_btd = cut(self.x_wtd[part], self.mesh)
-            for sums, more in zip(total, batch_sums(self.config, weights, candidates, x_btd), strict=True):
+            x_btd = streams.cut(self.x_wtd[part], self.mesh)
+            for sums, more in zip(total, batch_sums(self.config, self.near[self.layer], candidates, x_btd), strict=True):
                 sums += np.asarray(more, np.float64)
         return total
+
+    def _candidates(self, receivers: np.ndarray, donors: np.ndarray, tie: str) -> Weights:
+        """Units side by side as if they were one layer's, with the donors' weights of `tie`."""
+
+        def of_unit(name: str, flat: int) -> jax.Array:
+            layer, unit = divmod(flat, self.units)
+            pool = self.near[layer][name]
+            return pool.reshape(self.units, -1, *pool.shape[1:])[unit]
+
+        candidates = {}
+        for name in self.near[self.layer]:
+            projection = PARAMETERS[name].pool
+            if projection is not None and projection in "qkv":
+                users = donors if projection in tie else receivers
+                candidates[name] = jnp.concatenate([of_unit(name, int(flat)) for flat in users])
+        return candidates
+
+    def _batches(self, windows: slice) -> list[slice]:
+        return list(streams.batches(windows, self.settings.batch_tokens, self.x_wtd.shape[1], self.mesh.size))
 
 
 @partial(jax.jit, static_argnames="config")
@@ -331,11 +283,9 @@ def batch_sums(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`Sums` of a batch, float32, weighted as a refit weights tokens."""
     with jax.default_matmul_precision("highest"):
-        w_m1 = residual_weights(advance(config, weights, x_btd, "attention")).reshape(-1, 1)
-        h_mi = w_m1 * window_heads(config, weights, x_btd).reshape(len(w_m1), -1)
-        g_mcj = w_m1[..., None] * window_heads(config, _in_layer(weights, donors), x_btd).reshape(
-            len(w_m1), donors["k_pool_pdh"].shape[0], -1
-        )
+        w_m1 = streams.residual_weights(streams.advance(config, weights, x_btd, "attention")).reshape(-1, 1)
+        h_mi = w_m1 * streams.window_heads(config, weights, x_btd).reshape(len(w_m1), -1)
+        g_mcj = w_m1[..., None] * _donor_heads(config, weights, donors, x_btd)
         cross_cij = jnp.einsum("mi,mcj->cij", h_mi, g_mcj)
         return h_mi.T @ h_mi, cross_cij, jnp.einsum("mci,mcj->cij", g_mcj, g_mcj)
 
@@ -353,10 +303,9 @@ def _squares(
 ) -> jax.Array:
     """Sums over tokens of (g e)^2 of every candidate, float32 [C]; e is the error that the refit leaves."""
     with jax.default_matmul_precision("highest"):
-        h_mi = window_heads(config, weights, x_btd).reshape(-1, solution_cij.shape[1])
-        count, size = solution_cij.shape[0], solution_cij.shape[2]
-        donor_mcj = window_heads(config, _in_layer(weights, candidates), x_btd).reshape(len(h_mi), count, size)
-        o_ujd = output_weight(weights, "attention").reshape(-1, size, x_btd.shape[-1])
+        h_mi = streams.window_heads(config, weights, x_btd).reshape(-1, solution_cij.shape[1])
+        donor_mcj, size = _donor_heads(config, weights, candidates, x_btd), solution_cij.shape[2]
+        o_ujd = streams.output_weight(weights, "attention").reshape(-1, size, x_btd.shape[-1])
         wanted_muj = jnp.einsum("md,ujd->muj", gradient_btd.reshape(len(h_mi), -1), o_ujd)
 
         def of_candidate(candidate: tuple[jax.Array, ...]) -> jax.Array:
@@ -373,25 +322,10 @@ def _squares(
         return jax.lax.map(of_candidate, rows)
 
 
-def _units(layers: dict[int, Weights], units: Mapping[str, np.ndarray], per_layer: int) -> Weights:
-    """Units side by side as if they were one layer's: `units` says by flat index whose q, whose k and whose v."""
-
-    def of_unit(name: str, unit: int) -> jax.Array:
-        layer, place = divmod(unit, per_layer)
-        pool = layers[layer][name]
-        return pool.reshape(per_layer, -1, *pool.shape[1:])[place]
-
-    names = {name: PARAMETERS[name].pool for name in next(iter(layers.values()))}
-    return {
-        name: jnp.concatenate([of_unit(name, int(unit)) for unit in units[projection]])
-        for name, projection in names.items()
-        if projection in ("q", "k", "v")
-    }
-
-
-def _in_layer(weights: Weights, units: Weights) -> Weights:
-    """Units that read the stream as a layer's own do."""
-    return units | {"attn_norm_ld": weights["attn_norm_ld"]}
+def _donor_heads(config: LlamaConfig, weights: Weights, units: Weights, x_btd: jax.Array) -> jax.Array:
+    """Head outputs [M, C, J] of units that read the stream as the layer's own do."""
+    heads_btnh = streams.window_heads(config, units | {"attn_norm_ld": weights["attn_norm_ld"]}, x_btd)
+    return heads_btnh.reshape(x_btd.shape[0] * x_btd.shape[1], units["k_pool_pdh"].shape[0], -1)
 
 
 def _promising(residual_uc: np.ndarray, count: int) -> np.ndarray:
