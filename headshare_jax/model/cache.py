@@ -5,8 +5,6 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from headshare_jax.config import LlamaConfig
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -26,18 +24,6 @@ class KVCache:
     length: jax.Array
     prompt_b: jax.Array
     prompt_slots: jax.Array
-
-    @classmethod
-    def empty(cls, config: LlamaConfig, batch: int, slots: int, dtype: str) -> "KVCache":
-        """A cache with room for `slots` positions of every row."""
-        shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
-        return cls(
-            k_lbskh=jnp.zeros(shape, dtype),
-            v_lbskh=jnp.zeros(shape, dtype),
-            length=jnp.zeros((), jnp.int32),
-            prompt_b=jnp.zeros(batch, jnp.int32),
-            prompt_slots=jnp.zeros((), jnp.int32),
-        )
 
     def with_layer(self, layer: jax.Array | int, k_btkh: jax.Array, v_btkh: jax.Array) -> "KVCache":
         """The cache with a layer's next T keys and values; `length` stays, for other layers write there too."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,15 +95,10 @@ def generate(
     stops = model.config.eos_token_ids if stop_tokens is None else tuple(stop_tokens)
     cache = model.empty_cache(len(prompts), padded + new)
     first_key, key = jax.random.split(jax.random.key(seed))
-    device, batch = model.device, len(prompts)
+    reading = choose_for_prompts(model.device, len(prompts), tokens_bt.size)
+    prompt_b = jnp.asarray(lengths, jnp.int32)
     token_b, cache = prefill(
-        model,
-        jnp.asarray(tokens_bt),
-        jnp.asarray(lengths, jnp.int32),
-        cache,
-        first_key,
-        sampling=sampling,
-        reading=choose_for_prompts(device, batch, tokens_bt.size),
+        model, jnp.asarray(tokens_bt), prompt_b, cache, first_key, sampling=sampling, reading=reading
     )
     if max_new_tokens == 1:
         return [[] if token in stops else [token] for token in token_b.tolist()]
@@ -115,7 +111,7 @@ def generate(
         jnp.asarray(stops, jnp.int32),
         room=new,
         sampling=sampling,
-        reading=_to_decode(model, batch),
+        reading=_to_decode(model, len(prompts)),
     )
     return [row[:length].tolist() for row, length in zip(np.asarray(out_bt), np.asarray(length_b), strict=True)]
 
@@ -179,47 +175,30 @@ def decode(
       donated one can be written in place.
     """
 
-    def stops(token_b: jax.Array) -> jax.Array:
-        return jnp.any(token_b[:, None] == stop_tokens[None, :], axis=1)
-
     def unfinished(rows: _Rows) -> jax.Array:
-        return (rows.count < limit) & ~jnp.all(rows.done_b)
+        return (rows.filled < limit) & ~jnp.all(rows.done_b)
 
     def step(rows: _Rows) -> _Rows:
         features_btd, cache = model.extend(rows.token_b[:, None], rows.cache, reading)
-        draw_key = jax.random.fold_in(key, rows.count - 1)
+        draw_key = jax.random.fold_in(key, rows.filled - 1)
         return placed(_draw(model.logits(features_btd[:, -1]), draw_key, sampling), rows, cache)
 
     def placed(token_b: jax.Array, rows: _Rows, cache: KVCache) -> _Rows:
-        done_b = rows.done_b | stops(token_b)
-        return _Rows(
-            count=rows.count + 1,
-            token_b=token_b,
-            out_bt=jax.lax.dynamic_update_slice(rows.out_bt, token_b[:, None], (0, rows.count)),
-            done_b=done_b,
-            length_b=rows.length_b + (~done_b).astype(jnp.int32),
-            cache=cache,
-        )
+        done_b = rows.done_b | jnp.any(token_b[:, None] == stop_tokens[None, :], axis=1)
+        out_bt = jax.lax.dynamic_update_slice(rows.out_bt, token_b[:, None], (0, rows.filled))
+        return _Rows(rows.filled + 1, token_b, out_bt, done_b, rows.length_b + (~done_b).astype(jnp.int32), cache)
 
     batch = token_b.shape[0]
-    nothing = _Rows(
-        count=jnp.int32(0),
-        token_b=token_b,
-        out_bt=jnp.zeros((batch, room), jnp.int32),
-        done_b=jnp.zeros(batch, bool),
-        length_b=jnp.zeros(batch, jnp.int32),
-        cache=cache,
-    )
+    out_bt, length_b = jnp.zeros((batch, room), jnp.int32), jnp.zeros(batch, jnp.int32)
+    nothing = _Rows(jnp.int32(0), token_b, out_bt, jnp.zeros(batch, bool), length_b, cache)
     rows = jax.lax.while_loop(unfinished, step, placed(token_b, nothing, cache))
     return rows.out_bt, rows.length_b, rows.cache
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _Rows:
+class _Rows(NamedTuple):
     """A batch being continued: tokens placed, the last of them, all of them, and which rows are done."""
 
-    count: jax.Array
+    filled: jax.Array
     token_b: jax.Array
     out_bt: jax.Array
     done_b: jax.Array

@@ -15,7 +15,7 @@ from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.model.attention import attend, flash_attention, has_kernel, rows_apart, rows_in_place
 from headshare_jax.model.cache import KVCache
-from headshare_jax.model.layer import REMAT_POLICIES, attention_block, mlp_block, rms_norm
+from headshare_jax.model.layer import REMAT_POLICIES, Attend, attention_block, mlp_block, rms_norm
 from headshare_jax.model.place import place
 from headshare_jax.model.reading import PER_HEAD_TOKENS, Gathered, Layer, OneByOne, Reading, Stacks
 from headshare_jax.output_head import head_logits, normalized_rows
@@ -26,6 +26,8 @@ from headshare_jax.sharing.source import WeightSource, pool_index, read_heads, s
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 Carry = TypeVar("Carry")
+# The residual stream of a batch of prompts, cut along the batch.
+Parts = tuple[jax.Array, ...]
 
 
 class HeadIndex(nnx.Variable[jax.Array]):
@@ -113,11 +115,7 @@ class Llama(nnx.Module):
     @property
     def settings(self) -> dict[str, Any]:
         """Keyword arguments of the constructor that do not depend on the weights."""
-        return {
-            "compute_dtype": self.compute_dtype,
-            "remat": self.remat,
-            "batch_sharding": self.batch_sharding,
-        }
+        return {name: getattr(self, name) for name in ("compute_dtype", "remat", "batch_sharding")}
 
     @property
     def nbytes(self) -> int:
@@ -192,9 +190,7 @@ class Llama(nnx.Module):
         # Padding must not count as length, by which `dynamic` scaling goes.
         angles = rotary_angles(self.config, jnp.minimum(slot_t, jnp.max(prompt_b) - 1)[None])
 
-        def step(
-            carry: tuple[tuple[jax.Array, ...], KVCache], place: jax.Array, layer: Layer
-        ) -> tuple[tuple[jax.Array, ...], KVCache]:
+        def step(carry: tuple[Parts, KVCache], place: jax.Array, layer: Layer) -> tuple[Parts, KVCache]:
             parts_btd, cache = carry
             run = [attention_block(self.config, layer, x_btd, angles, _attend_and_keep) for x_btd in parts_btd]
             parts_btd = tuple(mlp_block(self.config, layer, x_btd) for x_btd, _ in run)
@@ -249,7 +245,15 @@ class Llama(nnx.Module):
 
     def empty_cache(self, batch: int, slots: int) -> KVCache:
         """A cache with room for `slots` positions of every row."""
-        return KVCache.empty(self.config, batch, slots, self.compute_dtype)
+        config = self.config
+        shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+        return KVCache(
+            k_lbskh=jnp.zeros(shape, self.compute_dtype),
+            v_lbskh=jnp.zeros(shape, self.compute_dtype),
+            length=jnp.zeros((), jnp.int32),
+            prompt_b=jnp.zeros(batch, jnp.int32),
+            prompt_slots=jnp.zeros((), jnp.int32),
+        )
 
     def logits(self, features_btd: jax.Array) -> jax.Array:
         """Output head on the features of `features` or `extend`: float32 [..., V]."""
@@ -301,9 +305,7 @@ class Llama(nnx.Module):
         carry, _ = jax.lax.scan(body, carry, jnp.arange(count, dtype=jnp.int32))
         return carry
 
-    def _attention(
-        self, tokens_bt: jax.Array, segments_bt: jax.Array | None
-    ) -> Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, None]]:
+    def _attention(self, tokens_bt: jax.Array, segments_bt: jax.Array | None) -> Attend[None]:
         """Attention among some tokens within their segments, by a kernel where the mesh has one."""
         length = tokens_bt.shape[1]
         mesh = None if self.batch_sharding is None else self.batch_sharding.mesh
@@ -315,10 +317,8 @@ class Llama(nnx.Module):
             earlier_ts = jnp.tril(jnp.ones((length, length), bool))
             mask_bts = earlier_ts[None] & (segments_bt[:, :, None] == segments_bt[:, None, :])
         in_turns = rows_apart if mesh is None or mesh.size == 1 else None
-        return lambda q_btnh, k_btkh, v_btkh: (
-            attend(q_btnh, k_btkh, v_btkh, mask_bts, causal=True, in_turns=in_turns),
-            None,
-        )
+        masked = partial(attend, mask_bts=mask_bts, causal=True, in_turns=in_turns)
+        return lambda q_btnh, k_btkh, v_btkh: (masked(q_btnh, k_btkh, v_btkh), None)
 
     def _placed(self, x_btd: jax.Array) -> jax.Array:
         """Activations kept where the batch lies: else they would follow the weights, which are cut along D."""

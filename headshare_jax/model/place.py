@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from headshare_jax.model.mesh import parameter_sharding
 from headshare_jax.parameters import PARAMETERS
-from headshare_jax.sharing.source import Part, WeightSource, assemble, assemble_parts, stored_shape
+from headshare_jax.sharing.source import WeightSource, assemble, assemble_parts, stored_shape
 from headshare_jax.sharing.view import DenseView, ReplacedView, SharedView
 
 
@@ -86,16 +86,9 @@ def _moved(array: jax.Array, sharding: NamedSharding, dtype: np.dtype) -> jax.Ar
 
 def _read_onto(source: WeightSource, name: str, sharding: NamedSharding, dtype: np.dtype) -> jax.Array:
     shape = stored_shape(source.config, name, source.sharing)
-    places = {
-        device: tuple(index) for device, index in sharding.addressable_devices_indices_map(shape).items() if index
-    }
-    keys = {device: _key(part, shape) for device, part in places.items()}
-    parts: dict[tuple[tuple[int, int, int], ...], Part] = {keys[device]: part for device, part in places.items()}
+    places = {device: part for device, part in sharding.addressable_devices_indices_map(shape).items() if part}
+    # Told apart by their text: slices themselves cannot be hashed.
+    parts = {str(part): part for part in places.values()}
     values = dict(zip(parts, assemble_parts(source, name, list(parts.values())), strict=True))
-    arrays = [jax.device_put(values[keys[device]].astype(dtype), device) for device in places]
+    arrays = [jax.device_put(values[str(part)].astype(dtype), device) for device, part in places.items()]
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
-
-
-def _key(part: Part, shape: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
-    """What tells parts apart: slices themselves cannot be hashed."""
-    return tuple(cut.indices(size) for cut, size in zip(part, shape, strict=True))

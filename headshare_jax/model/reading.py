@@ -192,11 +192,9 @@ class _Stacked:
     def index(self, projection: str) -> jax.Array:
         return self.stacks.slice(index_name(projection), self.place)
 
-    def biased(self, projection: str, heads_btnh: jax.Array) -> jax.Array:
+    def bias(self, projection: str) -> jax.Array | None:
         name = bias_name(projection)
-        if name not in self.stacks.pools:
-            return heads_btnh
-        return _with_bias(heads_btnh, self.stacks.rows(name, self.index(projection)))
+        return self.stacks.rows(name, self.index(projection)) if name in self.stacks.pools else None
 
 
 @dataclass(frozen=True)
@@ -204,20 +202,16 @@ class _HeadByHead(_Stacked):
     def heads_in(self, projection: str, x_btd: jax.Array) -> jax.Array:
         pool_pdh = self.stacks.pools[pool_name(projection)]
         heads = [x_btd @ _row(pool_pdh, row).astype(x_btd.dtype) for row in self.index(projection)]
-        return self.biased(projection, jnp.stack(heads, axis=2))
+        return _with_bias(jnp.stack(heads, axis=2), self.bias(projection))
 
     def heads_out(self, heads_btnh: jax.Array) -> jax.Array:
         pool_phd, index_n = self.stacks.pools[pool_name("o")], self.index("o")
         heads_btnh = _kept(heads_btnh, self.stacks.kept(index_n))
+        dtype, times = heads_btnh.dtype, partial(jnp.matmul, preferred_element_type=jnp.float32)
         parts_btd = [
-            jnp.matmul(
-                heads_btnh[:, :, head],
-                _row(pool_phd, row).astype(heads_btnh.dtype),
-                preferred_element_type=jnp.float32,
-            )
-            for head, row in enumerate(index_n)
+            times(heads_btnh[:, :, head], _row(pool_phd, row).astype(dtype)) for head, row in enumerate(index_n)
         ]
-        return sum(parts_btd[1:], start=parts_btd[0]).astype(heads_btnh.dtype)
+        return sum(parts_btd[1:], start=parts_btd[0]).astype(dtype)
 
     def product(self, name: str, x_mi: jax.Array) -> jax.Array:
         return _times(self.stacks.slice(name, self.place), x_mi)
@@ -250,7 +244,7 @@ class _InStack(_Stacked):
         batch, length, width = x_btd.shape
         index_n = self.index(projection)
         out_mj = self._times(pool_name(projection), index_n, x_btd.reshape(-1, width), side_by_side=True)
-        return self.biased(projection, out_mj.reshape(batch, length, len(index_n), -1))
+        return _with_bias(out_mj.reshape(batch, length, len(index_n), -1), self.bias(projection))
 
     def heads_out(self, heads_btnh: jax.Array) -> jax.Array:
         index_n = self.index("o")
@@ -278,7 +272,10 @@ def choose(config: LlamaConfig, device: jax.Device | None, batch: int) -> Readin
       device: the one that holds the model; None if there are several.
       batch: rows, each with one token.
     """
-    if device is not None and _kernel_suits(config, device, batch):
+    # The kernel cuts a model's matrices into tiles.
+    sides = (config.hidden_size, config.intermediate_size, config.head_dim)
+    suits = batch <= KERNEL_TOKENS and all(side % KERNEL_SIDE == 0 for side in sides)
+    if device is not None and suits and nvidia_capability(device) >= _KERNEL_CAPABILITY:
         return ByKernel()
     gpu = device is not None and device.platform == "gpu"
     return Gathered() if gpu or batch > PER_HEAD_TOKENS else OneByOne()
@@ -293,13 +290,6 @@ def choose_for_prompts(device: jax.Device | None, batch: int, tokens: int) -> Ga
 def unstacked(arrays: Mapping[str, jax.Array]) -> dict[str, tuple[jax.Array, ...]]:
     """Matrices of all layers in arrays of their own, for `OwnMatrices`; on a CPU views of the stacks' memory."""
     return {name: tuple(jax.device_put(matrix) for matrix in np.asarray(arrays[name])) for name in STACKED_MATRICES}
-
-
-def _kernel_suits(config: LlamaConfig, device: jax.Device, tokens: int) -> bool:
-    """Whether the kernel runs on a device and can cut a model's matrices into tiles, for so many tokens."""
-    sizes = (config.hidden_size, config.intermediate_size, config.head_dim)
-    even = all(size % KERNEL_SIDE == 0 for size in sizes)
-    return even and tokens <= KERNEL_TOKENS and nvidia_capability(device) >= _KERNEL_CAPABILITY
 
 
 def _with_bias(heads_btnh: jax.Array, bias_nh: jax.Array | None) -> jax.Array:
