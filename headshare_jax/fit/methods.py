@@ -117,19 +117,8 @@ def magnitude_scores(work: Scoring) -> MatchResult:
 
 
 def best_pairs(result: MatchResult, amount: Amount, config: LlamaConfig, settings: MethodSettings) -> SharingMap:
-    """Every receiver has the donor that is best for it."""
-    return _pairs(result, amount, config, settings, settings.chains or "resolve")
-
-
-def unchained_pairs(result: MatchResult, amount: Amount, config: LlamaConfig, settings: MethodSettings) -> SharingMap:
-    """No donor receives."""
-    return _pairs(result, amount, config, settings, settings.chains or "forbid")
-
-
-def _pairs(
-    result: MatchResult, amount: Amount, config: LlamaConfig, settings: MethodSettings, chains: str
-) -> SharingMap:
-    tie = settings.shared_tie
+    """Every receiver has the donor that is best for it; by functional scores, one that does not receive."""
+    tie, chains = settings.shared_tie, settings.chains or ("forbid" if result.match == "functional" else "resolve")
     if amount.ratio is not None:
         return sharing_map(result, amount.ratio, chains=chains, tie=tie)
     assert amount.budget is not None
@@ -147,10 +136,10 @@ def _pairs(
 
 def least_dropped(result: MatchResult, amount: Amount, config: LlamaConfig, settings: MethodSettings) -> SharingMap:
     """The units whose loss costs least are dropped."""
-    ratio = amount.ratio
-    if amount.budget is not None:
-        ratio = units_to_save(config, amount.budget, "qkvo") / config.num_units
-    assert ratio is not None
+    if amount.budget is None:
+        assert amount.ratio is not None
+        return drop_map(result, amount.ratio)
+    ratio = units_to_save(config, amount.budget, "qkvo") / config.num_units
     return replace(drop_map(result, ratio), budget=amount.budget)
 
 
@@ -195,7 +184,7 @@ METHODS = {
     for method in (
         Method("direct", "the paper's DirectShare", weight_scores, ("match", "seed", *_PAIRS)),
         Method("refit", "direct, then output weights fitted", weight_scores, ("match", "seed", *_PAIRS), refits=True),
-        Method("fitted", "refit, with donors by what they compute", functional_scores, _PAIRS, unchained_pairs, True),
+        Method("fitted", "refit, with donors by what they compute", functional_scores, _PAIRS, refits=True),
         Method("plan", "keep, share or drop each unit, then refit", functional_scores, _PLAN, within_budget, True),
         Method("drop", "drop the units that matter least, then refit", functional_scores, (), least_dropped, True),
         Method("magnitude", "drop the smallest units, then refit", magnitude_scores, (), least_dropped, True),
@@ -232,8 +221,6 @@ def check_amount(amount: Amount, config: LlamaConfig) -> None:
         return
     ratio, units = amount.ratio, config.num_units
     assert ratio is not None
-    if not 0 <= ratio < 1:
-        raise HeadshareError(f"The sharing ratio must be at least 0 and below 1, not {ratio}.")
     if not receiver_count(ratio, units):
         raise HeadshareError(
             f"A ratio of {ratio} makes none of {units} units a receiver; give at least "

@@ -1,16 +1,14 @@
 """Which units to keep, share or drop within a budget of parameters, by measured cost per parameter saved."""
 
-import math
 from collections.abc import Sequence
 from fractions import Fraction
-from math import prod
+from math import ceil, prod
 
 import numpy as np
 
-from headshare_jax import parameters
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
-from headshare_jax.parameters import PROJECTIONS
+from headshare_jax.parameters import PROJECTIONS, parameter_names, pool_name, slice_shape
 from headshare_jax.sharing.map import DROPPED, SharingMap
 from headshare_jax.sharing.scores import MatchResult
 from headshare_jax.sharing.source import stored_shape
@@ -20,8 +18,7 @@ DROP = "drop"
 
 def unit_parameters(config: LlamaConfig) -> dict[str, int]:
     """Weights of one sharing unit, by projection."""
-    shapes = {p: parameters.slice_shape(config, parameters.pool_name(p)) for p in PROJECTIONS}
-    return {p: prod(shape) // config.num_kv_heads for p, shape in shapes.items()}
+    return {p: prod(slice_shape(config, pool_name(p))) // config.num_kv_heads for p in PROJECTIONS}
 
 
 def crossing_parameters(config: LlamaConfig, sharing: SharingMap, shards: int) -> int:
@@ -36,7 +33,7 @@ def units_to_save(config: LlamaConfig, budget: float, projections: str) -> int:
     check_budget(budget)
     sizes = unit_parameters(config)
     target = (1 - budget) * config.num_units * sum(sizes.values())
-    return math.ceil(target / sum(sizes[p] for p in projections) - 1e-9)
+    return ceil(target / sum(sizes[p] for p in projections) - 1e-9)
 
 
 def check_budget(budget: float) -> None:
@@ -53,7 +50,7 @@ def attention_budget(config: LlamaConfig, model_budget: float) -> float:
     """
     check_budget(model_budget)
     attention = config.num_units * sum(unit_parameters(config).values())
-    whole = sum(prod(stored_shape(config, name)) for name in parameters.parameter_names(config))
+    whole = sum(prod(stored_shape(config, name)) for name in parameter_names(config))
     kept = 1 - (1 - Fraction(str(model_budget))) * whole / attention
     if kept <= 0:
         raise HeadshareError(
@@ -97,14 +94,14 @@ def budget_map(
         if result.drop_score is None or action not in (DROP, "qkv", *result.tie_scores):
             raise HeadshareError(f"A budget needs functional scores of {action}; match with it.")
     plan = _Plan(result, config, actions)
+    whole = plan.size * sum(plan.unit_parameters.values())
     # Exact: in floating point (1 - 0.7) * 90 lies above 27, and one unit more would go.
-    target = math.ceil((1 - Fraction(str(budget))) * plan.size * sum(plan.unit_parameters.values()))
+    target = ceil((1 - Fraction(str(budget))) * whole)
     while plan.saved.sum() < target:
         if not plan.step():
             raise HeadshareError(
                 f"A budget of {budget} cannot be met by {', '.join(actions)}: at least "
-                f"{1 - plan.saved.sum() / plan.size / sum(plan.unit_parameters.values()):.3f} of the attention "
-                "parameters stay; allow more, or other actions."
+                f"{1 - plan.saved.sum() / whole:.3f} of the attention parameters stay; allow more, or other actions."
             )
     plan.take_back(target)
     return plan.map(budget)
@@ -125,19 +122,17 @@ class _Plan:
         """Takes the cheapest step; False if there is none."""
         keeps = self.donor == np.arange(self.size)
         free = ~np.isin(np.arange(self.size), self.donor[~keeps])
-        best = (np.inf, 0, "", 0, 0.0)
+        least, best = np.inf, None
         for action in self.actions:
             gain_u = self._parameters(action) - self.saved
             cost_u, donor_u = self._outcomes(action, keeps)
             ratio_u = np.where(free & (gain_u > 0), (cost_u - self.cost) / np.maximum(gain_u, 1), np.inf)
             unit = int(np.argmin(ratio_u))
-            if ratio_u[unit] < best[0]:
-                best = (float(ratio_u[unit]), unit, action, int(donor_u[unit]), float(cost_u[unit]))
-        ratio, unit, action, donor, cost = best
-        if not np.isfinite(ratio):
-            return False
-        self._set(unit, action, donor, cost)
-        return True
+            if ratio_u[unit] < least:
+                least, best = ratio_u[unit], (unit, action, int(donor_u[unit]), float(cost_u[unit]))
+        if best is not None:
+            self._set(*best)
+        return best is not None
 
     def take_back(self, target: float) -> None:
         """Keeps units after all, the costliest first, as long as `target` parameters are saved."""

@@ -31,23 +31,20 @@ def sharing_map(
       >>> sharing.summary()
       "2 of 6 units use another unit's qkv weights"
     """
-    if not 0 <= ratio < 1:
-        raise HeadshareError(f"The sharing ratio must be at least 0 and below 1, not {ratio}.")
+    num_layers, units = result.value.shape
+    count = receiver_count(ratio, num_layers * units)
     if chains not in ("resolve", "forbid"):
         raise HeadshareError(f"chains must be resolve or forbid, not {chains!r}.")
     tie = check_tie(tie)
     if chains == "resolve" and result.match == "functional":
         raise HeadshareError("Functional scores hold only for donors that keep their weights; choose chains=forbid.")
-    num_layers, units = result.value.shape
-    count = receiver_count(ratio, num_layers * units)
     if count > (num_layers - 1) * units:
         raise HeadshareError(
             f"A ratio of {ratio} asks for {count} receivers, but the first layer never receives, "
             f"so at most {(num_layers - 1) * units} of {num_layers * units} units can; give at most "
             f"{math.floor(1e4 * (num_layers - 1) / num_layers) / 1e4}."
         )
-    choose = _select_resolved if chains == "resolve" else _select_unchained
-    donor, score = choose(result, count)
+    donor, score = (_select_resolved if chains == "resolve" else _select_unchained)(result, count)
     return SharingMap(
         donor=donor.reshape(num_layers, units),
         score=score.reshape(num_layers, units),
@@ -79,15 +76,9 @@ def within_shards(result: MatchResult, shards: int) -> MatchResult:
     shard = np.tile(shard_of_units(units, shards), num_layers)
     together = shard[:, None] == shard[None, :]
     scores = np.where(together, result.scores, np.float32(-np.inf))
-    donor_layer, donor_unit, value = best_donors(scores, units)
-    return replace(
-        result,
-        donor_layer=donor_layer,
-        donor_unit=donor_unit,
-        value=value,
-        scores=scores,
-        tie_scores={tie: np.where(together, theirs, -np.inf) for tie, theirs in result.tie_scores.items()},
-    )
+    tie_scores = {tie: np.where(together, theirs, -np.inf) for tie, theirs in result.tie_scores.items()}
+    layer, unit, value = best_donors(scores, units)
+    return replace(result, donor_layer=layer, donor_unit=unit, value=value, scores=scores, tie_scores=tie_scores)
 
 
 def drop_map(result: MatchResult, ratio: float) -> SharingMap:
@@ -104,12 +95,11 @@ def drop_map(result: MatchResult, ratio: float) -> SharingMap:
       >>> hs.drop_map(scores, ratio=0.4).summary()
       "0 of 6 units use another unit's qkv weights, 2 are dropped"
     """
-    if not 0 <= ratio < 1:
-        raise HeadshareError(f"The part of the units to drop must be at least 0 and below 1, not {ratio}.")
+    count = receiver_count(ratio, result.value.size)
     if result.drop_score is None:
         raise HeadshareError(f"Scores by {result.match} do not say what dropping a unit costs; use functional ones.")
     shape = result.value.shape
-    chosen = np.argsort(-result.drop_score.ravel(), kind="stable")[: receiver_count(ratio, result.value.size)]
+    chosen = np.argsort(-result.drop_score.ravel(), kind="stable")[:count]
     donor, score = np.arange(result.value.size), np.full(result.value.size, np.nan)
     donor[chosen], score[chosen] = DROPPED, result.drop_score.ravel()[chosen]
     return SharingMap(
@@ -123,7 +113,9 @@ def drop_map(result: MatchResult, ratio: float) -> SharingMap:
 
 
 def receiver_count(ratio: float, num_units: int) -> int:
-    """How many of a model's units a sharing ratio makes receivers."""
+    """How many of a model's units a ratio makes receivers, or drops; HeadshareError if it is outside [0, 1)."""
+    if not 0 <= ratio < 1:
+        raise HeadshareError(f"The sharing ratio must be at least 0 and below 1, not {ratio}.")
     # The small term keeps a product such as 0.29 * 100 from falling just below the whole number it stands for.
     return int(ratio * num_units + 1e-9)
 

@@ -7,10 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from headshare_jax import parameters
-from headshare_jax.config import LlamaConfig
-from headshare_jax.parameters import PARAMETERS, PROJECTIONS
-from headshare_jax.sharing.map import SharingMap
+from headshare_jax.parameters import PARAMETERS, PROJECTIONS, parameter_names, slice_shape
 from headshare_jax.sharing.source import WeightSource, stored_shape
 
 NOT_SAVED = "The key/value cache and the FLOPs per token are those of the dense model: a map saves weights only."
@@ -99,34 +96,26 @@ def ledger(source: WeightSource, *, path: Path | None = None) -> Ledger:
     """
     config, sharing = source.config, source.sharing
     counts: dict[str, list[int]] = {}
-    for name in parameters.parameter_names(config):
-        dense = prod(stored_shape(config, name))
-        stored = prod(stored_shape(config, name, sharing))
-        row = counts.setdefault(PARAMETERS[name].part, [0, 0, source.dtype(name).itemsize])
-        row[0] += dense
-        row[1] += stored
+    saving = 0
+    for name in parameter_names(config):
+        part, pool = PARAMETERS[name].part, PARAMETERS[name].pool
+        row = counts.setdefault(part, [0, 0, source.dtype(name).itemsize])
+        row[0] += prod(stored_shape(config, name))
+        row[1] += prod(stored_shape(config, name, sharing))
+        if sharing is not None and pool is not None:
+            gone = int(np.count_nonzero(sharing.tied(pool) | sharing.dropped))
+            saving += gone * prod(slice_shape(config, name)) // config.num_kv_heads
     return Ledger(
         rows=tuple(LedgerRow(part, *row) for part, row in counts.items()),
-        nominal_saving=0 if sharing is None else _saving(config, sharing),
+        nominal_saving=saving,
         live_bytes=getattr(source, "nbytes", None),
         disk_bytes=None if path is None else _disk_bytes(path),
     )
 
 
-def _saving(config: LlamaConfig, sharing: SharingMap) -> int:
-    """Parameters that the map says are not stored."""
-    total = 0
-    for name in parameters.parameter_names(config):
-        projection = PARAMETERS[name].pool
-        if projection is not None:
-            gone = np.count_nonzero(sharing.tied(projection) | sharing.dropped)
-            total += int(gone) * prod(parameters.slice_shape(config, name)) // config.num_kv_heads
-    return total
-
-
 def _disk_bytes(path: Path) -> int:
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return int(np.sum([file.stat().st_size for file in files], dtype=np.int64))
+    return sum(file.stat().st_size for file in files)
 
 
 def megabytes(count: int) -> str:

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Protocol
 
 import numpy as np
@@ -57,15 +58,9 @@ def stored_shape(config: LlamaConfig, name: str, sharing: SharingMap | None = No
     """Shape of a parameter as a model holds it: layers stacked, pools with one row per stored head."""
     shape, parameter = slice_shape(config, name), PARAMETERS[name]
     if parameter.pool is not None:
-        return (pool_rows(config, parameter.pool, sharing), *shape[1:])
+        rows = config.num_layers * shape[0] if sharing is None else len(sharing.stored_slots(parameter.pool))
+        return (rows, *shape[1:])
     return (config.num_layers, *shape) if parameter.layered else shape
-
-
-def pool_rows(config: LlamaConfig, projection: str, sharing: SharingMap | None = None) -> int:
-    """P: number of stored heads of one projection."""
-    if sharing is None:
-        return config.num_layers * heads_per_layer(config, projection)
-    return len(sharing.stored_slots(projection))
 
 
 def pool_index(config: LlamaConfig, projection: str, sharing: SharingMap | None = None) -> np.ndarray:
@@ -77,13 +72,6 @@ def pool_index(config: LlamaConfig, projection: str, sharing: SharingMap | None 
         return sharing.pool_index(projection)
     heads = heads_per_layer(config, projection)
     return np.arange(config.num_layers * heads, dtype=np.int32).reshape(config.num_layers, heads)
-
-
-def kept_heads(config: LlamaConfig, projection: str, layer: int, sharing: SharingMap | None) -> np.ndarray:
-    """int64 [kept], the heads of a layer whose own weights are stored, ascending; their pool rows follow each other."""
-    if sharing is None:
-        return np.arange(heads_per_layer(config, projection))
-    return np.flatnonzero(sharing.owns_weights(projection)[layer])
 
 
 def read_heads(
@@ -106,7 +94,7 @@ def read_heads(
     assert projection is not None
     index = pool_index(source.config, projection, source.sharing)[layer]
     index = index if heads is None else index[list(heads)]
-    kept = index < pool_rows(source.config, projection, source.sharing)
+    kept = index < stored_shape(source.config, name, source.sharing)[0]
     if kept.all() and len(index):
         return read_rows(index)
     values = np.zeros((len(index), *slice_shape(source.config, name)[1:]), source.dtype(name))
@@ -122,15 +110,14 @@ def stored_layers(source: WeightSource, name: str) -> Iterator[tuple[slice, np.n
     stored are left out.
     """
     projection, start = PARAMETERS[name].pool, 0
+    owns = None if source.sharing is None or projection is None else source.sharing.owns_weights(projection)
     for layer in range(source.config.num_layers):
-        if projection is None:
-            yield slice(layer, layer + 1), source.read(name, layer)[None]
-            continue
-        kept = kept_heads(source.config, projection, layer, source.sharing)
-        if len(kept):
-            every = len(kept) == heads_per_layer(source.config, projection)
-            yield slice(start, start + len(kept)), source.read(name, layer, None if every else kept.tolist())
-        start += len(kept)
+        heads = None if owns is None or owns[layer].all() else np.flatnonzero(owns[layer]).tolist()
+        if heads != []:
+            values = source.read(name, layer, heads)
+            values = values[None] if projection is None else values
+            yield slice(start, start + len(values)), values
+            start += len(values)
 
 
 def assemble(source: WeightSource, name: str) -> np.ndarray:
@@ -154,10 +141,11 @@ def assemble_parts(source: WeightSource, name: str, parts: Sequence[Part]) -> li
         return [whole[part] for part in parts]
     shape = stored_shape(source.config, name, source.sharing)
     inner = [part[1:] for part in parts]
-    values = [_aligned((shape[0], *_cut(shape[1:], part)), source.dtype(name)) for part in inner]
+    like = np.broadcast_to(np.uint8(0), shape)
+    values = [_aligned(like[:, *part].shape, source.dtype(name)) for part in inner]
     for rows, layer in stored_layers(source, name):
         for value, part in zip(values, inner, strict=True):
-            value[rows] = layer[(slice(None), *part)]
+            value[rows] = layer[:, *part]
     return values
 
 
@@ -167,12 +155,6 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     memory = np.empty(size + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
     return memory[start : start + size].view(dtype).reshape(shape)
-
-
-def _cut(shape: tuple[int, ...], part: Part) -> tuple[int, ...]:
-    """Shape of what slices of an array's axes leave of it."""
-    cuts = (*part, *[slice(None)] * (len(shape) - len(part)))
-    return tuple(len(range(size)[cut]) for size, cut in zip(shape, cuts, strict=True))
 
 
 def fingerprint(source: WeightSource) -> str:
@@ -186,19 +168,21 @@ def fingerprint(source: WeightSource) -> str:
       >>> hs.fingerprint(model) == hs.fingerprint(hs.open_checkpoint("my-llama"))
       True
     """
-    digest = hashlib.sha256()
-    for part in _layer_checksums(source, [pool_name(projection) for projection in PROJECTIONS]):
-        digest.update(part)
-    return f"sha256:{digest.hexdigest()}"
+    return _sha256(_layer_checksums(source, [pool_name(projection) for projection in PROJECTIONS]))
 
 
 def whole_fingerprint(source: WeightSource) -> str:
     """As `fingerprint`, but of the architecture and all weights; one layer's are in memory at a time."""
-    digest = hashlib.sha256(json.dumps(source.config.to_json(), sort_keys=True).encode())
-    for name in parameter_names(source.config):
-        if not PARAMETERS[name].layered:
-            digest.update(_checksums(source.read(name)))
-    for part in _layer_checksums(source, layered_names(source.config)):
+    layered = layered_names(source.config)
+    whole = [name for name in parameter_names(source.config) if name not in layered]
+    architecture = json.dumps(source.config.to_json(), sort_keys=True).encode()
+    checksums = (_checksums(source.read(name)) for name in whole)
+    return _sha256(chain([architecture], checksums, _layer_checksums(source, layered)))
+
+
+def _sha256(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
         digest.update(part)
     return f"sha256:{digest.hexdigest()}"
 
