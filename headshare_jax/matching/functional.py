@@ -253,7 +253,8 @@ class _LayerScorer:
         total = (np.zeros((width, width)), np.zeros((count, width, size)), np.zeros((count, size, size)))
         for part in parts:
             x_btd = streams.cut(self.x_wtd[part], self.mesh)
-            for sums, more in zip(total, batch_sums(self.config, self.near[self.layer], candidates, x_btd), strict=True):
+            of_batch = batch_sums(self.config, self.near[self.layer], candidates, x_btd)
+            for sums, more in zip(total, of_batch, strict=True):
                 sums += np.asarray(more, np.float64)
         return total
 
