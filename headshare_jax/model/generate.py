@@ -185,12 +185,13 @@ def decode(
 
     def placed(token_b: jax.Array, rows: _Rows, cache: KVCache) -> _Rows:
         done_b = rows.done_b | jnp.any(token_b[:, None] == stop_tokens[None, :], axis=1)
+        filled = rows.filled + 1
         out_bt = jax.lax.dynamic_update_slice(rows.out_bt, token_b[:, None], (0, rows.filled))
-        return _Rows(rows.filled + 1, token_b, out_bt, done_b, rows.length_b + (~done_b).astype(jnp.int32), cache)
+        return _Rows(filled, token_b, out_bt, done_b, rows.length_b + (~done_b).astype(jnp.int32), cache)
 
     batch = token_b.shape[0]
-    out_bt, length_b = jnp.zeros((batch, room), jnp.int32), jnp.zeros(batch, jnp.int32)
-    nothing = _Rows(jnp.int32(0), token_b, out_bt, jnp.zeros(batch, bool), length_b, cache)
+    out_bt, done_b = jnp.zeros((batch, room), jnp.int32), jnp.zeros(batch, bool)
+    nothing = _Rows(jnp.int32(0), token_b, out_bt, done_b, jnp.zeros(batch, jnp.int32), cache)
     rows = jax.lax.while_loop(unfinished, step, placed(token_b, nothing, cache))
     return rows.out_bt, rows.length_b, rows.cache
 
