@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
 from rich.console import RenderableType
 from rich.table import Table
 
@@ -27,29 +26,29 @@ class Evaluate(Command):
     """Measure perplexity on a text, and the tasks of EleutherAI's evaluation harness.
 
     Example: headshare eval smollm2-shared --text wiki.test.txt --seq-len 2048
+
+    Attributes:
+      text: Text, JSONL or parquet file, or data set name[:config[:split]]: wikitext:wikitext-2-raw-v1:test.
+      text_field: Field or column of --text that holds the text.
+      seq_len: Tokens in a window.
+      stride: Tokens from one window's start to the next; the window length by default.
+      max_windows: Run the first windows only.
+      tasks: Tasks of the harness, separated by commas: hellaswag,piqa (needs lm-eval).
+      task_folder: Folder of task files (YAML) to take the tasks from instead of the harness's.
+      task_limit: Run the first examples of each task only.
+      batch_size: Windows or examples run at a time.
     """
 
     src: Source
-    text: Annotated[
-        str | None,
-        tyro.conf.arg(
-            help="Text, JSONL or parquet file, or data set name[:config[:split]]: wikitext:wikitext-2-raw-v1:test."
-        ),
-    ] = None
-    text_field: Annotated[str, tyro.conf.arg(help="Field or column of --text that holds the text.")] = "text"
-    seq_len: Annotated[int, tyro.conf.arg(help="Tokens in a window.")] = 2048
-    stride: Annotated[
-        int | None, tyro.conf.arg(help="Tokens from one window's start to the next; the window length by default.")
-    ] = None
-    max_windows: Annotated[int | None, tyro.conf.arg(help="Run the first windows only.")] = None
-    tasks: Annotated[
-        str | None, tyro.conf.arg(help="Tasks of the harness, separated by commas: hellaswag,piqa (needs lm-eval).")
-    ] = None
-    task_folder: Annotated[
-        Path | None, tyro.conf.arg(help="Folder of task files (YAML) to take the tasks from instead of the harness's.")
-    ] = None
-    task_limit: Annotated[int | None, tyro.conf.arg(help="Run the first examples of each task only.")] = None
-    batch_size: Annotated[int, tyro.conf.arg(help="Windows or examples run at a time.")] = 1
+    text: str | None = None
+    text_field: str = "text"
+    seq_len: int = 2048
+    stride: int | None = None
+    max_windows: int | None = None
+    tasks: str | None = None
+    task_folder: Path | None = None
+    task_limit: int | None = None
+    batch_size: int = 1
     compute_dtype: ComputeDtype = "float32"
 
     def run(self) -> dict[str, Any]:

@@ -3,9 +3,8 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from rich.console import RenderableType
 from rich.table import Table
 
@@ -22,13 +21,13 @@ class Inspect(Command):
     """Show a model's architecture, who shares with whom, and what it stores.
 
     Example: headshare inspect smollm2-shared
+
+    Attributes:
+      shards: Count what must move if so many chips share out the heads of each layer evenly.
     """
 
     src: Source
-    shards: Annotated[
-        int | None,
-        tyro.conf.arg(help="Count what must move if so many chips share out the heads of each layer evenly."),
-    ] = None
+    shards: int | None = None
 
     def run(self) -> dict[str, Any]:
         path = convert.locate(self.src)
