@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -14,11 +14,7 @@ from headshare_jax.convert import text
 from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluate.perplexity import perplexity
 from headshare_jax.loading import load, load_tokenizer
-from headshare_jax.model.llama import Llama
 from headshare_jax.report.progress import progress
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,17 +56,36 @@ class Evaluate(Command):
             self.refuse("task_folder", "task_limit", without="--tasks")
         if self.task_folder is not None and not self.task_folder.is_dir():
             raise HeadshareError(f"There is no folder {self.task_folder}; --task-folder takes one with task files.")
-        if self.tasks is not None:
-            _harness()
+        harness: Any = None if self.tasks is None else _harness()
         path = convert.locate(self.src)
         content = None if self.text is None else text.read(self.text, field=self.text_field)
         tokenizer = load_tokenizer(path)
         model = load(path, compute_dtype=self.compute_dtype)
         result: dict[str, Any] = {"compute_dtype": self.compute_dtype}
         if content is not None:
-            result |= self._perplexity(model, tokenizer, content)
+            with progress("perplexity") as step:
+                found = perplexity(
+                    model,
+                    tokenizer(content, verbose=False).input_ids,
+                    seq_len=self.seq_len,
+                    stride=self.stride,
+                    max_windows=self.max_windows,
+                    batch_size=self.batch_size,
+                    words=len(content.split()),
+                    progress=step,
+                )
+            result |= asdict(found) | {"protocol": found.protocol, "text": self.text}
         if self.tasks is not None:
-            result["tasks"] = self._tasks(model, tokenizer)
+            with progress("tasks") as step:
+                result["tasks"] = harness.run_tasks(
+                    model,
+                    tokenizer,
+                    [name.strip() for name in self.tasks.split(",")],
+                    folder=self.task_folder,
+                    limit=self.task_limit,
+                    batch_size=self.batch_size,
+                    progress=step,
+                )
         return result
 
     def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
@@ -85,34 +100,6 @@ class Evaluate(Command):
                 for metric, value in metrics.items():
                     table.add_row(task, metric, f"{value:.4f}" if isinstance(value, float) else str(value))
             yield table
-
-    def _perplexity(self, model: Llama, tokenizer: "PreTrainedTokenizerBase", content: str) -> dict[str, Any]:
-        with progress("perplexity") as step:
-            found = perplexity(
-                model,
-                tokenizer(content, verbose=False).input_ids,
-                seq_len=self.seq_len,
-                stride=self.stride,
-                max_windows=self.max_windows,
-                batch_size=self.batch_size,
-                words=len(content.split()),
-                progress=step,
-            )
-        return asdict(found) | {"protocol": found.protocol, "text": self.text}
-
-    def _tasks(self, model: Llama, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-        assert self.tasks is not None
-        with progress("tasks") as step:
-            found: dict[str, Any] = _harness().run_tasks(
-                model,
-                tokenizer,
-                [name.strip() for name in self.tasks.split(",")],
-                folder=self.task_folder,
-                limit=self.task_limit,
-                batch_size=self.batch_size,
-                progress=step,
-            )
-        return found
 
 
 def _harness() -> Any:

@@ -3,7 +3,7 @@
 import csv
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,25 +57,24 @@ class SweepFolder:
                 "cannot go on there; choose another folder."
             )
 
-    def point(self, name: str) -> dict[str, Any] | None:
-        """What was measured for a point; None if it was not."""
-        path = self._file(name, "json")
-        return _read(path) if path.is_file() else None
+    def point(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What was measured for a point, as plain data without infinities; measured and kept if it was not."""
+        file = self._file(name, "json")
+        if not file.is_file():
+            # JSON has no infinities: they become null.
+            point = json.loads(json.dumps(measure()), parse_constant=lambda _: None)
+            with new_file(file) as path:
+                path.write_text(json.dumps(point))
+        return _read(file)
 
-    def keep_point(self, name: str, point: Mapping[str, Any]) -> None:
-        """Keeps what was measured for a point."""
-        with new_file(self._file(name, "json"), overwrite=True) as path:
-            path.write_text(json.dumps(point))
-
-    def scores(self, name: str) -> MatchResult | None:
-        """Scores that were kept; None if none were."""
-        path = self._file(name, "npz")
-        return scores_file.read(path) if path.is_file() else None
-
-    def keep_scores(self, name: str, scores: MatchResult) -> None:
-        """Keeps scores, which serve every ratio."""
-        with new_file(self._file(name, "npz"), overwrite=True) as path:
-            scores_file.write(scores, path)
+    def scores(self, name: str, score: Callable[[], MatchResult]) -> MatchResult:
+        """Scores, which serve every ratio; made and kept if they were not."""
+        file = self._file(name, "npz")
+        if not file.is_file():
+            scores = score()
+            with new_file(file) as path:
+                scores_file.write(scores, path)
+        return scores_file.read(file)
 
     @property
     def journals(self) -> JournalFolder:
