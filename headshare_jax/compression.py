@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -20,16 +20,13 @@ from headshare_jax.evaluate.perplexity import Perplexity, perplexity
 from headshare_jax.fit import methods
 from headshare_jax.fit.methods import METHODS, Amount, Method, MethodSettings, Scoring
 from headshare_jax.fit.refit import RefitReport
-from headshare_jax.loading import CalibrationText, calibration_text, text_tokens
+from headshare_jax.loading import AnyTokenizer, CalibrationText, Text, calibration_text, text_tokens
 from headshare_jax.model.llama import Llama
 from headshare_jax.report.progress import progress as progress_bar
 from headshare_jax.sharing.budget import attention_budget
 from headshare_jax.sharing.ledger import Ledger, ledger, megabytes
 from headshare_jax.sharing.map import SharingMap, shard_of_units
 from headshare_jax.sharing.source import WeightSource
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # What may be done by a map that exists.
 MAP_METHODS = ("direct", "refit")
@@ -114,12 +111,12 @@ def compress(
     model_budget: float | None = None,
     map: SharingMap | str | Path | None = None,
     method: str = "direct",
-    calibrate: str | Path | np.ndarray | None = None,
+    calibrate: Text | None = None,
     calibrate_tokens: int = 12288,
     seq_len: int = 512,
-    evaluate: str | Path | np.ndarray | None = None,
+    evaluate: Text | None = None,
     to: str = "native",
-    tokenizer: "str | Path | PreTrainedTokenizerBase | None" = None,
+    tokenizer: AnyTokenizer | None = None,
     work: str | Path | None = None,
     overwrite: bool = False,
     progress: bool | Progress = True,

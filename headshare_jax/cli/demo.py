@@ -25,7 +25,6 @@ from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluate.perplexity import perplexity
 from headshare_jax.loading import load, load_tokenizer
 from headshare_jax.model.generate import generate
-from headshare_jax.model.llama import Llama
 from headshare_jax.model.share import share
 from headshare_jax.report.map import draw_map
 from headshare_jax.report.progress import progress, say
@@ -70,7 +69,8 @@ class Demo(Command):
         scores = matched(source, "qk", 0)
         models = {"dense": dense}
         for ratio in self.ratios:
-            models[f"direct {ratio:.0%}"] = share(dense, sharing_map(scores, ratio))
+            sharing = sharing_map(scores, ratio)
+            models[f"direct {ratio:.0%}"] = share(dense, sharing)
         rows = []
         for name, model in models.items():
             with progress(f"perplexity, {name}") as step:
@@ -91,7 +91,12 @@ class Demo(Command):
                     "answer": tokenizer.decode(answer, skip_special_tokens=True),
                 }
             )
-        self._export(model, path)
+        say(f"exporting to {self.output}")
+        with new_directory(self.output, overwrite=self.overwrite) as folder:
+            for format in ("native", "hf"):
+                convert.save(model, folder / format, to=format, tokenizer_from=path)
+            (folder / "map.json").write_text(sharing.to_json())
+            draw_map(sharing).save(folder / "map.png")
         return {
             "model": str(path),
             "text": f"pydoc_data.topics of Python {sys.version.split()[0]}, second half",
@@ -124,15 +129,6 @@ class Demo(Command):
             f"{result['output']}: native/ (small), hf/ (plain LLaMA, full size), map.json, map.png\n"
             f"next: headshare inspect {result['output']}/native"
         )
-
-    def _export(self, model: Llama, tokenizer_from: Path) -> None:
-        assert model.sharing is not None
-        say(f"exporting to {self.output}")
-        with new_directory(self.output, overwrite=self.overwrite) as folder:
-            for format in ("native", "hf"):
-                convert.save(model, folder / format, to=format, tokenizer_from=tokenizer_from)
-            (folder / "map.json").write_text(model.sharing.to_json())
-            draw_map(model.sharing).save(folder / "map.png")
 
 
 def held_out_text() -> str:

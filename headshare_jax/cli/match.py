@@ -87,9 +87,10 @@ def matched(source: convert.Checkpoint, function: str, seed: int) -> MatchResult
 
 def _summary(result: MatchResult) -> dict[str, Any]:
     layers, units = result.value.shape
-    value = result.value[1:].ravel()
-    best = np.argsort(-value, kind="stable")[:_SHOWN] + units
-    quantiles = np.quantile(value, [0, 0.5, 1]).tolist()
+    donor, value = result.donor.ravel().tolist(), result.value.ravel()
+    # The first layer has no donors.
+    best = (np.argsort(-value[units:], kind="stable")[:_SHOWN] + units).tolist()
+    quantiles = np.quantile(value[units:], [0, 0.5, 1]).tolist()
     return {
         "match": result.match,
         "layers": layers,
@@ -97,11 +98,7 @@ def _summary(result: MatchResult) -> dict[str, Any]:
         "source": result.source,
         "value_quantiles": dict(zip(("lowest", "median", "highest"), quantiles, strict=True)),
         "best_pairs": [
-            {
-                "receiver": [int(flat) // units, int(flat) % units],
-                "donor": [int(result.donor_layer.flat[flat]), int(result.donor_unit.flat[flat])],
-                "score": float(result.value.flat[flat]),
-            }
+            {"receiver": divmod(flat, units), "donor": divmod(donor[flat], units), "score": float(value[flat])}
             for flat in best
         ],
     }

@@ -140,10 +140,9 @@ def _opened(src: str) -> tuple[LlamaConfig, SharingMap | None]:
     if src in PRESETS:
         return PRESETS[src], None
     path = Path(src)
-    if path.suffix == ".json" and path.is_file():
-        return LlamaConfig.from_hf(_document(path)), None
-    if (path / "config.json").is_file() and not any(path.glob("*.safetensors")):
-        return LlamaConfig.from_hf(_document(path / "config.json")), None
+    config = path / "config.json" if path.is_dir() else path
+    if config.suffix == ".json" and config.is_file() and not any(path.glob("*.safetensors")):
+        return LlamaConfig.from_hf(_document(config)), None
     try:
         source = convert.open_checkpoint(path)
     except HeadshareError as error:

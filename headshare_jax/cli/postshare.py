@@ -40,8 +40,7 @@ class Postshare(Command):
     """
 
     config: Annotated[
-        str,
-        tyro.conf.arg(help=f"Recipe: a .yaml file, or one that comes along: {', '.join(recipes.SHIPPED)}."),
+        str, tyro.conf.arg(help=f"Recipe: a .yaml file, or one that comes along: {', '.join(recipes.SHIPPED)}.")
     ]
     output: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE ...")] = ()

@@ -1,7 +1,7 @@
 """`headshare share`."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +18,9 @@ from headshare_jax.fit.methods import METHODS
 from headshare_jax.report.map import draw_map
 from headshare_jax.report.picture import check_name
 from headshare_jax.sharing.ledger import NOT_SAVED
+
+# Options that are not arguments of `compress`, as all others are.
+_OWN = ("json", "save_map", "plot")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +73,7 @@ class Share(Command):
             check_output(output, folder=False, overwrite=self.overwrite)
         if self.plot is not None:
             check_name(self.plot)
-        done = compress(
-            self.src,
-            self.dst,
-            calibrate=self.calibrate,
-            to=self.to,
-            work=self.work,
-            overwrite=self.overwrite,
-            **{name: getattr(self, name) for name in _SETTINGS},
-        )
+        done = compress(**{field.name: getattr(self, field.name) for field in fields(self) if field.name not in _OWN})
         if self.save_map is not None:
             with new_file(self.save_map, overwrite=self.overwrite) as path:
                 path.write_text(done.map.to_json())
@@ -105,13 +100,6 @@ class Share(Command):
         yield NOT_SAVED
         if self.to == "hf":
             yield "A plain LLaMA checkpoint holds every head, also those that share: on disk it is at its full size."
-
-
-# Settings of a compression that are options by the same name.
-_SETTINGS = (
-    *("ratio", "budget", "model_budget", "map", "method", "calibrate_tokens", "seq_len"),
-    *("match", "seed", "tie", "chains", "within_shards"),
-)
 
 
 def fit_table(record: dict[str, Any]) -> Table:

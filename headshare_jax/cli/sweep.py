@@ -91,17 +91,12 @@ class Sweep(Command):
         table = Table("method", "amount", "perplexity", "vs dense", "attention", "parameters", title="quality and size")
         dense = result["points"][0]
         for row in result["points"]:
-            if row["perplexity"] is None:
-                table.add_row(row["method"], row["amount"], "none")
-                continue
-            table.add_row(
-                row["method"],
-                row["amount"],
-                f"{row['perplexity']:.1f}",
-                f"{row['relative']:.2f}x",
-                f"{row['attention_bytes'] / dense['attention_bytes']:.1%}",
-                megabytes(row["bytes"]),
-            )
+            cells = ["none"]
+            if row["perplexity"] is not None:
+                attention = row["attention_bytes"] / dense["attention_bytes"]
+                cells = [f"{row['perplexity']:.1f}", f"{row['relative']:.2f}x", f"{attention:.1%}"]
+                cells.append(megabytes(row["bytes"]))
+            table.add_row(row["method"], row["amount"], *cells)
         yield table
         for row in result["points"]:
             if row["perplexity"] is None:

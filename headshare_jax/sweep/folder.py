@@ -9,6 +9,7 @@ from typing import Any
 
 from headshare_jax.convert import scores_file
 from headshare_jax.convert.atomic import new_directory, new_file
+from headshare_jax.convert.huggingface import read_json
 from headshare_jax.convert.journal_folder import JournalFolder
 from headshare_jax.errors import HeadshareError
 from headshare_jax.report.page import page
@@ -49,7 +50,7 @@ class SweepFolder:
         file = path / CACHE / _IDENTITY
         if not file.is_file():
             raise HeadshareError(f"{path} is not the folder of a sweep, so none can go on there; choose another name.")
-        there = _read(file)
+        there = read_json(file, remedy="delete it")
         other = [name for name in {**identity, **there} if identity.get(name) != there.get(name)]
         if other:
             raise HeadshareError(
@@ -65,7 +66,7 @@ class SweepFolder:
             point = json.loads(json.dumps(measure()), parse_constant=lambda _: None)
             with new_file(file) as path:
                 path.write_text(json.dumps(point))
-        return _read(file)
+        return read_json(file, remedy="delete it")
 
     def scores(self, name: str, score: Callable[[], MatchResult]) -> MatchResult:
         """Scores, which serve every ratio; made and kept if they were not."""
@@ -99,13 +100,3 @@ class SweepFolder:
 
     def _file(self, name: str, ending: str) -> Path:
         return self.path / CACHE / f"{name}-{self._key}.{ending}"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise HeadshareError(f"{path} is not readable JSON ({error}); delete it.") from error
-    if not isinstance(value, dict):
-        raise HeadshareError(f"{path} does not hold a JSON object; delete it.")
-    return value
