@@ -4,7 +4,7 @@ import html
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class Compressed:
     map: SharingMap
     sizes: Ledger
     fit: RefitReport | None = None
-    calibration: CalibrationText | None = field(default=None, repr=False)
+    calibration: CalibrationText | None = None
     before: Perplexity | None = None
     after: Perplexity | None = None
     path: Path | None = None

@@ -120,11 +120,9 @@ class Plan(Command):
         step = "a step, estimated: FLOPs" if estimated else "a step: FLOPs"
         for heading, name, unit in ((step, "flops", ""), ("HBM bytes", "hbm_bytes_accessed", "B")):
             table.add_row(heading, *(_amount(model[name], unit) for model in models))
-        kinds = dict.fromkeys(kind for model in models for kind in model["collective_bytes"] or {})
-        for kind in kinds:
-            table.add_row(
-                f"sent: {kind}", *(_amount((model["collective_bytes"] or {}).get(kind), "B") for model in models)
-            )
+        sent = [model["collective_bytes"] or {} for model in models]
+        for kind in dict.fromkeys(kind for each in sent for kind in each):
+            table.add_row(f"sent: {kind}", *(_amount(each.get(kind), "B") for each in sent))
         table.add_row("at least", *(_amount(model["step_seconds"], "s") for model in models))
         table.add_row("bound by", *(model["bound_by"] or "" for model in models))
         table.add_row("tokens/s, all chips", *(_amount(model["tokens_per_second"], "") for model in models))
