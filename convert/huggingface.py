@@ -71,14 +71,14 @@ def weight_files(path: Path, name: str) -> list[Path]:
     return [path / file for file in files]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; HeadshareError if it is anything else."""
+def read_json(path: Path, *, remedy: str = "fetch it again") -> dict[str, Any]:
+    """A JSON object from a file; HeadshareError, with what to do with the file, if it is anything else."""
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise HeadshareError(f"{path} is not readable JSON ({error}); fetch it again.") from error
+        raise HeadshareError(f"{path} is not readable JSON ({error}); {remedy}.") from error
     if not isinstance(value, dict):
-        raise HeadshareError(f"{path} does not hold a JSON object; fetch it again.")
+        raise HeadshareError(f"{path} does not hold a JSON object; {remedy}.")
     return value
 
 

@@ -4,10 +4,10 @@ import html
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from headshare_jax.evaluate.perplexity import Perplexity, perplexity
 from headshare_jax.fit import methods
 from headshare_jax.fit.methods import METHODS, Amount, Method, MethodSettings, Scoring
 from headshare_jax.fit.refit import RefitReport
-from headshare_jax.loading import CalibrationText, calibration_text, text_tokens
+from headshare_jax.loading import AnyTokenizer, CalibrationText, Text, calibration_text, text_tokens
 from headshare_jax.model.llama import Llama
 from headshare_jax.report.progress import progress as progress_bar
 from headshare_jax.sharing.budget import attention_budget
@@ -28,80 +28,13 @@ from headshare_jax.sharing.ledger import Ledger, ledger, megabytes
 from headshare_jax.sharing.map import SharingMap, shard_of_units
 from headshare_jax.sharing.source import WeightSource
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 # What may be done by a map that exists.
 MAP_METHODS = ("direct", "refit")
 # Beside a refitted model: what was fitted, and the errors before and after.
 FIT_FILE = "headshare_fit.json"
 # Called with what is being done, how much of it is, and the whole.
 Progress = Callable[[str, int, int], None]
-Step = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
-
-
-@dataclass(frozen=True)
-class CompressSettings:
-    """How to compress a model: exactly one of `ratio`, `budget`, `model_budget` and `map`, and a method.
-
-    Attributes:
-      ratio: part of all units that become receivers or are dropped, in [0, 1).
-      budget: part of the attention parameters (q, k, v and o weights) to keep, in (0, 1].
-      model_budget: part of all the model's parameters to keep; only attention gives any up.
-      map: a sharing map, or the file of one, instead of matching.
-      method: one of `fit.methods.METHODS`.
-      calibrate_tokens, seq_len: tokens of the calibration text to use, from its start, and tokens in a window.
-      match, seed, tie, chains, within_shards: as of `fit.methods.MethodSettings`; None leaves them to the method.
-    """
-
-    ratio: float | None = None
-    budget: float | None = None
-    model_budget: float | None = None
-    map: SharingMap | str | Path | None = None
-    method: str = "direct"
-    calibrate_tokens: int = 12288
-    seq_len: int = 512
-    match: str | None = None
-    seed: int | None = None
-    tie: str | None = None
-    chains: str | None = None
-    within_shards: int | None = None
-
-    @property
-    def of_method(self) -> MethodSettings:
-        """What the method is told."""
-        return MethodSettings(self.match, self.seed, self.tie, self.chains, self.within_shards)
-
-    def checked(self, *, has_text: bool, has_journals: bool) -> Method:
-        """The method; raises HeadshareError unless the settings, and what else is given, go together."""
-        given = [name for name in ("ratio", "budget", "model_budget", "map") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise HeadshareError(
-                f"Give {'only ' if given else ''}one of ratio, budget or model_budget, to match and choose, or map, to "
-                "use a map that exists.",
-                option=("ratio", "budget", "model_budget", "map"),
-            )
-        method = methods.find(self.method, self.of_method)
-        if method.needs_text != has_text:
-            what = "needs a text to calibrate on" if method.needs_text else "needs no text; leave calibrate out"
-            raise HeadshareError(f"The method {self.method} {what}.", option="calibrate")
-        if self.map is not None and self.of_method.given:
-            setting = next(iter(self.of_method.given))
-            raise HeadshareError(f"A map has its pairs already; leave {setting} out.", option=setting)
-        if self.map is not None and self.method not in MAP_METHODS:
-            raise HeadshareError(
-                f"A map says who shares with whom, as the method {self.method} would; leave the map out, or use one of "
-                f"the methods {' and '.join(MAP_METHODS)}.",
-                option="map",
-            )
-        if has_journals and not method.needs_text:
-            users = ", ".join(other.name for other in METHODS.values() if other.needs_text)
-            raise HeadshareError(
-                f"The method {self.method} keeps nothing to go on from, as those do that compute on a text ({users}); "
-                "leave work out.",
-                option="work",
-            )
-        return method
+Phase = AbstractContextManager[Callable[[int, int], None]]
 
 
 @dataclass(frozen=True)
@@ -123,7 +56,7 @@ class Compressed:
     map: SharingMap
     sizes: Ledger
     fit: RefitReport | None = None
-    calibration: CalibrationText | None = field(default=None, repr=False)
+    calibration: CalibrationText | None = None
     before: Perplexity | None = None
     after: Perplexity | None = None
     path: Path | None = None
@@ -173,10 +106,17 @@ def compress(
     src: str | Path | WeightSource,
     dst: str | Path | None = None,
     *,
-    calibrate: str | Path | np.ndarray | None = None,
-    evaluate: str | Path | np.ndarray | None = None,
+    ratio: float | None = None,
+    budget: float | None = None,
+    model_budget: float | None = None,
+    map: SharingMap | str | Path | None = None,
+    method: str = "direct",
+    calibrate: Text | None = None,
+    calibrate_tokens: int = 12288,
+    seq_len: int = 512,
+    evaluate: Text | None = None,
     to: str = "native",
-    tokenizer: "str | Path | PreTrainedTokenizerBase | None" = None,
+    tokenizer: AnyTokenizer | None = None,
     work: str | Path | None = None,
     overwrite: bool = False,
     progress: bool | Progress = True,
@@ -189,7 +129,13 @@ def compress(
     Args:
       src: native or Hugging Face folder, GGUF file, hub id, an opened checkpoint, or a model in memory.
       dst: folder to write; nothing is written without one.
+      ratio: part of all units that become receivers or are dropped, in [0, 1).
+      budget: instead of a ratio: part of the attention parameters (q, k, v and o weights) to keep, in (0, 1].
+      model_budget: instead of a ratio: part of all the model's parameters to keep; only attention gives any up.
+      map: instead of a ratio: a sharing map, or the file of one; nothing is matched.
+      method: one of `fit.methods.METHODS`.
       calibrate: text for the methods that need one: as for `convert.text.open_corpus`, or token ids, int [tokens].
+      calibrate_tokens, seq_len: tokens of that text to use, from its start, and tokens in a window.
       evaluate: text to measure perplexity on, before and after, likewise; windows of `seq_len` without overlap.
       to: format of the output, as for `save`.
       tokenizer: of the model, for texts and the output; by default what lies beside its weights.
@@ -197,7 +143,7 @@ def compress(
       overwrite: replace an existing output.
       progress: True for a bar on standard error, False for none, or a function that is called with what is being done,
         the steps done and in all.
-      settings: fields of `CompressSettings`.
+      settings: fields of `fit.methods.MethodSettings`; those not given are left to the method.
 
     Returns:
       The record of what was done, with the model.
@@ -215,74 +161,97 @@ def compress(
       PosixPath('my-llama-small')
     """
     try:
-        wanted = CompressSettings(**settings)
+        of_method = MethodSettings(**settings)
     except TypeError as error:
         raise HeadshareError(f"compress has no such setting: {error}.") from error
-    method = wanted.checked(has_text=calibrate is not None, has_journals=work is not None)
+    asked = {"ratio": ratio, "budget": budget, "model_budget": model_budget, "map": map}
+    chosen = _checked(method, of_method, asked, has_text=calibrate is not None, has_journals=work is not None)
     if dst is not None:
         check_output(Path(dst), folder=True, overwrite=overwrite)
     path = convert.locate(src) if isinstance(src, (str, Path)) else None
     source = convert.open_checkpoint(path) if path is not None else src
     assert not isinstance(source, (str, Path))
     tokenizer = path if tokenizer is None else tokenizer
-    calibration = held_out = None
+    calibration = windows_wt = held_out = before = after = None
     if calibrate is not None:
-        count, vocab_size = wanted.calibrate_tokens, source.config.vocab_size
-        calibration = calibration_text(calibrate, tokenizer, count, wanted.seq_len, vocab_size)
+        calibration = calibration_text(calibrate, tokenizer, calibrate_tokens, seq_len, source.config.vocab_size)
+        windows_wt = calibration.windows_wt
     if evaluate is not None:
         held_out = text_tokens(evaluate, tokenizer)
     journals = None if work is None else _journals(work, dst)
     step = partial(_phase, progress)
-    sharing = _chosen(source, wanted, method, calibration, journals, step)
-    with step("refitting" if method.refits else "sharing") as told:
+    if map is not None:
+        sharing = map if isinstance(map, SharingMap) else map_file.read(Path(map))
+    else:
+        kept = budget if model_budget is None else attention_budget(source.config, model_budget)
+        amount = Amount(ratio, kept)
+        methods.check_amount(amount, source.config)
+        if of_method.within_shards is not None:
+            shard_of_units(source.config.num_kv_heads, of_method.within_shards)
+        with step("matching") as show:
+            scores = chosen.scores(Scoring(source, of_method, windows_wt, journals, show))
+        sharing = methods.choose(chosen, scores, amount, source.config, of_method)
+    with step("refitting" if chosen.refits else "sharing") as show:
         model, report = methods.apply(
-            method, source, sharing, None if calibration is None else calibration.windows_wt,
-            check_source=wanted.map is not None, journals=journals, progress=told,
-        )  # fmt: skip
-    done = Compressed(model, sharing, ledger(model), report, calibration)
+            chosen, source, sharing, windows_wt, check_source=map is not None, journals=journals, progress=show
+        )
+    sizes = ledger(model)
     if held_out is not None:
-        done = replace(done, before=_measured(source, held_out, wanted.seq_len, step, "perplexity before"))
-        done = replace(done, after=_measured(model, held_out, wanted.seq_len, step, "perplexity after"))
+        before = _measured(source, held_out, seq_len, step("perplexity before"))
+        after = _measured(model, held_out, seq_len, step("perplexity after"))
     if isinstance(source, Llama):
-        done = replace(done, model=Llama.of(model, **source.settings))
+        model = Llama.of(model, **source.settings)
+    done = Compressed(model, sharing, sizes, report, calibration, before, after)
     if dst is None:
         return done
     convert.save(
         model, dst, to=to, tokenizer_from=tokenizer, overwrite=overwrite,
-        provenance=_provenance(src, wanted.method, calibration),
+        provenance=({} if path is None else {"source": str(src)})
+        | {"method": method, "calibration": None if calibration is None else calibration.to_json()},
         documents={} if done.record is None else {FIT_FILE: json.dumps(done.record, indent=1)},
     )  # fmt: skip
     return replace(done, path=Path(dst), sizes=ledger(model, path=Path(dst)))
 
 
-def _phase(progress: bool | Progress, label: str) -> AbstractContextManager[Callable[[int, int], None]]:
+def _checked(
+    name: str, settings: MethodSettings, asked: dict[str, Any], *, has_text: bool, has_journals: bool
+) -> Method:
+    """The method of a name; HeadshareError unless all that is asked for, and what else is given, go together."""
+    given = [option for option, value in asked.items() if value is not None]
+    if len(given) != 1:
+        raise HeadshareError(
+            f"Give {'only ' if given else ''}one of ratio, budget or model_budget, to match and choose, or map, to "
+            "use a map that exists.",
+            option=tuple(asked),
+        )
+    method = methods.find(name, settings)
+    if method.needs_text != has_text:
+        what = "needs a text to calibrate on" if method.needs_text else "needs no text; leave calibrate out"
+        raise HeadshareError(f"The method {name} {what}.", option="calibrate")
+    if given == ["map"] and settings.given:
+        setting = next(iter(settings.given))
+        raise HeadshareError(f"A map has its pairs already; leave {setting} out.", option=setting)
+    if given == ["map"] and name not in MAP_METHODS:
+        raise HeadshareError(
+            f"A map says who shares with whom, as the method {name} would; leave the map out, or use one of "
+            f"the methods {' and '.join(MAP_METHODS)}.",
+            option="map",
+        )
+    if has_journals and not method.needs_text:
+        users = ", ".join(other.name for other in METHODS.values() if other.needs_text)
+        raise HeadshareError(
+            f"The method {name} keeps nothing to go on from, as those do that compute on a text ({users}); "
+            "leave work out.",
+            option="work",
+        )
+    return method
+
+
+def _phase(progress: bool | Progress, label: str) -> Phase:
     """A phase's progress as the caller wants it: the function to call with the steps done and in all."""
     if progress is True:
         return progress_bar(label)
     return nullcontext(partial(progress, label) if progress else lambda done, total: None)
-
-
-def _chosen(
-    source: WeightSource,
-    wanted: CompressSettings,
-    method: Method,
-    calibration: CalibrationText | None,
-    journals: JournalFolder | None,
-    step: Step,
-) -> SharingMap:
-    """The map that is given, or that the method makes."""
-    if wanted.map is not None:
-        return wanted.map if isinstance(wanted.map, SharingMap) else map_file.read(Path(wanted.map))
-    config, settings = source.config, wanted.of_method
-    budget = wanted.budget if wanted.model_budget is None else attention_budget(config, wanted.model_budget)
-    amount = Amount(ratio=wanted.ratio, budget=budget)
-    methods.check_amount(amount, config)
-    if wanted.within_shards is not None:
-        shard_of_units(config.num_kv_heads, wanted.within_shards)
-    windows_wt = None if calibration is None else calibration.windows_wt
-    with step("matching") as told:
-        scores = method.scores(Scoring(source, settings, windows_wt, journals, told))
-    return methods.choose(method, scores, amount, config, settings)
 
 
 def _journals(work: str | Path, dst: str | Path | None) -> JournalFolder:
@@ -292,15 +261,6 @@ def _journals(work: str | Path, dst: str | Path | None) -> JournalFolder:
     return journals
 
 
-def _measured(source: WeightSource, tokens: np.ndarray, seq_len: int, step: Step, label: str) -> Perplexity:
-    with step(label) as told:
-        return perplexity(Llama.of(source), tokens, seq_len=seq_len, progress=told)
-
-
-def _provenance(src: Any, method: str, calibration: CalibrationText | None) -> dict[str, Any]:
-    told = {"source": str(src)} if isinstance(src, (str, Path)) else {}
-    if calibration is None:
-        return {**told, "method": method, "calibration": None}
-    windows = list(calibration.windows_wt.shape)
-    text = {"name": calibration.name, "digest": calibration.digest, "windows": windows}
-    return {**told, "method": method, "calibration": text}
+def _measured(source: WeightSource, tokens: np.ndarray, seq_len: int, phase: Phase) -> Perplexity:
+    with phase as show:
+        return perplexity(Llama.of(source), tokens, seq_len=seq_len, progress=show)

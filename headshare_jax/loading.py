@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 
@@ -77,6 +77,10 @@ class CalibrationText:
     name: str
     digest: str
     windows_wt: np.ndarray
+
+    def to_json(self) -> dict[str, Any]:
+        """What identifies the text and its windows, as plain data."""
+        return {"name": self.name, "digest": self.digest, "windows": list(self.windows_wt.shape)}
 
 
 def calibration_text(

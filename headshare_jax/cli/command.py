@@ -25,15 +25,13 @@ ComputeDtype = Annotated[str, tyro.conf.arg(help="Type to compute in: float32 or
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """A command: its fields are its arguments.
+    """A command: its fields are its arguments, and what its docstring says of them is their help.
 
     Attributes:
-      json: print one JSON object on standard output and nothing else there.
+      json: Print one JSON object on standard output, and nothing else there.
     """
 
-    json: Annotated[bool, tyro.conf.arg(help="Print one JSON object on standard output, and nothing else there.")] = (
-        False
-    )
+    json: bool = False
 
     @classmethod
     def flags(cls) -> dict[str, str]:

@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from rich.console import RenderableType
 
 from headshare_jax import convert
@@ -19,14 +18,16 @@ class Convert(Command):
     """Convert a model between formats, tensor by tensor.
 
     Example: headshare convert meta-llama/Llama-2-7b-hf llama-2-7b --to native
+
+    Attributes:
+      to: native, hf (plain LLaMA, full size) or hf-compact (each head once).
+      dtype: Type to store: float32, bfloat16 or float16; the source's own by default.
     """
 
     src: Source
     dst: Destination
-    to: Annotated[str, tyro.conf.arg(help="native, hf (plain LLaMA, full size) or hf-compact (each head once).")]
-    dtype: Annotated[
-        str | None, tyro.conf.arg(help="Type to store: float32, bfloat16 or float16; the source's own by default.")
-    ] = None
+    to: str
+    dtype: str | None = None
     overwrite: Overwrite = False
 
     def run(self) -> dict[str, Any]:

@@ -22,10 +22,9 @@ from headshare_jax.cli.match import matched
 from headshare_jax.convert.atomic import check_output, new_directory, new_file
 from headshare_jax.convert.cache import cache_directory
 from headshare_jax.errors import HeadshareError
-from headshare_jax.evaluate.perplexity import Perplexity, perplexity
+from headshare_jax.evaluate.perplexity import perplexity
 from headshare_jax.loading import load, load_tokenizer
 from headshare_jax.model.generate import generate
-from headshare_jax.model.llama import Llama
 from headshare_jax.model.share import share
 from headshare_jax.report.map import draw_map
 from headshare_jax.report.progress import progress, say
@@ -43,20 +42,18 @@ class Demo(Command):
     """Share the heads of a real 135M model, measure it, run it and export it; needs no account and no GPU.
 
     Example: headshare demo
+
+    Attributes:
+      src: Another model instead of SmolLM2-135M-Instruct.
+      output: Folder to make for models and picture.
+      ratios: Sharing ratios to try; the last one is exported.
+      windows: Windows of 512 tokens to measure perplexity on.
     """
 
-    src: Annotated[
-        tyro.conf.Positional[str | None],
-        tyro.conf.arg(metavar="[SRC]", help="Another model instead of SmolLM2-135M-Instruct."),
-    ] = None
-    output: Annotated[Path, tyro.conf.arg(aliases=("-o",), help="Folder to make for models and picture.")] = Path(
-        "headshare-demo"
-    )
-    ratios: Annotated[tuple[float, ...], tyro.conf.arg(help="Sharing ratios to try; the last one is exported.")] = (
-        0.1,
-        0.3,
-    )
-    windows: Annotated[int, tyro.conf.arg(help="Windows of 512 tokens to measure perplexity on.")] = 16
+    src: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[SRC]")] = None
+    output: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = Path("headshare-demo")
+    ratios: tuple[float, ...] = (0.1, 0.3)
+    windows: int = 16
     overwrite: Overwrite = False
 
     def run(self) -> dict[str, Any]:
@@ -72,13 +69,34 @@ class Demo(Command):
         scores = matched(source, "qk", 0)
         models = {"dense": dense}
         for ratio in self.ratios:
-            models[f"direct {ratio:.0%}"] = share(dense, sharing_map(scores, ratio))
+            sharing = sharing_map(scores, ratio)
+            models[f"direct {ratio:.0%}"] = share(dense, sharing)
         rows = []
         for name, model in models.items():
-            result = _measure(name, model, tokens, len(content.split()), self.windows)
+            with progress(f"perplexity, {name}") as step:
+                result = perplexity(
+                    model, tokens, seq_len=512, max_windows=self.windows, batch_size=4, words=len(content.split()),
+                    progress=step,
+                )  # fmt: skip
             answer = generate(model, [tokenizer(PROMPT).input_ids], max_new_tokens=24)[0]
-            rows.append(_row(name, model, result) | {"answer": tokenizer.decode(answer, skip_special_tokens=True)})
-        self._export(model, path)
+            sizes = ledger(model)
+            rows.append(
+                {
+                    "name": name,
+                    "token_perplexity": result.token_perplexity,
+                    "word_perplexity": result.word_perplexity,
+                    "parameters": sizes.stored,
+                    "attention_parameters": sizes.attention_stored,
+                    "bytes": sizes.stored_bytes,
+                    "answer": tokenizer.decode(answer, skip_special_tokens=True),
+                }
+            )
+        say(f"exporting to {self.output}")
+        with new_directory(self.output, overwrite=self.overwrite) as folder:
+            for format in ("native", "hf"):
+                convert.save(model, folder / format, to=format, tokenizer_from=path)
+            (folder / "map.json").write_text(sharing.to_json())
+            draw_map(sharing).save(folder / "map.png")
         return {
             "model": str(path),
             "text": f"pydoc_data.topics of Python {sys.version.split()[0]}, second half",
@@ -111,32 +129,6 @@ class Demo(Command):
             f"{result['output']}: native/ (small), hf/ (plain LLaMA, full size), map.json, map.png\n"
             f"next: headshare inspect {result['output']}/native"
         )
-
-    def _export(self, model: Llama, tokenizer_from: Path) -> None:
-        assert model.sharing is not None
-        say(f"exporting to {self.output}")
-        with new_directory(self.output, overwrite=self.overwrite) as folder:
-            for format in ("native", "hf"):
-                convert.save(model, folder / format, to=format, tokenizer_from=tokenizer_from)
-            (folder / "map.json").write_text(model.sharing.to_json())
-            draw_map(model.sharing).save(folder / "map.png")
-
-
-def _measure(name: str, model: Llama, tokens: list[int], words: int, windows: int) -> Perplexity:
-    with progress(f"perplexity, {name}") as step:
-        return perplexity(model, tokens, seq_len=512, max_windows=windows, batch_size=4, words=words, progress=step)
-
-
-def _row(name: str, model: Llama, result: Perplexity) -> dict[str, Any]:
-    sizes = ledger(model)
-    return {
-        "name": name,
-        "token_perplexity": result.token_perplexity,
-        "word_perplexity": result.word_perplexity,
-        "parameters": sizes.stored,
-        "attention_parameters": sizes.attention_stored,
-        "bytes": sizes.stored_bytes,
-    }
 
 
 def held_out_text() -> str:

@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
-import tyro
 from rich.console import RenderableType
 from rich.table import Table
 
@@ -15,11 +14,7 @@ from headshare_jax.convert import text
 from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluate.perplexity import perplexity
 from headshare_jax.loading import load, load_tokenizer
-from headshare_jax.model.llama import Llama
 from headshare_jax.report.progress import progress
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,29 +22,29 @@ class Evaluate(Command):
     """Measure perplexity on a text, and the tasks of EleutherAI's evaluation harness.
 
     Example: headshare eval smollm2-shared --text wiki.test.txt --seq-len 2048
+
+    Attributes:
+      text: Text, JSONL or parquet file, or data set name[:config[:split]]: wikitext:wikitext-2-raw-v1:test.
+      text_field: Field or column of --text that holds the text.
+      seq_len: Tokens in a window.
+      stride: Tokens from one window's start to the next; the window length by default.
+      max_windows: Run the first windows only.
+      tasks: Tasks of the harness, separated by commas: hellaswag,piqa (needs lm-eval).
+      task_folder: Folder of task files (YAML) to take the tasks from instead of the harness's.
+      task_limit: Run the first examples of each task only.
+      batch_size: Windows or examples run at a time.
     """
 
     src: Source
-    text: Annotated[
-        str | None,
-        tyro.conf.arg(
-            help="Text, JSONL or parquet file, or data set name[:config[:split]]: wikitext:wikitext-2-raw-v1:test."
-        ),
-    ] = None
-    text_field: Annotated[str, tyro.conf.arg(help="Field or column of --text that holds the text.")] = "text"
-    seq_len: Annotated[int, tyro.conf.arg(help="Tokens in a window.")] = 2048
-    stride: Annotated[
-        int | None, tyro.conf.arg(help="Tokens from one window's start to the next; the window length by default.")
-    ] = None
-    max_windows: Annotated[int | None, tyro.conf.arg(help="Run the first windows only.")] = None
-    tasks: Annotated[
-        str | None, tyro.conf.arg(help="Tasks of the harness, separated by commas: hellaswag,piqa (needs lm-eval).")
-    ] = None
-    task_folder: Annotated[
-        Path | None, tyro.conf.arg(help="Folder of task files (YAML) to take the tasks from instead of the harness's.")
-    ] = None
-    task_limit: Annotated[int | None, tyro.conf.arg(help="Run the first examples of each task only.")] = None
-    batch_size: Annotated[int, tyro.conf.arg(help="Windows or examples run at a time.")] = 1
+    text: str | None = None
+    text_field: str = "text"
+    seq_len: int = 2048
+    stride: int | None = None
+    max_windows: int | None = None
+    tasks: str | None = None
+    task_folder: Path | None = None
+    task_limit: int | None = None
+    batch_size: int = 1
     compute_dtype: ComputeDtype = "float32"
 
     def run(self) -> dict[str, Any]:
@@ -61,17 +56,36 @@ class Evaluate(Command):
             self.refuse("task_folder", "task_limit", without="--tasks")
         if self.task_folder is not None and not self.task_folder.is_dir():
             raise HeadshareError(f"There is no folder {self.task_folder}; --task-folder takes one with task files.")
-        if self.tasks is not None:
-            _harness()
+        harness: Any = None if self.tasks is None else _harness()
         path = convert.locate(self.src)
         content = None if self.text is None else text.read(self.text, field=self.text_field)
         tokenizer = load_tokenizer(path)
         model = load(path, compute_dtype=self.compute_dtype)
         result: dict[str, Any] = {"compute_dtype": self.compute_dtype}
         if content is not None:
-            result |= self._perplexity(model, tokenizer, content)
+            with progress("perplexity") as step:
+                found = perplexity(
+                    model,
+                    tokenizer(content, verbose=False).input_ids,
+                    seq_len=self.seq_len,
+                    stride=self.stride,
+                    max_windows=self.max_windows,
+                    batch_size=self.batch_size,
+                    words=len(content.split()),
+                    progress=step,
+                )
+            result |= asdict(found) | {"protocol": found.protocol, "text": self.text}
         if self.tasks is not None:
-            result["tasks"] = self._tasks(model, tokenizer)
+            with progress("tasks") as step:
+                result["tasks"] = harness.run_tasks(
+                    model,
+                    tokenizer,
+                    [name.strip() for name in self.tasks.split(",")],
+                    folder=self.task_folder,
+                    limit=self.task_limit,
+                    batch_size=self.batch_size,
+                    progress=step,
+                )
         return result
 
     def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
@@ -86,34 +100,6 @@ class Evaluate(Command):
                 for metric, value in metrics.items():
                     table.add_row(task, metric, f"{value:.4f}" if isinstance(value, float) else str(value))
             yield table
-
-    def _perplexity(self, model: Llama, tokenizer: "PreTrainedTokenizerBase", content: str) -> dict[str, Any]:
-        with progress("perplexity") as step:
-            found = perplexity(
-                model,
-                tokenizer(content, verbose=False).input_ids,
-                seq_len=self.seq_len,
-                stride=self.stride,
-                max_windows=self.max_windows,
-                batch_size=self.batch_size,
-                words=len(content.split()),
-                progress=step,
-            )
-        return asdict(found) | {"protocol": found.protocol, "text": self.text}
-
-    def _tasks(self, model: Llama, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-        assert self.tasks is not None
-        with progress("tasks") as step:
-            found: dict[str, Any] = _harness().run_tasks(
-                model,
-                tokenizer,
-                [name.strip() for name in self.tasks.split(",")],
-                folder=self.task_folder,
-                limit=self.task_limit,
-                batch_size=self.batch_size,
-                progress=step,
-            )
-        return found
 
 
 def _harness() -> Any:

@@ -5,10 +5,9 @@ import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import jax
-import tyro
 from rich.console import RenderableType
 from rich.text import Text
 
@@ -28,24 +27,29 @@ class Generate(Command):
     """Continue one or more prompts.
 
     Example: headshare generate smollm2-shared --prompt "The capital of France is" --max-new-tokens 20
+
+    Attributes:
+      prompt: One prompt or several.
+      max_new_tokens: Most tokens to add to each prompt.
+      temperature: 0 always takes the most likely token.
+      top_k: Draw among the k most likely tokens only.
+      top_p: Draw among the most likely tokens of this total probability.
+      seed: Seed of the draws.
+      chat: Treat each prompt as a message to a chat model.
+      dtype: Type to hold the weights in: float32, bfloat16 or float16; the checkpoint's own by default, but float32 on
+        a CPU, which decodes slowly from 16 bits.
     """
 
     src: Source
-    prompt: Annotated[tuple[str, ...], tyro.conf.arg(help="One prompt or several.")]
-    max_new_tokens: Annotated[int, tyro.conf.arg(help="Most tokens to add to each prompt.")] = 64
-    temperature: Annotated[float, tyro.conf.arg(help="0 always takes the most likely token.")] = 0.0
-    top_k: Annotated[int | None, tyro.conf.arg(help="Draw among the k most likely tokens only.")] = None
-    top_p: Annotated[float, tyro.conf.arg(help="Draw among the most likely tokens of this total probability.")] = 1.0
-    seed: Annotated[int, tyro.conf.arg(help="Seed of the draws.")] = 0
-    chat: Annotated[bool, tyro.conf.arg(help="Treat each prompt as a message to a chat model.")] = False
+    prompt: tuple[str, ...]
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+    chat: bool = False
     compute_dtype: ComputeDtype = "float32"
-    dtype: Annotated[
-        str | None,
-        tyro.conf.arg(
-            help="Type to hold the weights in: float32, bfloat16 or float16; the checkpoint's own by default, but "
-            "float32 on a CPU, which decodes slowly from 16 bits."
-        ),
-    ] = None
+    dtype: str | None = None
 
     def run(self) -> dict[str, Any]:
         if self.temperature == 0:

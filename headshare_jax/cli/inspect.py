@@ -3,9 +3,8 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from rich.console import RenderableType
 from rich.table import Table
 
@@ -22,13 +21,13 @@ class Inspect(Command):
     """Show a model's architecture, who shares with whom, and what it stores.
 
     Example: headshare inspect smollm2-shared
+
+    Attributes:
+      shards: Count what must move if so many chips share out the heads of each layer evenly.
     """
 
     src: Source
-    shards: Annotated[
-        int | None,
-        tyro.conf.arg(help="Count what must move if so many chips share out the heads of each layer evenly."),
-    ] = None
+    shards: int | None = None
 
     def run(self) -> dict[str, Any]:
         path = convert.locate(self.src)
@@ -102,16 +101,12 @@ def ledger_table(sizes: dict[str, Any]) -> Table:
     table = Table("part", title="stored parameters")
     for heading in ("dense", "stored", "saved"):
         table.add_column(heading, justify="right")
-
-    def add(part: str, dense: int, stored: int) -> None:
-        saved = f"{1 - stored / dense:.1%}" if stored != dense else ""
-        table.add_row(part, f"{dense:,}", f"{stored:,}", saved)
-
-    for row in sizes["rows"]:
-        add(row["part"], row["dense"], row["stored"])
-    table.add_section()
-    add("attention", sizes["attention_dense"], sizes["attention_stored"])
-    add("all", sizes["dense"], sizes["stored"])
+    attention = {"part": "attention", "dense": sizes["attention_dense"], "stored": sizes["attention_stored"]}
+    for row in (*sizes["rows"], attention, {**sizes, "part": "all"}):
+        if row is attention:
+            table.add_section()
+        saved = f"{1 - row['stored'] / row['dense']:.1%}" if row["stored"] != row["dense"] else ""
+        table.add_row(row["part"], f"{row['dense']:,}", f"{row['stored']:,}", saved)
     table.add_section()
     table.add_row("bytes of parameters", megabytes(sizes["dense_bytes"]), megabytes(sizes["stored_bytes"]))
     for part, name in (("live on devices", "live_bytes"), ("files on disk", "disk_bytes")):

@@ -20,10 +20,6 @@ from headshare_jax.report.picture import check_name
 from headshare_jax.report.progress import progress
 from headshare_jax.sharing.scores import MatchResult
 
-MatchFunction = Annotated[
-    str, tyro.conf.arg(help="Score of a pair: cosine of q, k, v, qk, qkv or total weights; or random, a baseline.")
-]
-Seed = Annotated[int, tyro.conf.arg(help="Seed of the random baseline.")]
 _SHOWN = 5
 
 
@@ -32,18 +28,19 @@ class Match(Command):
     """Score all pairs of sharing units, and find the best donor of each in an earlier layer.
 
     Example: headshare match SmolLM2-135M.gguf --match qk -o scores.npz --plot heatmap.png
+
+    Attributes:
+      match: Score of a pair: cosine of q, k, v, qk, qkv or total weights; or random, a baseline.
+      seed: Seed of the random baseline.
+      output: Where to write donor_layer, donor_unit and value [L, U] (.npz).
+      plot: Where to draw the scores of all pairs (.png, .svg or .pdf).
     """
 
     src: Source
-    match: MatchFunction = "qk"
-    seed: Seed = 0
-    output: Annotated[
-        Path | None,
-        tyro.conf.arg(aliases=("-o",), help="Where to write donor_layer, donor_unit and value [L, U] (.npz)."),
-    ] = None
-    plot: Annotated[Path | None, tyro.conf.arg(help="Where to draw the scores of all pairs (.png, .svg or .pdf).")] = (
-        None
-    )
+    match: str = "qk"
+    seed: int = 0
+    output: Annotated[Path | None, tyro.conf.arg(aliases=("-o",))] = None
+    plot: Path | None = None
     overwrite: Overwrite = False
 
     def run(self) -> dict[str, Any]:
@@ -90,9 +87,10 @@ def matched(source: convert.Checkpoint, function: str, seed: int) -> MatchResult
 
 def _summary(result: MatchResult) -> dict[str, Any]:
     layers, units = result.value.shape
-    value = result.value[1:].ravel()
-    best = np.argsort(-value, kind="stable")[:_SHOWN] + units
-    quantiles = np.quantile(value, [0, 0.5, 1]).tolist()
+    donor, value = result.donor.ravel().tolist(), result.value.ravel()
+    # The first layer has no donors.
+    best = (np.argsort(-value[units:], kind="stable")[:_SHOWN] + units).tolist()
+    quantiles = np.quantile(value[units:], [0, 0.5, 1]).tolist()
     return {
         "match": result.match,
         "layers": layers,
@@ -100,11 +98,7 @@ def _summary(result: MatchResult) -> dict[str, Any]:
         "source": result.source,
         "value_quantiles": dict(zip(("lowest", "median", "highest"), quantiles, strict=True)),
         "best_pairs": [
-            {
-                "receiver": [int(flat) // units, int(flat) % units],
-                "donor": [int(result.donor_layer.flat[flat]), int(result.donor_unit.flat[flat])],
-                "score": float(result.value.flat[flat]),
-            }
+            {"receiver": divmod(flat, units), "donor": divmod(donor[flat], units), "score": float(value[flat])}
             for flat in best
         ],
     }

@@ -38,6 +38,15 @@ class Plan(Command):
     """Compile a step for a TPU pod without one: does it fit, what does it cost, what bounds it; dense and shared.
 
     Example: headshare plan llama-2-7b --topology v5e:2x2 --devices 1 --stage decode --ratio 0.3
+
+    Attributes:
+      devices: Use so many of the chips; all by default.
+      ratio: Sharing ratio; by default the model's own map, if it has one, else 0.3.
+      tie: Projections to share: some of q, k, v, o, in that order; qkv where there is no map.
+      batch: Sequences, over all chips; one a chip in postshare, else one by default.
+      length: Tokens of a sequence; in decode, slots of the cache.
+      mesh: Sizes of the mesh, one of which may be -1; by default one that fits.
+      host: Estimate from the shapes alone; compiles nothing, and needs no libtpu.
     """
 
     src: Annotated[
@@ -48,7 +57,7 @@ class Plan(Command):
         ),
     ]
     topology: Annotated[str, tyro.conf.arg(help=f"Chips, such as {EXAMPLES}.")]
-    devices: Annotated[int | None, tyro.conf.arg(help="Use so many of the chips; all by default.")] = None
+    devices: int | None = None
     stage: Annotated[
         str,
         tyro.conf.arg(
@@ -56,29 +65,15 @@ class Plan(Command):
             "and `shared` the tied one."
         ),
     ] = "postshare"
-    ratio: Annotated[
-        float | None, tyro.conf.arg(help="Sharing ratio; by default the model's own map, if it has one, else 0.3.")
-    ] = None
-    tie: Annotated[
-        str | None,
-        tyro.conf.arg(help="Projections to share: some of q, k, v, o, in that order; qkv where there is no map."),
-    ] = None
-    batch: Annotated[
-        int | None, tyro.conf.arg(help="Sequences, over all chips; one a chip in postshare, else one by default.")
-    ] = None
-    length: Annotated[int, tyro.conf.arg(help="Tokens of a sequence; in decode, slots of the cache.")] = 4096
-    mesh: Annotated[
-        tuple[int, int, int] | None,
-        tyro.conf.arg(
-            metavar="DATA FSDP TENSOR", help="Sizes of the mesh, one of which may be -1; by default one that fits."
-        ),
-    ] = None
+    ratio: float | None = None
+    tie: str | None = None
+    batch: int | None = None
+    length: int = 4096
+    mesh: Annotated[tuple[int, int, int] | None, tyro.conf.arg(metavar="DATA FSDP TENSOR")] = None
     remat: Annotated[
         str | None, tyro.conf.arg(help=f"In postshare: {', '.join(REMAT_POLICIES)}; by default one that fits.")
     ] = None
-    host: Annotated[
-        bool, tyro.conf.arg(help="Estimate from the shapes alone; compiles nothing, and needs no libtpu.")
-    ] = False
+    host: bool = False
 
     def run(self) -> dict[str, Any]:
         _, count = chip_of(self.topology)
@@ -125,11 +120,9 @@ class Plan(Command):
         step = "a step, estimated: FLOPs" if estimated else "a step: FLOPs"
         for heading, name, unit in ((step, "flops", ""), ("HBM bytes", "hbm_bytes_accessed", "B")):
             table.add_row(heading, *(_amount(model[name], unit) for model in models))
-        kinds = dict.fromkeys(kind for model in models for kind in model["collective_bytes"] or {})
-        for kind in kinds:
-            table.add_row(
-                f"sent: {kind}", *(_amount((model["collective_bytes"] or {}).get(kind), "B") for model in models)
-            )
+        sent = [model["collective_bytes"] or {} for model in models]
+        for kind in dict.fromkeys(kind for each in sent for kind in each):
+            table.add_row(f"sent: {kind}", *(_amount(each.get(kind), "B") for each in sent))
         table.add_row("at least", *(_amount(model["step_seconds"], "s") for model in models))
         table.add_row("bound by", *(model["bound_by"] or "" for model in models))
         table.add_row("tokens/s, all chips", *(_amount(model["tokens_per_second"], "") for model in models))
@@ -145,10 +138,9 @@ def _opened(src: str) -> tuple[LlamaConfig, SharingMap | None]:
     if src in PRESETS:
         return PRESETS[src], None
     path = Path(src)
-    if path.suffix == ".json" and path.is_file():
-        return LlamaConfig.from_hf(_document(path)), None
-    if (path / "config.json").is_file() and not any(path.glob("*.safetensors")):
-        return LlamaConfig.from_hf(_document(path / "config.json")), None
+    config = path / "config.json" if path.is_dir() else path
+    if config.suffix == ".json" and config.is_file() and not any(path.glob("*.safetensors")):
+        return LlamaConfig.from_hf(_document(config)), None
     try:
         source = convert.open_checkpoint(path)
     except HeadshareError as error:

@@ -27,31 +27,29 @@ class Postshare(Command):
     """Post-train a model so that its heads can share weights (PostShare), then share them.
 
     Example: headshare postshare --config smollm2-cpu --output run --set model=my-llama data.train=train.txt
+
+    Attributes:
+      output: Folder of the run.
+      set: Values to use instead of the recipe's.
+      resume: Go on after the newest checkpoint of the run.
+      dry_run: Check model and texts, show the recipe and the memory it needs on a device; train nothing.
+      distributed: One process of many; the others are found by themselves on TPU pods, Slurm and GKE.
+      coordinator: With --distributed elsewhere: address:port of the first process.
+      processes: With --coordinator: number of processes.
+      process: With --coordinator: number of this process, from 0.
     """
 
     config: Annotated[
-        str,
-        tyro.conf.arg(help=f"Recipe: a .yaml file, or one that comes along: {', '.join(recipes.SHIPPED)}."),
+        str, tyro.conf.arg(help=f"Recipe: a .yaml file, or one that comes along: {', '.join(recipes.SHIPPED)}.")
     ]
-    output: Annotated[Path, tyro.conf.arg(aliases=("-o",), help="Folder of the run.")]
-    set: Annotated[
-        tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE ...", help="Values to use instead of the recipe's.")
-    ] = ()
-    resume: Annotated[bool, tyro.conf.arg(help="Go on after the newest checkpoint of the run.")] = False
-    dry_run: Annotated[
-        bool,
-        tyro.conf.arg(
-            help="Check model and texts, show the recipe and the memory it needs on a device; train nothing."
-        ),
-    ] = False
-    distributed: Annotated[
-        bool, tyro.conf.arg(help="One process of many; the others are found by themselves on TPU pods, Slurm and GKE.")
-    ] = False
-    coordinator: Annotated[
-        str | None, tyro.conf.arg(help="With --distributed elsewhere: address:port of the first process.")
-    ] = None
-    processes: Annotated[int | None, tyro.conf.arg(help="With --coordinator: number of processes.")] = None
-    process: Annotated[int | None, tyro.conf.arg(help="With --coordinator: number of this process, from 0.")] = None
+    output: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
+    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
+    resume: bool = False
+    dry_run: bool = False
+    distributed: bool = False
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
 
     def run(self) -> dict[str, Any]:
         recipe = recipes.load(self.config, self.set)

@@ -1,7 +1,7 @@
 """`headshare share`."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from headshare_jax.cli.command import Command, Destination, Overwrite, Source
 from headshare_jax.cli.inspect import ledger_table
-from headshare_jax.cli.sharing import Calibrate, CalibrateTokens, Chains, MatchFunction, Seed, SeqLen, Tie
+from headshare_jax.cli.sharing import Calibrate, CalibrateTokens, MatchFunction, Seed, SeqLen, Tie
 from headshare_jax.compression import compress
 from headshare_jax.convert.atomic import check_output, new_file
 from headshare_jax.fit.methods import METHODS
@@ -19,33 +19,38 @@ from headshare_jax.report.map import draw_map
 from headshare_jax.report.picture import check_name
 from headshare_jax.sharing.ledger import NOT_SAVED
 
+# Options that are not arguments of `compress`, as all others are.
+_OWN = ("json", "save_map", "plot")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Share(Command):
     """Let the most similar heads share weights, without training.
 
     Example: headshare share SmolLM2-135M.gguf smollm2-shared --ratio 0.3
+
+    Attributes:
+      ratio: Sharing ratio in [0, 1): the part of all units that become receivers.
+      budget: Instead of a ratio: the part of the attention parameters to keep, in (0, 1].
+      model_budget: Instead of a ratio: the part of the model's parameters to keep; only attention gives any up.
+      map: Use this sharing map instead of matching.
+      chains: resolve (by default): a donor that receives is replaced by its root; forbid (fitted): no donor receives.
+      within_shards: Choose donors in their receivers' shard only: so many chips share out the heads of a layer evenly.
+      to: Format of the output: native, hf or hf-compact.
+      work: Keep what is computed on the text in this folder, layer by layer, to go on from there after a stop, and to
+        match no second time for another ratio, budget or method.
+      save_map: Where to write the sharing map (.json) besides.
+      plot: Where to draw who shares with whom (.png, .svg or .pdf).
     """
 
     src: Source
     dst: Destination
-    ratio: Annotated[
-        float | None, tyro.conf.arg(help="Sharing ratio in [0, 1): the part of all units that become receivers.")
-    ] = None
-    budget: Annotated[
-        float | None,
-        tyro.conf.arg(help="Instead of a ratio: the part of the attention parameters to keep, in (0, 1]."),
-    ] = None
-    model_budget: Annotated[
-        float | None,
-        tyro.conf.arg(
-            help="Instead of a ratio: the part of the model's parameters to keep; only attention gives any up."
-        ),
-    ] = None
-    map: Annotated[Path | None, tyro.conf.arg(help="Use this sharing map instead of matching.")] = None
+    ratio: float | None = None
+    budget: float | None = None
+    model_budget: float | None = None
+    map: Path | None = None
     method: Annotated[
-        str,
-        tyro.conf.arg(help="; ".join(f"{method.name}: {method.summary}" for method in METHODS.values()) + "."),
+        str, tyro.conf.arg(help="; ".join(f"{method.name}: {method.summary}" for method in METHODS.values()) + ".")
     ] = "direct"
     calibrate: Calibrate = None
     calibrate_tokens: CalibrateTokens = 12288
@@ -53,23 +58,12 @@ class Share(Command):
     match: MatchFunction = None
     seed: Seed = None
     tie: Tie = None
-    chains: Chains = None
-    within_shards: Annotated[
-        int | None,
-        tyro.conf.arg(
-            help="Choose donors in their receivers' shard only: so many chips share out the heads of a layer evenly."
-        ),
-    ] = None
-    to: Annotated[str, tyro.conf.arg(help="Format of the output: native, hf or hf-compact.")] = "native"
-    work: Annotated[
-        Path | None,
-        tyro.conf.arg(
-            help="Keep what is computed on the text in this folder, layer by layer, to go on from there after a stop, "
-            "and to match no second time for another ratio, budget or method."
-        ),
-    ] = None
-    save_map: Annotated[Path | None, tyro.conf.arg(help="Where to write the sharing map (.json) besides.")] = None
-    plot: Annotated[Path | None, tyro.conf.arg(help="Where to draw who shares with whom (.png, .svg or .pdf).")] = None
+    chains: str | None = None
+    within_shards: int | None = None
+    to: str = "native"
+    work: Path | None = None
+    save_map: Path | None = None
+    plot: Path | None = None
     overwrite: Overwrite = False
 
     def run(self) -> dict[str, Any]:
@@ -79,15 +73,7 @@ class Share(Command):
             check_output(output, folder=False, overwrite=self.overwrite)
         if self.plot is not None:
             check_name(self.plot)
-        done = compress(
-            self.src,
-            self.dst,
-            calibrate=self.calibrate,
-            to=self.to,
-            work=self.work,
-            overwrite=self.overwrite,
-            **{name: getattr(self, name) for name in _SETTINGS},
-        )
+        done = compress(**{field.name: getattr(self, field.name) for field in fields(self) if field.name not in _OWN})
         if self.save_map is not None:
             with new_file(self.save_map, overwrite=self.overwrite) as path:
                 path.write_text(done.map.to_json())
@@ -114,13 +100,6 @@ class Share(Command):
         yield NOT_SAVED
         if self.to == "hf":
             yield "A plain LLaMA checkpoint holds every head, also those that share: on disk it is at its full size."
-
-
-# Settings of a compression that are options by the same name.
-_SETTINGS = (
-    *("ratio", "budget", "model_budget", "map", "method", "calibrate_tokens", "seq_len"),
-    *("match", "seed", "tie", "chains", "within_shards"),
-)
 
 
 def fit_table(record: dict[str, Any]) -> Table:

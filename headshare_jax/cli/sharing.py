@@ -21,13 +21,6 @@ MatchFunction = Annotated[
     ),
 ]
 Tie = Annotated[
-    str | None,
-    tyro.conf.arg(help="Projections to share: some of q, k, v, o, in that order; qkv by default."),
+    str | None, tyro.conf.arg(help="Projections to share: some of q, k, v, o, in that order; qkv by default.")
 ]
 Seed = Annotated[int | None, tyro.conf.arg(help="Seed of random scores; 0 by default.")]
-Chains = Annotated[
-    str | None,
-    tyro.conf.arg(
-        help="resolve (by default): a donor that receives is replaced by its root; forbid (fitted): no donor receives."
-    ),
-]

@@ -29,28 +29,32 @@ class Sweep(Command):
     """Measure methods of sharing at several ratios against the dense model, and write a report as a web page.
 
     Example: headshare sweep my-llama --ratios 0.1,0.3 --calibrate train.txt --text test.txt -o report
+
+    Attributes:
+      output: Folder of the report.
+      text: Text to measure perplexity on, which no method sees; as for eval.
+      ratios: Sharing ratios, with commas between.
+      budgets: Parts of the attention parameters to keep, with commas between.
+      max_windows: Measure on the first windows of the text only.
+      resume: Go on in a folder that exists, also with further methods and ratios.
     """
 
     src: Source
-    output: Annotated[Path, tyro.conf.arg(aliases=("-o",), help="Folder of the report.")]
-    text: Annotated[str, tyro.conf.arg(help="Text to measure perplexity on, which no method sees; as for eval.")]
-    ratios: Annotated[tuple[str, ...], tyro.conf.arg(help="Sharing ratios, with commas between.")] = ()
-    budgets: Annotated[
-        tuple[str, ...], tyro.conf.arg(help="Parts of the attention parameters to keep, with commas between.")
-    ] = ()
+    output: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
+    text: str
+    ratios: tuple[str, ...] = ()
+    budgets: tuple[str, ...] = ()
     methods: Annotated[
         tuple[str, ...], tyro.conf.arg(help=f"Methods, with commas between: {', '.join(METHODS)}; all by default.")
     ] = tuple(METHODS)
     calibrate: Calibrate = None
     calibrate_tokens: CalibrateTokens = 12288
     seq_len: SeqLen = 512
-    max_windows: Annotated[int | None, tyro.conf.arg(help="Measure on the first windows of the text only.")] = None
+    max_windows: int | None = None
     match: MatchFunction = None
     seed: Seed = None
     tie: Tie = None
-    resume: Annotated[
-        bool, tyro.conf.arg(help="Go on in a folder that exists, also with further methods and ratios.")
-    ] = False
+    resume: bool = False
 
     def run(self) -> dict[str, Any]:
         if self.output.exists() and not self.resume:
@@ -87,17 +91,12 @@ class Sweep(Command):
         table = Table("method", "amount", "perplexity", "vs dense", "attention", "parameters", title="quality and size")
         dense = result["points"][0]
         for row in result["points"]:
-            if row["perplexity"] is None:
-                table.add_row(row["method"], row["amount"], "none")
-                continue
-            table.add_row(
-                row["method"],
-                row["amount"],
-                f"{row['perplexity']:.1f}",
-                f"{row['relative']:.2f}x",
-                f"{row['attention_bytes'] / dense['attention_bytes']:.1%}",
-                megabytes(row["bytes"]),
-            )
+            cells = ["none"]
+            if row["perplexity"] is not None:
+                attention = row["attention_bytes"] / dense["attention_bytes"]
+                cells = [f"{row['perplexity']:.1f}", f"{row['relative']:.2f}x", f"{attention:.1%}"]
+                cells.append(megabytes(row["bytes"]))
+            table.add_row(row["method"], row["amount"], *cells)
         yield table
         for row in result["points"]:
             if row["perplexity"] is None:

@@ -1,7 +1,7 @@
 """Perplexity by the standard protocol: one long token sequence, cut into fixed windows."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -103,13 +103,19 @@ def perplexity(
         raise HeadshareError(f"max_windows must be at least 1, not {max_windows}.")
     starts = np.arange(0, tokens.size - seq_len + 1, stride)[:max_windows]
     total, scored = 0.0, 0
-    for done, (batch, first_scored) in _batches(tokens, starts, seq_len, stride, batch_size):
-        nll_bt = np.asarray(next_token_scores(model, jnp.asarray(batch))[0], np.float64)
+    for begin in range(0, len(starts), batch_size):
+        starts_b = starts[begin : begin + batch_size]
+        # The last batch is filled up with rows of which nothing is scored, so that all batches have one shape.
+        tokens_bt = np.zeros((batch_size, seq_len), np.int32)
+        tokens_bt[: len(starts_b)] = tokens[starts_b[:, None] + np.arange(seq_len)]
+        first_scored_b = np.full(batch_size, seq_len)
+        first_scored_b[: len(starts_b)] = np.where(starts_b == 0, 1, max(1, seq_len - stride))
+        nll_bt = np.asarray(next_token_scores(model, jnp.asarray(tokens_bt))[0], np.float64)
         # Column t holds the loss of the window's token t + 1.
-        counted_bt = np.arange(1, seq_len)[None, :] >= first_scored[:, None]
+        counted_bt = np.arange(1, seq_len)[None, :] >= first_scored_b[:, None]
         total += float(nll_bt[counted_bt].sum())
         scored += int(counted_bt.sum())
-        progress(done, len(starts))
+        progress(begin + len(starts_b), len(starts))
     mean = total / scored
     return Perplexity(
         token_perplexity=_exp(mean),
@@ -120,23 +126,6 @@ def perplexity(
         stride=stride,
         total_tokens=tokens.size,
     )
-
-
-def _batches(
-    tokens: np.ndarray, starts: np.ndarray, seq_len: int, stride: int, batch_size: int
-) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray]]]:
-    """Windows done after this batch, tokens [batch_size, seq_len], and each row's first scored place.
-
-    The last batch is filled up with rows of which nothing is scored, so that all batches have one shape.
-    """
-    for begin in range(0, len(starts), batch_size):
-        chosen = starts[begin : begin + batch_size]
-        batch = np.zeros((batch_size, seq_len), np.int32)
-        first_scored = np.full(batch_size, seq_len)
-        for row, start in enumerate(chosen):
-            batch[row] = tokens[start : start + seq_len]
-            first_scored[row] = 1 if start == 0 else max(1, seq_len - stride)
-        yield begin + len(chosen), (batch, first_scored)
 
 
 @jax.jit

@@ -52,7 +52,7 @@ def page(record: dict[str, Any], scores: Sequence[MatchResult]) -> str:
             {
                 "name": _score_name(name),
                 "units": result.value.shape[1],
-                "packed": _base64(result.scores),
+                "packed": base64.b64encode(np.asarray(result.scores, "<f4").tobytes()).decode(),
                 "svg": draw_scores(result).svg(f"scores {name}"),
             }
             for name, result in shown.items()
@@ -79,10 +79,6 @@ def _near(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     measured = [point for point in points if point["perplexity"] is not None]
     near = [point for point in measured if point["relative"] <= _NEAR]
     return near if len(near) > 1 and any(point["relative"] > LOG_FROM for point in measured) else []
-
-
-def _base64(scores: np.ndarray | None) -> str:
-    return base64.b64encode(np.asarray(scores, "<f4").tobytes()).decode()
 
 
 def _score_name(match: str | None) -> str:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
@@ -26,11 +26,9 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: show(done, total, label)
 
 
-@contextmanager
-def progress_with_text() -> Iterator[Show]:
+def progress_with_text() -> AbstractContextManager[Show]:
     """A bar with a text that changes; yields the function to call with the steps done, in all, and the text."""
-    with _bar(*_COLUMNS, TextColumn("{task.description}"), transient=False) as show:
-        yield show
+    return _bar(*_COLUMNS, TextColumn("{task.description}"), transient=False)
 
 
 @contextmanager

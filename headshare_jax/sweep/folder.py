@@ -3,12 +3,13 @@
 import csv
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from headshare_jax.convert import scores_file
 from headshare_jax.convert.atomic import new_directory, new_file
+from headshare_jax.convert.huggingface import read_json
 from headshare_jax.convert.journal_folder import JournalFolder
 from headshare_jax.errors import HeadshareError
 from headshare_jax.report.page import page
@@ -49,7 +50,7 @@ class SweepFolder:
         file = path / CACHE / _IDENTITY
         if not file.is_file():
             raise HeadshareError(f"{path} is not the folder of a sweep, so none can go on there; choose another name.")
-        there = _read(file)
+        there = read_json(file, remedy="delete it")
         other = [name for name in {**identity, **there} if identity.get(name) != there.get(name)]
         if other:
             raise HeadshareError(
@@ -57,25 +58,24 @@ class SweepFolder:
                 "cannot go on there; choose another folder."
             )
 
-    def point(self, name: str) -> dict[str, Any] | None:
-        """What was measured for a point; None if it was not."""
-        path = self._file(name, "json")
-        return _read(path) if path.is_file() else None
+    def point(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What was measured for a point, as plain data without infinities; measured and kept if it was not."""
+        file = self._file(name, "json")
+        if not file.is_file():
+            # JSON has no infinities: they become null.
+            point = json.loads(json.dumps(measure()), parse_constant=lambda _: None)
+            with new_file(file) as path:
+                path.write_text(json.dumps(point))
+        return read_json(file, remedy="delete it")
 
-    def keep_point(self, name: str, point: Mapping[str, Any]) -> None:
-        """Keeps what was measured for a point."""
-        with new_file(self._file(name, "json"), overwrite=True) as path:
-            path.write_text(json.dumps(point))
-
-    def scores(self, name: str) -> MatchResult | None:
-        """Scores that were kept; None if none were."""
-        path = self._file(name, "npz")
-        return scores_file.read(path) if path.is_file() else None
-
-    def keep_scores(self, name: str, scores: MatchResult) -> None:
-        """Keeps scores, which serve every ratio."""
-        with new_file(self._file(name, "npz"), overwrite=True) as path:
-            scores_file.write(scores, path)
+    def scores(self, name: str, score: Callable[[], MatchResult]) -> MatchResult:
+        """Scores, which serve every ratio; made and kept if they were not."""
+        file = self._file(name, "npz")
+        if not file.is_file():
+            scores = score()
+            with new_file(file) as path:
+                scores_file.write(scores, path)
+        return scores_file.read(file)
 
     @property
     def journals(self) -> JournalFolder:
@@ -100,13 +100,3 @@ class SweepFolder:
 
     def _file(self, name: str, ending: str) -> Path:
         return self.path / CACHE / f"{name}-{self._key}.{ending}"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise HeadshareError(f"{path} is not readable JSON ({error}); delete it.") from error
-    if not isinstance(value, dict):
-        raise HeadshareError(f"{path} does not hold a JSON object; delete it.")
-    return value

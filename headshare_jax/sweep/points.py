@@ -81,13 +81,15 @@ class Measurements:
           HeadshareError: the dense model's perplexity is not finite.
         """
         total = len(pairs) + 1
-        dense = self._kept("dense", lambda: self._measured(Llama.of(self.source), _told(show, 0, total, "dense")))
+        dense = self.folder.point(
+            "dense", lambda: self._measured(Llama.of(self.source), _told(show, 0, total, "dense"))
+        )
         if dense["perplexity"] is None:
             raise HeadshareError("The dense model's perplexity is not finite on this text; check model and text.")
         points = [dense | {"method": "dense", "ratio": 0.0, "budget": None, "amount": "all"}]
         for done, (method, amount) in enumerate(pairs, 1):
             name = f"{method.name}-{amount}".replace(" ", "-")
-            point = self._kept(name, partial(self._point, method, amount, _told(show, done, total, name)))
+            point = self.folder.point(name, partial(self._point, method, amount, _told(show, done, total, name)))
             points.append(point | {"method": method.name, **asdict(amount), "amount": _label(amount)})
             show(done + 1, total, "")
         for point in points:
@@ -101,7 +103,6 @@ class Measurements:
           points: of this sweep.
           model, text: what the model and the text are called.
         """
-        calibration = self.calibration
         return {
             "format": "headshare-sweep",
             "version": 1,
@@ -109,9 +110,7 @@ class Measurements:
             "units": self.source.config.num_units,
             "fingerprint": self.identity["model"],
             "text": {"name": text, "sha256": self.identity["held-out text"]},
-            "calibration": None
-            if calibration is None
-            else {"name": calibration.name, "digest": calibration.digest, "windows": calibration.windows_wt.shape},
+            "calibration": None if self.calibration is None else self.calibration.to_json(),
             "settings": self.identity["settings"],
             "protocol": points[0]["protocol"],
             "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}
@@ -124,22 +123,10 @@ class Measurements:
         """The scores of a method, which it may have in common with others."""
         name = method.scores.__name__
         if name not in self._scores:
-            scores = self.folder.scores(name)
-            if scores is None:
-                told = _counted(tell, "matching")
-                work = Scoring(self.source, self.settings, self.windows_wt, self.folder.journals, told)
-                scores = method.scores(work)
-                self.folder.keep_scores(name, scores)
-            self._scores[name] = scores
+            told = _counted(tell, "matching")
+            work = Scoring(self.source, self.settings, self.windows_wt, self.folder.journals, told)
+            self._scores[name] = self.folder.scores(name, lambda: method.scores(work))
         return self._scores[name]
-
-    def _kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        point = self.folder.point(name)
-        if point is None:
-            # JSON has no infinities: they become null.
-            point = json.loads(json.dumps(make()), parse_constant=lambda _: None)
-            self.folder.keep_point(name, point)
-        return point
 
     def _point(self, method: Method, amount: Amount, tell: Tell) -> dict[str, Any]:
         scores = self.scored(method, tell)

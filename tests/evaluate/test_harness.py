@@ -156,6 +156,6 @@ def test_a_missing_package_is_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "headshare_jax.evaluate.harness", None)
-    monkeypatch.delattr(hs, "harness")
+    monkeypatch.delattr("headshare_jax.evaluate.harness")
     assert cli.run(["eval", str(folder / "model"), "--tasks", "piqa"]) == 2
     assert "pip install 'headshare-jax[eval]'" in capsys.readouterr().err
