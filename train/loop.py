@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -315,9 +314,7 @@ class _Trainer:
         if SharingMap.from_json(document["map"]) != self.task.sharing:
             raise HeadshareError(f"The checkpoint was trained with another map than the run's {run_folder.MAP}.")
         context, mesh = self.task.context(document["stage"]), self.task.mesh
-        frozen: dict[str, Any] = {}
-        for name, dtype in document["frozen"].items():
-            frozen |= abstract_params(context, [name], mesh, jnp.dtype(dtype))
+        frozen = abstract_params(context.config, context.model_sharing, mesh, document["frozen"])
         return {"state": vars(abstract_state(context, mesh)), "frozen": frozen}
 
 
