@@ -1,7 +1,6 @@
 """`headshare plan`."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,11 +12,12 @@ from rich.table import Table
 from headshare_jax import convert
 from headshare_jax.cli.command import Command
 from headshare_jax.config import LlamaConfig
+from headshare_jax.convert.huggingface import read_json
 from headshare_jax.errors import HeadshareError
 from headshare_jax.model.layer import REMAT_POLICIES
 from headshare_jax.plan import planning
 from headshare_jax.plan.estimate import STAGES, Workload
-from headshare_jax.plan.topology import EXAMPLES, chip_of, require_libtpu
+from headshare_jax.plan.topology import EXAMPLES, chip_of
 from headshare_jax.presets import PRESETS
 from headshare_jax.report.progress import say
 from headshare_jax.sharing.map import SharingMap
@@ -91,12 +91,8 @@ class Plan(Command):
                 "The model's own map says what it shares; give a ratio too, or leave the tie out.",
                 option=("ratio", "tie"),
             )
-        batch = self.batch
-        if batch is None:
-            batch = (self.devices or count) if self.stage == "postshare" else 1
-        workload = Workload(config, sharing, self.stage, batch, self.length)
-        if not self.host:
-            require_libtpu()
+        batch = (self.devices or count) if self.stage == "postshare" else 1
+        workload = Workload(config, sharing, self.stage, batch if self.batch is None else self.batch, self.length)
         say("estimating" if self.host else "compiling, for a minute or several")
         planned = planning.plan(
             workload, self.topology, devices=self.devices, mesh=self.mesh, remat=self.remat, host=self.host
@@ -111,30 +107,30 @@ class Plan(Command):
             f"{result['model']}, {result['stage']}, {result['batch']} x {result['length']} tokens, {how} "
             f"{result['devices']} of {result['topology']}: mesh data {data}, fsdp {fsdp}, tensor {tensor}{remat}"
         )
-        models = [dict(result[name]) for name in ("dense", "shared")]
+        models = [result[name] | {"sent": result[name]["collective_bytes"] or {}} for name in ("dense", "shared")]
         for model in models:
             if model["temporary_bytes"] is not None:
                 model["other_bytes"] = max(model["temporary_bytes"] - model["activation_bytes"], 0)
         table = Table("a chip", "dense", "shared")
+
+        def row(heading: str, amounts: Iterable[float | None], unit: str = "") -> None:
+            table.add_row(heading, *(_amount(amount, unit) for amount in amounts))
+
         for heading, name in _MEMORY.items():
             if any(model.get(name) for model in models):
-                table.add_row(heading, *(_amount(model.get(name), "B") for model in models))
+                row(heading, (model.get(name) for model in models), "B")
         table.add_row("fits", *("yes" if model["fits"] else "no" for model in models))
         table.add_section()
         estimated = result["compiled"] and any(model["costs_estimated"] for model in models)
-        step = "a step, estimated: FLOPs" if estimated else "a step: FLOPs"
-        for heading, name, unit in ((step, "flops", ""), ("HBM bytes", "hbm_bytes_accessed", "B")):
-            table.add_row(heading, *(_amount(model[name], unit) for model in models))
-        kinds = dict.fromkeys(kind for model in models for kind in model["collective_bytes"] or {})
-        for kind in kinds:
-            table.add_row(
-                f"sent: {kind}", *(_amount((model["collective_bytes"] or {}).get(kind), "B") for model in models)
-            )
-        table.add_row("at least", *(_amount(model["step_seconds"], "s") for model in models))
+        row("a step, estimated: FLOPs" if estimated else "a step: FLOPs", (model["flops"] for model in models))
+        row("HBM bytes", (model["hbm_bytes_accessed"] for model in models), "B")
+        for kind in dict.fromkeys(kind for model in models for kind in model["sent"]):
+            row(f"sent: {kind}", (model["sent"].get(kind) for model in models), "B")
+        row("at least", (model["step_seconds"] for model in models), "s")
         table.add_row("bound by", *(model["bound_by"] or "" for model in models))
-        table.add_row("tokens/s, all chips", *(_amount(model["tokens_per_second"], "") for model in models))
+        row("tokens/s, all chips", (model["tokens_per_second"] for model in models))
         if result["compiled"]:
-            table.add_row("compiling took", *(_amount(model["compile_seconds"], "s") for model in models))
+            row("compiling took", (model["compile_seconds"] for model in models), "s")
         yield table
         for other in result["tried"][:-1]:
             yield f"tried before: mesh {' x '.join(map(str, other['mesh']))}, remat {other['remat']}: does not fit"
@@ -145,10 +141,9 @@ def _opened(src: str) -> tuple[LlamaConfig, SharingMap | None]:
     if src in PRESETS:
         return PRESETS[src], None
     path = Path(src)
-    if path.suffix == ".json" and path.is_file():
-        return LlamaConfig.from_hf(_document(path)), None
-    if (path / "config.json").is_file() and not any(path.glob("*.safetensors")):
-        return LlamaConfig.from_hf(_document(path / "config.json")), None
+    file = path if path.suffix == ".json" else path / "config.json"
+    if file.is_file() and not any(path.glob("*.safetensors")):
+        return LlamaConfig.from_hf(read_json(file)), None
     try:
         source = convert.open_checkpoint(path)
     except HeadshareError as error:
@@ -156,16 +151,6 @@ def _opened(src: str) -> tuple[LlamaConfig, SharingMap | None]:
             raise
         raise HeadshareError(f"{src} is neither a model nor one of {', '.join(PRESETS)}.") from error
     return source.config, source.sharing
-
-
-def _document(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise HeadshareError(f"{path} is not readable JSON: {error}.") from error
-    if not isinstance(document, dict):
-        raise HeadshareError(f"{path} is no model configuration: it holds no JSON object.")
-    return document
 
 
 def _amount(value: float | None, unit: str) -> str:

@@ -113,7 +113,7 @@ def estimated(workload: Workload, layout: Layout, chip: Chip, *, shared: bool) -
     stored, local = _parameters(workload, layout, shared=shared)
     used, _ = _parameters(workload, layout, shared=False)
     tokens = workload.tokens // layout.batch_parts
-    cache, kept = cache_bytes(workload, layout), activation_bytes(workload, layout)
+    cache, kept = (0, activation_bytes(workload, layout)) if train else (cache_bytes(workload, layout), 0)
     held = {
         "parameter_bytes": local * (4 if train else 2),
         "optimizer_bytes": local * 8 if train else 0,
@@ -141,18 +141,14 @@ def estimated(workload: Workload, layout: Layout, chip: Chip, *, shared: bool) -
 
 
 def cache_bytes(workload: Workload, layout: Layout) -> int:
-    """Bytes of the key/value cache on a chip."""
-    if workload.trains:
-        return 0
+    """Bytes of the key/value cache on a chip, where nothing is trained."""
     config, rows = workload.config, workload.batch // layout.batch_parts
     heads = config.num_kv_heads // (layout.mesh[2] if config.num_kv_heads % layout.mesh[2] == 0 else 1)
     return 2 * 2 * config.num_layers * rows * workload.length * heads * config.head_dim
 
 
 def activation_bytes(workload: Workload, layout: Layout) -> int:
-    """Bytes on a chip that the remat policy keeps for the backward pass."""
-    if not workload.trains:
-        return 0
+    """Bytes on a chip that the remat policy keeps for the backward pass of a training step."""
     config = workload.config
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     width = config.hidden_size

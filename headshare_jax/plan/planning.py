@@ -16,7 +16,6 @@ from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.model import generate as generation
 from headshare_jax.model.attention import has_kernel
-from headshare_jax.model.cache import KVCache
 from headshare_jax.model.layer import REMAT_POLICIES
 from headshare_jax.model.llama import Llama
 from headshare_jax.model.mesh import BATCH, make_mesh, mesh_shape
@@ -156,10 +155,9 @@ def measured(workload: Workload, layout: Layout, chip: Chip, mesh: Mesh, *, shar
 def random_map(config: LlamaConfig, ratio: float, tie: str = "qkv") -> SharingMap:
     """A map of random pairs, for sizes; errors as of `sharing_map`."""
     rng, shape = np.random.default_rng(0), (config.num_layers, config.num_kv_heads)
-    layer_l1 = np.arange(config.num_layers)[:, None]
-    value = np.where(layer_l1 == 0, -np.inf, rng.random(shape))
-    donor_layer = np.where(layer_l1 == 0, -1, rng.integers(0, np.maximum(layer_l1, 1), shape))
-    donor_unit = rng.integers(0, config.num_kv_heads, shape)
+    value = rng.random(shape)
+    donor_layer, donor_unit = rng.integers(0, np.maximum(np.indices(shape)[0], 1)), rng.integers(0, shape[1], shape)
+    value[0], donor_layer[0] = -np.inf, -1
     scores = MatchResult(donor_layer, donor_unit, value, match="random", heads_per_unit=config.heads_per_unit, seed=0)
     return sharing_map(scores, ratio, tie=tie)
 
@@ -209,7 +207,7 @@ def _serving(
     heads = "tensor" if config.num_kv_heads % mesh.shape["tensor"] == 0 else None
     axes = {5: (None, BATCH, None, heads), 1: (BATCH,), 0: ()}
     row_b = array((workload.batch,), jnp.int32, BATCH)
-    cache: KVCache = jax.eval_shape(lambda: model.empty_cache(workload.batch, workload.length))
+    cache = jax.eval_shape(lambda: model.empty_cache(workload.batch, workload.length))
     cache = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype, *axes[leaf.ndim]), cache)
     key = array((), jax.eval_shape(lambda: jax.random.key(0)).dtype)
     held = {"parameter_bytes": bytes_on_device(params), "cache_bytes": bytes_on_device(cache)}
