@@ -4,13 +4,8 @@ from typing import Any
 
 from headshare_jax.config import LlamaConfig, RopeScaling
 
-_LLAMA_2: dict[str, Any] = {
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "bos_token_id": 1,
-    "eos_token_ids": (2,),
-}
-_LLAMA_3_1: dict[str, Any] = {
+_LLAMA_2: Any = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_ids": (2,)}
+_LLAMA_3_1: Any = {
     "max_position_embeddings": 131072,
     "rms_norm_eps": 1e-5,
     "rope_theta": 500000.0,

@@ -114,9 +114,8 @@ def count_blocks(
       HeadshareError: a text that cannot be read or is shorter than a block.
     """
     corpus = text.open_corpus(source, field=text_field)
-    encoded = _encoded(corpus, tokenizer, 1, lambda done, total: None)
     count = 0
-    for blocks in _packed(encoded, seq_len, source):
+    for blocks in _packed(_encoded(corpus, tokenizer, 1, lambda done, total: None), seq_len, source):
         count += len(blocks)
         if count >= most:
             break

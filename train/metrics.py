@@ -60,8 +60,7 @@ class MetricsLog:
             return
         if self._board is not None:
             self._board.close()
-        lines = self.lines()
-        if lines:
+        if lines := self.lines():
             from headshare_jax.report.curves import draw_training
 
             with new_file(self.path.with_name(PLOT), overwrite=True) as partial:

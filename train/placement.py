@@ -7,11 +7,11 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from headshare_jax import parameters
 from headshare_jax.config import LlamaConfig
 from headshare_jax.model.llama import Llama
 from headshare_jax.model.mesh import parameter_sharding, replicated
 from headshare_jax.model.place import place
+from headshare_jax.parameters import parameter_names
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.source import WeightSource, stored_shape
 from headshare_jax.train.step import Params, StageContext, TrainState, first_state, trainable_names
@@ -28,7 +28,7 @@ def begin(context: StageContext, source: WeightSource, mesh: Mesh) -> tuple[Trai
 def split_names(context: StageContext) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the parameters that train in a stage, and of those that do not."""
     names = trainable_names(context.config, context.stage.trainable)
-    return names, tuple(name for name in parameters.parameter_names(context.config) if name not in names)
+    return names, tuple(name for name in parameter_names(context.config) if name not in names)
 
 
 def abstract_state(context: StageContext, mesh: Mesh) -> TrainState:
@@ -69,8 +69,5 @@ def gathered(model: Llama) -> Llama:
     from jax.experimental.multihost_utils import process_allgather
 
     # The heads' indices are every host's own already: gathered, they would stand there once for each process.
-    whole = {
-        name: process_allgather(getattr(model, name)[...], tiled=True)
-        for name in parameters.parameter_names(model.config)
-    }
+    whole = {name: process_allgather(model.array(name), tiled=True) for name in parameter_names(model.config)}
     return Llama(model.config, whole, sharing=model.sharing, compute_dtype=model.compute_dtype, remat=model.remat)

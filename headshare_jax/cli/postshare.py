@@ -56,7 +56,10 @@ class Postshare(Command):
     def run(self) -> dict[str, Any]:
         recipe = recipes.load(self.config, self.set)
         if self.distributed:
-            self._join()
+            try:
+                jax.distributed.initialize(self.coordinator, self.processes, self.process)
+            except (ValueError, RuntimeError) as error:
+                raise HeadshareError(f"The other processes cannot be joined: {error}") from error
         if self.dry_run:
             return {"recipe": yaml.safe_load(recipes.to_yaml(recipe)), **footprint(recipe)}
         with progress_with_text() as show:
@@ -87,12 +90,6 @@ class Postshare(Command):
         if last["spikes"]:
             yield f"The loss stood out at step {', '.join(map(str, last['spikes']))}."
         yield f"metrics: {result['output']}/metrics.jsonl, metrics.png; next: headshare inspect {result['final']}"
-
-    def _join(self) -> None:
-        try:
-            jax.distributed.initialize(self.coordinator, self.processes, self.process)
-        except (ValueError, RuntimeError) as error:
-            raise HeadshareError(f"The other processes cannot be joined: {error}") from error
 
 
 def _told(line: dict[str, Any]) -> str:

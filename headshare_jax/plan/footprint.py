@@ -50,8 +50,7 @@ def lowered_step(context: StageContext, mesh: Mesh, dtype: Any) -> tuple[jax.sta
     """
     recipe, config = context.recipe, context.config
     state = abstract_state(context, mesh)
-    frozen_dtypes = dict.fromkeys(split_names(context)[1], dtype)
-    frozen = abstract_params(config, context.model_sharing, mesh, frozen_dtypes)
+    frozen = abstract_params(config, context.model_sharing, mesh, dict.fromkeys(split_names(context)[1], dtype))
     teacher_names = parameter_names(config) if context.stage.distill_weight else ()
     teacher = abstract_params(config, None, mesh, dict.fromkeys(teacher_names, dtype))
     shape = (recipe.accumulate, recipe.batch_size // recipe.accumulate, recipe.data.seq_len)
