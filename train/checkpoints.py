@@ -5,9 +5,9 @@ import logging
 import math
 import shutil
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import jax
@@ -53,9 +53,7 @@ class RunCheckpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.wait()
         self._manager.close()
 
@@ -65,21 +63,26 @@ class RunCheckpoints:
         Raises:
           HeadshareError: a checkpoint could not be written; earlier ones are intact.
         """
-        self.wait()
         document = {"format": FORMAT, "checksums": checksums(arrays), **document}
         items = ocp.args.Composite(arrays=ocp.args.PyTreeSave(arrays), document=ocp.args.JsonSave(document))
         metrics = None if perplexity is None else {"perplexity": perplexity}
-        try:
+        with self._writing():
+            self._manager.wait_until_finished()
             self._manager.save(step, args=items, metrics=metrics, force=True)
-        except (OSError, ValueError) as error:
-            raise self._unwritable(error) from error
 
     def wait(self) -> None:
         """Returns once the save that was begun is complete; raises HeadshareError if it failed."""
-        try:
+        with self._writing():
             self._manager.wait_until_finished()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except (OSError, ValueError) as error:
-            raise self._unwritable(error) from error
+            raise HeadshareError(
+                f"A checkpoint in {self.folder} could not be written ({error}); earlier ones are intact."
+            ) from error
 
     def restore(self, abstract: Callable[[dict[str, Any]], Any]) -> tuple[int, Any, dict[str, Any]] | None:
         """The newest checkpoint that can be gone on from: its step, arrays and document; None if there is none at all.
@@ -97,7 +100,10 @@ class RunCheckpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 document = self._document(step)
-                arrays = self._arrays(step, abstract(document))
+                target = abstract(document)
+                restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+                items = ocp.args.Composite(arrays=ocp.args.PyTreeRestore(target, restore_args=restore_args))
+                arrays = self._manager.restore(step, args=items).arrays
                 if checksums(arrays) != document["checksums"]:
                     raise HeadshareError("its arrays are not those that were saved")
             except Exception as error:  # Orbax and its storage show damage in many ways
@@ -119,11 +125,6 @@ class RunCheckpoints:
             )
         return None
 
-    def _arrays(self, step: int, target: Any) -> Any:
-        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-        arrays = ocp.args.PyTreeRestore(target, restore_args=restore_args)
-        return self._manager.restore(step, args=ocp.args.Composite(arrays=arrays)).arrays
-
     def _document(self, step: int) -> dict[str, Any]:
         items = self._manager.restore(step, args=ocp.args.Composite(document=ocp.args.JsonRestore()))
         document: dict[str, Any] = items.document
@@ -132,9 +133,6 @@ class RunCheckpoints:
         if "checksums" not in document:
             raise HeadshareError("it is of an earlier version, which kept no checksums; begin a new run")
         return document
-
-    def _unwritable(self, error: Exception) -> HeadshareError:
-        return HeadshareError(f"A checkpoint in {self.folder} could not be written ({error}); earlier ones are intact.")
 
 
 def checksums(arrays: Any) -> list[int]:

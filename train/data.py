@@ -47,11 +47,6 @@ class Blocks:
     segments: np.ndarray
     digest: str
 
-    @property
-    def count(self) -> int:
-        """Number of blocks."""
-        return int(self.tokens.shape[0])
-
 
 def prepare(
     source: str,
@@ -119,9 +114,8 @@ def count_blocks(
       HeadshareError: a text that cannot be read or is shorter than a block.
     """
     corpus = text.open_corpus(source, field=text_field)
-    encoded = _encoded(corpus, tokenizer, 1, lambda done, total: None)
     count = 0
-    for blocks in _packed(encoded, seq_len, source):
+    for blocks in _packed(_encoded(corpus, tokenizer, 1, lambda done, total: None), seq_len, source):
         count += len(blocks)
         if count >= most:
             break
@@ -247,7 +241,7 @@ class Batches:
         self._blocks, self._accumulate = blocks, accumulate
         # Grain takes seed + epoch for an epoch's seed, so seeds in a row would give the same orders one epoch apart.
         mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-        self._order = grain.MapDataset.range(blocks.count).shuffle(seed=mixed).repeat().batch(batch_size)
+        self._order = grain.MapDataset.range(len(blocks.tokens)).shuffle(seed=mixed).repeat().batch(batch_size)
 
     def at(self, step: int, rows: slice | np.ndarray = slice(None)) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and segments of a step, int32 [A, B / A, T].

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -36,7 +35,7 @@ from headshare_jax.train.inputs import Progress, Run, check_devices, prepare
 from headshare_jax.train.losses import pair_cosine, tied_projections
 from headshare_jax.train.metrics import MetricsLog, is_spike, matrix_rate, step_flops
 from headshare_jax.train.placement import abstract_params, abstract_state, begin, gathered
-from headshare_jax.train.step import Params, StageContext, TrainState, make_step
+from headshare_jax.train.step import TrainState, make_step
 
 logger = logging.getLogger(__name__)
 
@@ -94,16 +93,6 @@ def run(
 class _Trainer:
     """Walks through the stages; holds what changes from step to step."""
 
-    task: Run
-    number: int
-    context: StageContext
-    state: TrainState
-    frozen: Params
-    teacher: Params
-    step_in_stage: int
-    losses: list[float]
-    log: MetricsLog
-
     def __init__(
         self, task: Run, checkpoints: RunCheckpoints, stopping: Callable[[], bool], report: Report, progress: Progress
     ):
@@ -134,13 +123,10 @@ class _Trainer:
 
     def _beginning(self) -> WeightSource:
         """What the first stage begins with."""
-        source, start = self.task.source, self.task.recipe.sharing.start
-        if start is not None:
-            return convert.open_checkpoint(start)
-        if self.task.recipe.stages[0].kind == "align":
-            return source
-        # Whether the map is for these weights was looked at when the run began.
-        return self._refitted(source, SharedView(source, self.task.sharing, check_source=False))
+        recipe = self.task.recipe
+        if recipe.sharing.start is not None:
+            return convert.open_checkpoint(recipe.sharing.start)
+        return self.task.source if recipe.stages[0].kind == "align" else self._shared(self.task.source)
 
     def train(self) -> bool:
         """Runs every stage that is left; False if it was told to stop before the end."""
@@ -181,12 +167,8 @@ class _Trainer:
         self.number, self.context, self.step_in_stage, self.losses = number, self.task.context(number), 0, []
         if source is not None:
             self.state, self.frozen = begin(self.context, source, self.task.mesh)
-        self.teacher = self._teacher()
-
-    def _teacher(self) -> Params:
-        if not self.context.stage.distill_weight:
-            return {}
-        return place(self.task.source, parameter_names(self.task.source.config), self.task.mesh)
+        taught = parameter_names(self.context.config) if self.context.stage.distill_weight else ()
+        self.teacher = place(self.task.source, taught, self.task.mesh)
 
     def _train_stage(self) -> bool:
         recipe, stage, mesh = self.task.recipe, self.context.stage, self.task.mesh
@@ -204,14 +186,13 @@ class _Trainer:
             self.state, metrics = step(self.state, self.frozen, self.teacher, *batch)
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             self.step_in_stage += 1
-            if not self._after_step(values | self._speed(values["tokens"], time.perf_counter() - start)):
+            seconds, tokens = time.perf_counter() - start, values["tokens"]
+            mfu = step_flops(self.context.config, recipe.data.seq_len, int(tokens)) / seconds / self.limit
+            values |= {"seconds": seconds, "tokens_per_second": tokens / seconds, "mfu": mfu}
+            if not self._after_step(values):
                 return False
             start = time.perf_counter()
         return True
-
-    def _speed(self, tokens: float, seconds: float) -> dict[str, float]:
-        flops = step_flops(self.task.source.config, self.task.recipe.data.seq_len, int(tokens))
-        return {"seconds": seconds, "tokens_per_second": tokens / seconds, "mfu": flops / seconds / self.limit}
 
     def _after_step(self, values: dict[str, float]) -> bool:
         """Logs, evaluates and saves where that is due; False if the run is to stop here."""
@@ -221,41 +202,37 @@ class _Trainer:
                 f"The loss or its gradients were NaN or infinite in {recipe.max_bad_steps} steps in a row, until step "
                 f"{self.step}; lower the learning rate and begin a new run."
             )
-        line: dict[str, Any] = {"step": self.step, "stage": self.context.stage.kind, **values}
-        line["spike"] = float(self._spikes(values["lm_loss"]))
+        loss = values["lm_loss"]
+        spike = is_spike(self.losses, loss)
+        self.losses.append(loss)
+        if spike:
+            logger.warning("Step %d: the loss rose to %.3f, far above the steps before it.", self.step, loss)
+        line: dict[str, Any] = {"step": self.step, "stage": self.context.stage.kind, **values, "spike": float(spike)}
         if self._due(recipe.checkpoints.eval_every):
             line |= self._evaluate()
         self.log.add(line)
         self.report(line)
         stopping = self.stopping()
         if stopping or self._due(recipe.checkpoints.every):
-            self.checkpoints.save(self.step, self._arrays(), self._document(), line.get("shared_perplexity"))
+            self._save(line.get("shared_perplexity"))
         return not stopping or self.step == recipe.total_steps
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step_in_stage == self.context.stage.steps
 
-    def _spikes(self, loss: float) -> bool:
-        """Whether a step's loss stands out above those before it in its stage, which is told."""
-        spike = is_spike(self.losses, loss)
-        self.losses.append(loss)
-        if spike:
-            logger.warning("Step %d: the loss rose to %.3f, far above the steps before it.", self.step, loss)
-        return spike
-
     def _evaluate(self) -> dict[str, float]:
         """Held-out perplexity of the shared model; in an align stage also of the dense one, and the pairs' cosine."""
-        result = {}
+        result, model, sharing = {}, self._trained(), self.task.sharing
         aligns = self.context.stage.kind == "align"
-        if aligns and len(self.task.sharing.receivers):
-            every = {**self.frozen, **self.state.params}
-            result["pair_cosine"] = float(
-                self.pair_cosine({name: every[name] for name in map(pool_name, tied_projections(self.task.sharing))})
-            )
+        if aligns and len(sharing.receivers):
+            pools = {name: model.array(name) for name in map(pool_name, tied_projections(sharing))}
+            result["pair_cosine"] = float(self.pair_cosine(pools))
         if self.task.eval_tokens.size:
-            result["shared_perplexity"] = self._perplexity(self._trained("tied"))
+            result["shared_perplexity"] = self._perplexity(
+                share(model, sharing, check_source=False) if aligns else model
+            )
             if aligns:
-                result["dense_perplexity"] = self._perplexity(self._trained("align"))
+                result["dense_perplexity"] = self._perplexity(model)
         return result
 
     def _placed(self, source: WeightSource) -> Llama:
@@ -266,24 +243,23 @@ class _Trainer:
         tokens, windows = self.task.eval_tokens, settings.eval_windows
         return perplexity(model, tokens, seq_len=settings.seq_len, max_windows=windows).token_perplexity
 
-    def _trained(self, kind: str) -> Llama:
-        """The model as trained so far: dense for an align stage, shared for a tied one."""
-        model = self.context.model({**self.frozen, **self.state.params})
-        if kind == "align" or model.sharing is not None:
-            return model
-        return share(model, self.task.sharing, check_source=False)
+    def _trained(self) -> Llama:
+        """The stage's model as trained so far."""
+        return self.context.model({**self.frozen, **self.state.params})
 
     def _finished(self, kind: str) -> WeightSource:
-        """As `_trained`, for good: a model that becomes shared is refitted if the recipe says so."""
-        model = self.context.model({**self.frozen, **self.state.params})
+        """What a stage of a kind goes on from: the stage's model, shared for good where it is `tied`."""
+        model = self._trained()
         if kind == "align" or model.sharing is not None:
             return model
         if self.task.recipe.sharing.refit_windows:
             model = gathered(model)
-        return self._refitted(model, SharedView(model, self.task.sharing, check_source=False))
+        return self._shared(model)
 
-    def _refitted(self, dense: WeightSource, shared: WeightSource) -> WeightSource:
-        """A model that has become shared, its output weights fitted to the dense one if the recipe says so."""
+    def _shared(self, dense: WeightSource) -> WeightSource:
+        """A model shared for good, its output weights fitted to the dense one if the recipe says so."""
+        # Whether the map is for these weights was looked at when the run began.
+        shared = SharedView(dense, self.task.sharing, check_source=False)
         windows = self.task.recipe.sharing.refit_windows
         if not windows:
             return shared
@@ -295,11 +271,9 @@ class _Trainer:
                 path.write_text(json.dumps(asdict(report), indent=1))
         return fitted
 
-    def _arrays(self) -> dict[str, Any]:
-        return {"state": vars(self.state), "frozen": self.frozen}
-
-    def _document(self) -> dict[str, Any]:
-        return {
+    def _save(self, perplexity: float | None) -> None:
+        arrays = {"state": vars(self.state), "frozen": self.frozen}
+        document = {
             "stage": self.number,
             "recipe": recipes.to_yaml(self.task.recipe),
             "map": self.task.sharing.to_json(),
@@ -307,6 +281,7 @@ class _Trainer:
             # What an earlier stage trained is float32, whatever the model is stored in.
             "frozen": {name: str(value.dtype) for name, value in self.frozen.items()},
         }
+        self.checkpoints.save(self.step, arrays, document, perplexity)
 
     def _abstract(self, document: Mapping[str, Any]) -> Any:
         """The arrays of a checkpoint of this run, as shapes on this run's mesh."""
@@ -315,9 +290,7 @@ class _Trainer:
         if SharingMap.from_json(document["map"]) != self.task.sharing:
             raise HeadshareError(f"The checkpoint was trained with another map than the run's {run_folder.MAP}.")
         context, mesh = self.task.context(document["stage"]), self.task.mesh
-        frozen: dict[str, Any] = {}
-        for name, dtype in document["frozen"].items():
-            frozen |= abstract_params(context, [name], mesh, jnp.dtype(dtype))
+        frozen = abstract_params(context.config, context.model_sharing, mesh, document["frozen"])
         return {"state": vars(abstract_state(context, mesh)), "frozen": frozen}
 
 

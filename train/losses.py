@@ -1,6 +1,6 @@
 """PostShare's objective: next-token loss, similarity of the pairs, and distillation. Pure functions on arrays."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import jax
@@ -12,7 +12,6 @@ from headshare_jax.output_head import head_logits
 from headshare_jax.parameters import PROJECTIONS, pool_name
 from headshare_jax.sharing.map import SharingMap
 
-PENALTIES = ("norm", "mse", "kl", "js")
 # Tokens on one device whose logits are in memory at a time.
 HEAD_TOKENS = 512
 
@@ -85,12 +84,8 @@ def similarity_penalty(params: Mapping[str, jax.Array], sharing: SharingMap, pen
     """
     total = jnp.zeros((), jnp.float32)
     for projection in tied_projections(sharing):
-        receivers = np.flatnonzero(sharing.tied(projection))
-        donors = sharing.donor.ravel()[receivers]
-        pool = params[pool_name(projection)]
-        group = sharing.heads_per_unit if projection in "qo" else 1
-        receiver_rgdh, donor_rgdh = (_unit_rows(pool, units, group) for units in (receivers, donors))
-        total += jnp.mean(_PENALTIES[penalty](receiver_rgdh, donor_rgdh))
+        receiver_rgdh, donor_rgdh = _pairs(params, sharing, projection, np.flatnonzero(sharing.tied(projection)))
+        total += jnp.mean(PENALTIES[penalty](receiver_rgdh, donor_rgdh))
     return total
 
 
@@ -107,13 +102,10 @@ def pair_cosine(params: Mapping[str, jax.Array], sharing: SharingMap) -> jax.Arr
       sharing: the pairs; a unit's slices of all projections that it shares are one vector.
     """
     receivers = sharing.receivers
-    donors = sharing.donor.ravel()[receivers]
     product_r = square_a_r = square_b_r = jnp.zeros(len(receivers), jnp.float32)
     for projection in tied_projections(sharing):
         tied_r = sharing.tied(projection).ravel()[receivers]
-        pool = params[pool_name(projection)]
-        group = sharing.heads_per_unit if projection in "qo" else 1
-        a_rgdh, b_rgdh = (_unit_rows(pool, units, group) for units in (receivers, donors))
+        a_rgdh, b_rgdh = _pairs(params, sharing, projection, receivers)
         product_r += jnp.where(tied_r, jnp.sum(a_rgdh * b_rgdh, axis=_SLICES), 0.0)
         square_a_r += jnp.where(tied_r, jnp.sum(jnp.square(a_rgdh), axis=_SLICES), 0.0)
         square_b_r += jnp.where(tied_r, jnp.sum(jnp.square(b_rgdh), axis=_SLICES), 0.0)
@@ -125,10 +117,14 @@ def pair_cosine(params: Mapping[str, jax.Array], sharing: SharingMap) -> jax.Arr
 _SLICES = (1, 2, 3)
 
 
-def _unit_rows(pool: jax.Array, units: np.ndarray, group: int) -> jax.Array:
-    """Slices of whole units, float32 [units, G, D, H], or [units, G, H, D] of the output projection."""
-    slots = (units[:, None] * group + np.arange(group)).ravel()
-    return pool[slots].astype(jnp.float32).reshape(len(units), group, *pool.shape[1:])
+def _pairs(
+    params: Mapping[str, jax.Array], sharing: SharingMap, projection: str, receivers: np.ndarray
+) -> Iterator[jax.Array]:
+    """Slices of receivers, then of their donors, float32 [units, G, D, H], or [units, G, H, D] of o."""
+    pool, group = params[pool_name(projection)], sharing.heads_per_unit if projection in "qo" else 1
+    for units in (receivers, sharing.donor.ravel()[receivers]):
+        slots = (units[:, None] * group + np.arange(group)).ravel()
+        yield pool[slots].astype(jnp.float32).reshape(len(units), group, *pool.shape[1:])
 
 
 def _norm(a_rgdh: jax.Array, b_rgdh: jax.Array) -> jax.Array:
@@ -143,29 +139,21 @@ def _mse(a_rgdh: jax.Array, b_rgdh: jax.Array) -> jax.Array:
 
 
 def _kl(a_rgdh: jax.Array, b_rgdh: jax.Array) -> jax.Array:
-    return _divergence(_log_softmax(a_rgdh), _log_softmax(b_rgdh), _SLICES)
+    log_a, log_b = (jax.nn.log_softmax(slices_rgdh, axis=_SLICES) for slices_rgdh in (a_rgdh, b_rgdh))
+    return _divergence(log_a, log_b, _SLICES)
 
 
 def _js(a_rgdh: jax.Array, b_rgdh: jax.Array) -> jax.Array:
-    log_a, log_b = _log_softmax(a_rgdh), _log_softmax(b_rgdh)
+    log_a, log_b = (jax.nn.log_softmax(slices_rgdh, axis=_SLICES) for slices_rgdh in (a_rgdh, b_rgdh))
     log_middle = jnp.logaddexp(log_a, log_b) - jnp.log(2.0)
     return 0.5 * (_divergence(log_a, log_middle, _SLICES) + _divergence(log_b, log_middle, _SLICES))
-
-
-def _log_softmax(slices_rgdh: jax.Array) -> jax.Array:
-    return jax.nn.log_softmax(slices_rgdh, axis=_SLICES)
 
 
 def _divergence(log_p: jax.Array, log_q: jax.Array, axes: int | tuple[int, ...]) -> jax.Array:
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=axes)
 
 
-_PENALTIES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    "norm": _norm,
-    "mse": _mse,
-    "kl": _kl,
-    "js": _js,
-}
+PENALTIES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {"norm": _norm, "mse": _mse, "kl": _kl, "js": _js}
 
 
 def _forward_kl(teacher_mv: jax.Array, student_mv: jax.Array, temperature: float) -> jax.Array:
@@ -195,9 +183,7 @@ def _sum_of_chunks(chunk: Chunk, head_vd: jax.Array, features: jax.Array, rows: 
     Gradients for the head and the features are taken on the way forward, so that a chunk's logits are computed once
     and never kept.
     """
-    of_parts = jax.vmap(partial(chunk, head_vd))
-    sums = jax.lax.map(lambda rows: of_parts(*rows), (features, *rows))
-    return jax.tree.map(lambda of_chunks: jnp.sum(of_chunks, axis=(0, 1)), sums)
+    return _sum_of_chunks_forward(chunk, head_vd, features, rows)[0]
 
 
 def _sum_of_chunks_forward(

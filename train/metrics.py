@@ -2,8 +2,9 @@
 
 import json
 import math
-import time
+import timeit
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,6 @@ from headshare_jax.convert.atomic import new_file
 
 METRICS, PLOT = "metrics.jsonl", "metrics.png"
 _RATE_SIZE = 2048
-# A loss is compared with so many before it, and at least with so few.
-_SPIKE_WINDOW, _SPIKE_LEAST = 50, 10
-# It is a spike so many of their deviations, and so many of their medians, above the median.
-_SPIKE_DEVIATIONS, _SPIKE_RISE = 6.0, 0.1
 
 
 class MetricsLog:
@@ -32,8 +29,14 @@ class MetricsLog:
         """Drops the lines after `from_step`, and one that a kill left incomplete."""
         self.path = folder / METRICS
         self._writes = jax.process_index() == 0
-        self._board = _tensorboard(folder) if self._writes else None
-        if self._writes and self.path.is_file():
+        self._board = None
+        if not self._writes:
+            return
+        if find_spec("tensorboardX"):
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"))
+        if self.path.is_file():
             kept = [line for line in self._text().splitlines() if _step_of(line) <= from_step]
             with new_file(self.path, overwrite=True) as partial:
                 partial.write_text("".join(f"{line}\n" for line in kept))
@@ -42,16 +45,13 @@ class MetricsLog:
         """Adds a step's metrics; numbers that are not finite, which JSON has not, become null."""
         if not self._writes:
             return
-        plain = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in line.items()
-        }
+        numbers = {name: value for name, value in line.items() if isinstance(value, float)}
+        nulls = {name: None for name, value in numbers.items() if not math.isfinite(value)}
         with self.path.open("a") as file:
-            file.write(json.dumps(plain, allow_nan=False) + "\n")
+            file.write(json.dumps(line | nulls, allow_nan=False) + "\n")
         if self._board is not None:
-            for name, value in line.items():
-                if isinstance(value, float):
-                    self._board.add_scalar(name, value, line["step"])
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, line["step"])
             self._board.flush()
 
     def close(self) -> None:
@@ -60,8 +60,7 @@ class MetricsLog:
             return
         if self._board is not None:
             self._board.close()
-        lines = self.lines()
-        if lines:
+        if lines := self.lines():
             from headshare_jax.report.curves import draw_training
 
             with new_file(self.path.with_name(PLOT), overwrite=True) as partial:
@@ -82,12 +81,12 @@ def is_spike(before: Sequence[float], loss: float) -> bool:
     It does six standard deviations above their median, as the median deviation gives it for a normal distribution,
     and at least a tenth above it; the last fifty that are finite are looked at, and at least ten are needed.
     """
-    recent = np.array([value for value in before if math.isfinite(value)][-_SPIKE_WINDOW:])
-    if len(recent) < _SPIKE_LEAST or not math.isfinite(loss):
+    recent = np.array([value for value in before if math.isfinite(value)][-50:])
+    if len(recent) < 10 or not math.isfinite(loss):
         return False
     median = float(np.median(recent))
     deviation = 1.4826 * float(np.median(np.abs(recent - median)))
-    return loss > median + max(_SPIKE_DEVIATIONS * deviation, _SPIKE_RISE * median)
+    return loss > median + max(6 * deviation, 0.1 * median)
 
 
 def step_flops(config: LlamaConfig, seq_len: int, tokens: int) -> float:
@@ -104,21 +103,9 @@ def matrix_rate(dtype: str) -> float:
     a = jnp.ones((_RATE_SIZE, _RATE_SIZE), dtype)
     product = jax.jit(lambda a: a @ a)
     product(a).block_until_ready()
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        product(a).block_until_ready()
-        best = min(best, time.perf_counter() - start)
+    seconds = min(timeit.repeat(lambda: product(a).block_until_ready(), number=1, repeat=3))
     devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
-    return 2.0 * _RATE_SIZE**3 / best * devices
-
-
-def _tensorboard(folder: Path) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return 2.0 * _RATE_SIZE**3 / seconds * devices
 
 
 def _step_of(line: str) -> float:

@@ -1,17 +1,18 @@
 """Parameters and training state on a mesh; every part is read by itself, so that no host holds more than its own."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from math import prod
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
-from headshare_jax import parameters
+from headshare_jax.config import LlamaConfig
 from headshare_jax.model.llama import Llama
 from headshare_jax.model.mesh import parameter_sharding, replicated
 from headshare_jax.model.place import place
+from headshare_jax.parameters import parameter_names
+from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.source import WeightSource, stored_shape
 from headshare_jax.train.step import Params, StageContext, TrainState, first_state, trainable_names
 
@@ -27,12 +28,13 @@ def begin(context: StageContext, source: WeightSource, mesh: Mesh) -> tuple[Trai
 def split_names(context: StageContext) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the parameters that train in a stage, and of those that do not."""
     names = trainable_names(context.config, context.stage.trainable)
-    return names, tuple(name for name in parameters.parameter_names(context.config) if name not in names)
+    return names, tuple(name for name in parameter_names(context.config) if name not in names)
 
 
 def abstract_state(context: StageContext, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of a stage's state: optimizer moments lie where their parameters do."""
-    params = abstract_params(context, split_names(context)[0], mesh, jnp.dtype("float32"))
+    dtypes = dict.fromkeys(split_names(context)[0], "float32")
+    params = abstract_params(context.config, context.model_sharing, mesh, dtypes)
 
     def placed(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         name = getattr(path[-1], "key", None)
@@ -45,14 +47,14 @@ def abstract_state(context: StageContext, mesh: Mesh) -> TrainState:
 
 
 def abstract_params(
-    context: StageContext, names: Iterable[str], mesh: Mesh, dtype: Any
+    config: LlamaConfig, sharing: SharingMap | None, mesh: Mesh | AbstractMesh, dtypes: Mapping[str, Any]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and shardings of parameters as a stage's model stores them."""
-    shapes = {name: stored_shape(context.config, name, context.model_sharing) for name in names}
-    return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=parameter_sharding(mesh, context.config, name, shape))
-        for name, shape in shapes.items()
-    }
+    """Parameters of these names and types as a model stores them on a mesh: shapes, without arrays."""
+    params = {}
+    for name, dtype in dtypes.items():
+        shape = stored_shape(config, name, sharing)
+        params[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=parameter_sharding(mesh, config, name, shape))
+    return params
 
 
 def bytes_on_device(tree: Any) -> int:
@@ -67,8 +69,5 @@ def gathered(model: Llama) -> Llama:
     from jax.experimental.multihost_utils import process_allgather
 
     # The heads' indices are every host's own already: gathered, they would stand there once for each process.
-    whole = {
-        name: process_allgather(getattr(model, name)[...], tiled=True)
-        for name in parameters.parameter_names(model.config)
-    }
+    whole = {name: process_allgather(model.array(name), tiled=True) for name in parameter_names(model.config)}
     return Llama(model.config, whole, sharing=model.sharing, compute_dtype=model.compute_dtype, remat=model.remat)

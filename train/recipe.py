@@ -300,11 +300,8 @@ def to_yaml(recipe: Recipe) -> str:
 def difference(old: Recipe, new: Recipe) -> list[str]:
     """Lines `key: old -> new` for every value that differs."""
     before, after = (_flat(recipe.model_dump(mode="json")) for recipe in (old, new))
-    return [
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in dict.fromkeys([*before, *after])
-        if before.get(key) != after.get(key)
-    ]
+    both = {key: (before.get(key), after.get(key)) for key in before | after}
+    return [f"{key}: {first!r} -> {second!r}" for key, (first, second) in both.items() if first != second]
 
 
 def _flat(value: Any, where: str = "") -> dict[str, Any]:

@@ -24,8 +24,7 @@ def check(output: Path, recipe: recipes.Recipe, resume: bool) -> None:
         return
     if not path.is_file():
         raise HeadshareError(f"{output} holds no run to resume (no {CONFIG}); begin one there.", option="resume")
-    changes = recipes.difference(recipes.load(path), recipe)
-    changed = [line for line in changes if not line.startswith("mesh.")]
+    changed = [line for line in recipes.difference(recipes.load(path), recipe) if not line.startswith("mesh.")]
     if changed:
         raise HeadshareError(
             f"The recipe differs from that of the run in {output}: {'; '.join(changed)}. Undo the change (the run's "

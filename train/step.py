@@ -1,7 +1,7 @@
 """The training step: one pure, jitted function from a state and a batch to the next state."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from math import prod
@@ -12,17 +12,18 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from headshare_jax import parameters
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.model.llama import Llama
 from headshare_jax.model.mesh import BATCH, batch_sharding
-from headshare_jax.parameters import PARAMETERS, PROJECTIONS, pool_name
+from headshare_jax.parameters import PARAMETERS, parameter_names, pool_name
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.train import recipe as recipes
 from headshare_jax.train.losses import similarity_penalty, target_mask, tied_projections, token_losses
 
 Params = dict[str, jax.Array]
+# A loss, its parts, and its gradients.
+Total = tuple[jax.Array, jax.Array, Params]
 
 
 @jax.tree_util.register_dataclass
@@ -66,21 +67,19 @@ class StageContext:
 
     def model(self, params: Mapping[str, Any], mesh: Mesh | None = None) -> Llama:
         """The model being trained, with these parameters; given a mesh, its activations are cut along the batch."""
-        return self._llama(params, self.model_sharing, mesh)
-
-    def teacher(self, params: Mapping[str, Any], mesh: Mesh | None = None) -> Llama | None:
-        """The dense model to distil from, if the stage distils."""
-        return self._llama(params, None, mesh) if self.stage.distill_weight else None
-
-    def _llama(self, params: Mapping[str, Any], sharing: SharingMap | None, mesh: Mesh | None) -> Llama:
         return Llama(
             self.config,
             params,
-            sharing=sharing,
+            sharing=self.model_sharing,
             compute_dtype=self.recipe.compute_dtype,
             remat=self.recipe.remat,
             batch_sharding=None if mesh is None else batch_sharding(mesh),
         )
+
+    def teacher(self, params: Mapping[str, Any], mesh: Mesh | None = None) -> Llama | None:
+        """The dense model to distil from, if the stage distils."""
+        dense = replace(self, stage=recipes.Stage(kind="align"))
+        return dense.model(params, mesh) if self.stage.distill_weight else None
 
     def learning_rate(self) -> optax.Schedule:
         """The stage's learning rate by step."""
@@ -117,8 +116,7 @@ class StageContext:
             optax.clip_by_global_norm(settings.clip),
             optax.scale_by_adam(settings.beta1, settings.beta2, settings.eps),
             optax.add_decayed_weights(
-                settings.weight_decay,
-                mask=lambda params: {name: PARAMETERS[name].decays for name in params},
+                settings.weight_decay, lambda params: {name: PARAMETERS[name].decays for name in params}
             ),
         )
 
@@ -129,11 +127,8 @@ def trainable_names(config: LlamaConfig, trainable: str) -> tuple[str, ...]:
     Raises:
       HeadshareError: a pattern that matches nothing.
     """
-    names = parameters.parameter_names(config)
-    if trainable == "all":
-        return names
-    if trainable == "attention":
-        return tuple(name for name in names if PARAMETERS[name].part in PROJECTIONS)
+    names = parameter_names(config)
+    trainable = {"all": "*", "attention": "[qkvo]_*"}.get(trainable, trainable)
     patterns = [part.strip() for part in trainable.split(",")]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -179,13 +174,9 @@ def make_step(context: StageContext, *, state_sharding: Any = None) -> jax.stage
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(good, new, old), changed, (state.params, state.opt_state)
         )
-        metrics |= {
-            "gradient_norm": norm,
-            "learning_rate": learning_rate,
-            "skipped": 1 - good.astype(jnp.float32),
-        }
+        metrics |= {"gradient_norm": norm, "learning_rate": learning_rate, "skipped": 1 - good.astype(jnp.float32)}
         bad_in_row = jnp.where(good, 0, state.bad_in_row + 1)
-        metrics |= {"bad_in_row": bad_in_row.astype(jnp.float32)}
+        metrics["bad_in_row"] = bad_in_row.astype(jnp.float32)
         return TrainState(params, opt_state, state.step + 1, bad_in_row), metrics
 
     return step
@@ -219,20 +210,19 @@ def loss_and_gradients(
             parts=1 if mesh is None else prod(mesh.shape[axis] for axis in BATCH),
         )
 
-    def accumulate(
-        total: tuple[jax.Array, jax.Array, Params], part: tuple[jax.Array, jax.Array]
-    ) -> tuple[tuple[jax.Array, jax.Array, Params], None]:
-        (loss, parts), gradients = jax.value_and_grad(part_loss, has_aux=True)(params, *part)
+    gradient = jax.value_and_grad(part_loss, has_aux=True)
+
+    def accumulate(total: Total, part: tuple[jax.Array, jax.Array]) -> tuple[Total, None]:
+        (loss, parts), gradients = gradient(params, *part)
         return jax.tree.map(jnp.add, total, (loss, parts, gradients)), None
 
     if tokens_abt.shape[0] == 1:
-        (loss, parts), gradients = jax.value_and_grad(part_loss, has_aux=True)(params, tokens_abt[0], segments_abt[0])
+        (loss, parts), gradients = gradient(params, tokens_abt[0], segments_abt[0])
     else:
         nothing = (jnp.float32(0), jnp.zeros(2), jax.tree.map(jnp.zeros_like, params))
         (loss, parts, gradients), _ = jax.lax.scan(accumulate, nothing, (tokens_abt, segments_abt))
     lm_loss, distill_loss = parts / count
-    metrics = {"lm_loss": lm_loss, "distill_loss": distill_loss, "tokens": predicted}
-    metrics |= {"sim_loss": jnp.float32(0), "sim_weight": jnp.float32(0)}
+    sim = weight = jnp.float32(0)
     if stage.kind == "align":
         weight = context.sim_weight(step)
         # Differentiated for these alone: zeros for all other parameters would cost as much as a pass over them.
@@ -242,5 +232,5 @@ def loss_and_gradients(
         )(pools)
         loss = loss + weight * sim
         gradients |= {name: gradients[name] + weight * more for name, more in sim_gradients.items()}
-        metrics |= {"sim_loss": sim, "sim_weight": weight}
-    return (loss, metrics | {"loss": loss}), gradients
+    metrics = {"loss": loss, "lm_loss": lm_loss, "distill_loss": distill_loss, "sim_loss": sim, "sim_weight": weight}
+    return (loss, metrics | {"tokens": predicted}), gradients

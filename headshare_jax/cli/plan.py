@@ -1,7 +1,6 @@
 """`headshare plan`."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,11 +12,12 @@ from rich.table import Table
 from headshare_jax import convert
 from headshare_jax.cli.command import Command
 from headshare_jax.config import LlamaConfig
+from headshare_jax.convert.huggingface import read_json
 from headshare_jax.errors import HeadshareError
 from headshare_jax.model.layer import REMAT_POLICIES
 from headshare_jax.plan import planning
 from headshare_jax.plan.estimate import STAGES, Workload
-from headshare_jax.plan.topology import EXAMPLES, chip_of, require_libtpu
+from headshare_jax.plan.topology import EXAMPLES, chip_of
 from headshare_jax.presets import PRESETS
 from headshare_jax.report.progress import say
 from headshare_jax.sharing.map import SharingMap
@@ -38,15 +38,6 @@ class Plan(Command):
     """Compile a step for a TPU pod without one: does it fit, what does it cost, what bounds it; dense and shared.
 
     Example: headshare plan llama-2-7b --topology v5e:2x2 --devices 1 --stage decode --ratio 0.3
-
-    Attributes:
-      devices: Use so many of the chips; all by default.
-      ratio: Sharing ratio; by default the model's own map, if it has one, else 0.3.
-      tie: Projections to share: some of q, k, v, o, in that order; qkv where there is no map.
-      batch: Sequences, over all chips; one a chip in postshare, else one by default.
-      length: Tokens of a sequence; in decode, slots of the cache.
-      mesh: Sizes of the mesh, one of which may be -1; by default one that fits.
-      host: Estimate from the shapes alone; compiles nothing, and needs no libtpu.
     """
 
     src: Annotated[
@@ -57,7 +48,7 @@ class Plan(Command):
         ),
     ]
     topology: Annotated[str, tyro.conf.arg(help=f"Chips, such as {EXAMPLES}.")]
-    devices: int | None = None
+    devices: Annotated[int | None, tyro.conf.arg(help="Use so many of the chips; all by default.")] = None
     stage: Annotated[
         str,
         tyro.conf.arg(
@@ -65,15 +56,29 @@ class Plan(Command):
             "and `shared` the tied one."
         ),
     ] = "postshare"
-    ratio: float | None = None
-    tie: str | None = None
-    batch: int | None = None
-    length: int = 4096
-    mesh: Annotated[tuple[int, int, int] | None, tyro.conf.arg(metavar="DATA FSDP TENSOR")] = None
+    ratio: Annotated[
+        float | None, tyro.conf.arg(help="Sharing ratio; by default the model's own map, if it has one, else 0.3.")
+    ] = None
+    tie: Annotated[
+        str | None,
+        tyro.conf.arg(help="Projections to share: some of q, k, v, o, in that order; qkv where there is no map."),
+    ] = None
+    batch: Annotated[
+        int | None, tyro.conf.arg(help="Sequences, over all chips; one a chip in postshare, else one by default.")
+    ] = None
+    length: Annotated[int, tyro.conf.arg(help="Tokens of a sequence; in decode, slots of the cache.")] = 4096
+    mesh: Annotated[
+        tuple[int, int, int] | None,
+        tyro.conf.arg(
+            metavar="DATA FSDP TENSOR", help="Sizes of the mesh, one of which may be -1; by default one that fits."
+        ),
+    ] = None
     remat: Annotated[
         str | None, tyro.conf.arg(help=f"In postshare: {', '.join(REMAT_POLICIES)}; by default one that fits.")
     ] = None
-    host: bool = False
+    host: Annotated[
+        bool, tyro.conf.arg(help="Estimate from the shapes alone; compiles nothing, and needs no libtpu.")
+    ] = False
 
     def run(self) -> dict[str, Any]:
         _, count = chip_of(self.topology)
@@ -86,12 +91,8 @@ class Plan(Command):
                 "The model's own map says what it shares; give a ratio too, or leave the tie out.",
                 option=("ratio", "tie"),
             )
-        batch = self.batch
-        if batch is None:
-            batch = (self.devices or count) if self.stage == "postshare" else 1
-        workload = Workload(config, sharing, self.stage, batch, self.length)
-        if not self.host:
-            require_libtpu()
+        batch = (self.devices or count) if self.stage == "postshare" else 1
+        workload = Workload(config, sharing, self.stage, batch if self.batch is None else self.batch, self.length)
         say("estimating" if self.host else "compiling, for a minute or several")
         planned = planning.plan(
             workload, self.topology, devices=self.devices, mesh=self.mesh, remat=self.remat, host=self.host
@@ -106,28 +107,30 @@ class Plan(Command):
             f"{result['model']}, {result['stage']}, {result['batch']} x {result['length']} tokens, {how} "
             f"{result['devices']} of {result['topology']}: mesh data {data}, fsdp {fsdp}, tensor {tensor}{remat}"
         )
-        models = [dict(result[name]) for name in ("dense", "shared")]
+        models = [result[name] | {"sent": result[name]["collective_bytes"] or {}} for name in ("dense", "shared")]
         for model in models:
             if model["temporary_bytes"] is not None:
                 model["other_bytes"] = max(model["temporary_bytes"] - model["activation_bytes"], 0)
         table = Table("a chip", "dense", "shared")
+
+        def row(heading: str, amounts: Iterable[float | None], unit: str = "") -> None:
+            table.add_row(heading, *(_amount(amount, unit) for amount in amounts))
+
         for heading, name in _MEMORY.items():
             if any(model.get(name) for model in models):
-                table.add_row(heading, *(_amount(model.get(name), "B") for model in models))
+                row(heading, (model.get(name) for model in models), "B")
         table.add_row("fits", *("yes" if model["fits"] else "no" for model in models))
         table.add_section()
         estimated = result["compiled"] and any(model["costs_estimated"] for model in models)
-        step = "a step, estimated: FLOPs" if estimated else "a step: FLOPs"
-        for heading, name, unit in ((step, "flops", ""), ("HBM bytes", "hbm_bytes_accessed", "B")):
-            table.add_row(heading, *(_amount(model[name], unit) for model in models))
-        sent = [model["collective_bytes"] or {} for model in models]
-        for kind in dict.fromkeys(kind for each in sent for kind in each):
-            table.add_row(f"sent: {kind}", *(_amount(each.get(kind), "B") for each in sent))
-        table.add_row("at least", *(_amount(model["step_seconds"], "s") for model in models))
+        row("a step, estimated: FLOPs" if estimated else "a step: FLOPs", (model["flops"] for model in models))
+        row("HBM bytes", (model["hbm_bytes_accessed"] for model in models), "B")
+        for kind in dict.fromkeys(kind for model in models for kind in model["sent"]):
+            row(f"sent: {kind}", (model["sent"].get(kind) for model in models), "B")
+        row("at least", (model["step_seconds"] for model in models), "s")
         table.add_row("bound by", *(model["bound_by"] or "" for model in models))
-        table.add_row("tokens/s, all chips", *(_amount(model["tokens_per_second"], "") for model in models))
+        row("tokens/s, all chips", (model["tokens_per_second"] for model in models))
         if result["compiled"]:
-            table.add_row("compiling took", *(_amount(model["compile_seconds"], "s") for model in models))
+            row("compiling took", (model["compile_seconds"] for model in models), "s")
         yield table
         for other in result["tried"][:-1]:
             yield f"tried before: mesh {' x '.join(map(str, other['mesh']))}, remat {other['remat']}: does not fit"
@@ -138,9 +141,9 @@ def _opened(src: str) -> tuple[LlamaConfig, SharingMap | None]:
     if src in PRESETS:
         return PRESETS[src], None
     path = Path(src)
-    config = path / "config.json" if path.is_dir() else path
-    if config.suffix == ".json" and config.is_file() and not any(path.glob("*.safetensors")):
-        return LlamaConfig.from_hf(_document(config)), None
+    file = path if path.suffix == ".json" else path / "config.json"
+    if file.is_file() and not any(path.glob("*.safetensors")):
+        return LlamaConfig.from_hf(read_json(file)), None
     try:
         source = convert.open_checkpoint(path)
     except HeadshareError as error:
@@ -148,16 +151,6 @@ def _opened(src: str) -> tuple[LlamaConfig, SharingMap | None]:
             raise
         raise HeadshareError(f"{src} is neither a model nor one of {', '.join(PRESETS)}.") from error
     return source.config, source.sharing
-
-
-def _document(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise HeadshareError(f"{path} is not readable JSON: {error}.") from error
-    if not isinstance(document, dict):
-        raise HeadshareError(f"{path} is no model configuration: it holds no JSON object.")
-    return document
 
 
 def _amount(value: float | None, unit: str) -> str:

@@ -54,7 +54,10 @@ class Postshare(Command):
     def run(self) -> dict[str, Any]:
         recipe = recipes.load(self.config, self.set)
         if self.distributed:
-            self._join()
+            try:
+                jax.distributed.initialize(self.coordinator, self.processes, self.process)
+            except (ValueError, RuntimeError) as error:
+                raise HeadshareError(f"The other processes cannot be joined: {error}") from error
         if self.dry_run:
             return {"recipe": yaml.safe_load(recipes.to_yaml(recipe)), **footprint(recipe)}
         with progress_with_text() as show:
@@ -86,25 +89,11 @@ class Postshare(Command):
             yield f"The loss stood out at step {', '.join(map(str, last['spikes']))}."
         yield f"metrics: {result['output']}/metrics.jsonl, metrics.png; next: headshare inspect {result['final']}"
 
-    def _join(self) -> None:
-        given = (self.coordinator, self.processes, self.process)
-        if any(value is not None for value in given) and None in given:
-            raise HeadshareError(
-                "The address, the number of processes and the process's own number go together.",
-                option=("coordinator", "processes", "process"),
-            )
-        try:
-            jax.distributed.initialize(*given)
-        except (ValueError, RuntimeError) as error:
-            raise HeadshareError(f"The other processes cannot be joined: {error}") from error
-
 
 def _told(line: dict[str, Any]) -> str:
     parts = [f"{line['stage']} next-token loss {line['lm_loss']:.3f}"]
-    parts += [f"{label} {line[name]:.2f}" for name, label in _SHOWN.items() if line.get(name)]
+    shown = {"sim_loss": "penalty", "shared_perplexity": "perplexity"}
+    parts += [f"{label} {line[name]:.2f}" for name, label in shown.items() if line.get(name)]
     if line["skipped"]:
         parts.append("skipped: not finite")
     return ", ".join([*parts, f"{line['tokens_per_second']:,.0f} tokens/s"])
-
-
-_SHOWN = {"sim_loss": "penalty", "shared_perplexity": "perplexity"}

@@ -119,18 +119,14 @@ def _read(part: Instruction, operand: Instruction) -> int:
     if part.fused:
         place = str(part.operands.index(operand))
         (value,) = [inner for inner in part.fused.parts if (inner.opcode, inner.inside) == ("parameter", place)]
-        return min(whole, _read_by_users(value))
+        return min(whole, sum(_read(user, value) for user in value.users))
     if part.opcode in ("bitcast", "tuple"):
-        return _read_by_users(part)
+        return sum(_read(user, part) for user in part.users)
     first = part.operands[0] is operand
     if _kind(part) or _ASYNC in part.attributes or (first and part.opcode in ("dynamic-update-slice", "scatter")):
         return 0
     sliced = first and part.opcode in ("dynamic-slice", "slice", "gather")
     return min(whole, part.arrays[0].bytes) if sliced else whole
-
-
-def _read_by_users(value: Instruction) -> int:
-    return sum(_read(user, value) for user in value.users)
 
 
 def _written(output: Instruction) -> int:

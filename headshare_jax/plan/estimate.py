@@ -1,23 +1,27 @@
 """A step to plan, how it can be spread over chips, and what it needs as far as shapes tell."""
 
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 from jax.sharding import AbstractMesh
 
-from headshare_jax import parameters
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.model.layer import REMAT_POLICIES
-from headshare_jax.model.mesh import AXES, parameter_sharding
+from headshare_jax.model.mesh import AXES
+from headshare_jax.parameters import parameter_names
 from headshare_jax.plan.costs import Costs
 from headshare_jax.plan.topology import Chip
 from headshare_jax.sharing.map import SharingMap
-from headshare_jax.sharing.source import stored_shape
 from headshare_jax.train.losses import HEAD_TOKENS
+from headshare_jax.train.placement import abstract_params, bytes_on_device
 
 STAGES = ("decode", "prefill", "postshare")
+# What `speed` tells.
+COSTS = (
+    *("flops", "hbm_bytes_accessed", "collective_bytes", "largest_collective_bytes"),
+    *("seconds", "step_seconds", "bound_by", "tokens_per_second"),
+)
 # Part of the needed memory that an estimate adds for what it leaves out.
 MARGIN = 0.1
 
@@ -84,15 +88,6 @@ class Layout:
         """Parts that a batch is cut into."""
         return self.mesh[0] * self.mesh[1]
 
-    def check(self, workload: Workload) -> None:
-        """Raises HeadshareError unless the batch can be cut over the mesh."""
-        if workload.batch % self.batch_parts:
-            raise HeadshareError(
-                f"The batch ({workload.batch}) must be a multiple of the mesh's data x fsdp ({self.batch_parts}); "
-                "change either.",
-                option=("batch", "mesh"),
-            )
-
 
 def meshes(workload: Workload, count: int) -> list[tuple[int, ...]]:
     """Meshes of `count` chips that the batch can be cut over, those that move fewest weights first."""
@@ -108,12 +103,17 @@ def estimated(workload: Workload, layout: Layout, chip: Chip, *, shared: bool) -
 
     The keys are those of `planning.measured`; `compile_seconds` is None.
     """
-    layout.check(workload)
+    if workload.batch % layout.batch_parts:
+        raise HeadshareError(
+            f"The batch ({workload.batch}) must be a multiple of the mesh's data x fsdp ({layout.batch_parts}); "
+            "change either.",
+            option=("batch", "mesh"),
+        )
     config, tensor, train = workload.config, layout.mesh[2], workload.trains
     stored, local = _parameters(workload, layout, shared=shared)
     used, _ = _parameters(workload, layout, shared=False)
     tokens = workload.tokens // layout.batch_parts
-    cache, kept = cache_bytes(workload, layout), activation_bytes(workload, layout)
+    cache, kept = (0, activation_bytes(workload, layout)) if train else (cache_bytes(workload, layout), 0)
     held = {
         "parameter_bytes": local * (4 if train else 2),
         "optimizer_bytes": local * 8 if train else 0,
@@ -141,18 +141,14 @@ def estimated(workload: Workload, layout: Layout, chip: Chip, *, shared: bool) -
 
 
 def cache_bytes(workload: Workload, layout: Layout) -> int:
-    """Bytes of the key/value cache on a chip."""
-    if workload.trains:
-        return 0
+    """Bytes of the key/value cache on a chip, where nothing is trained."""
     config, rows = workload.config, workload.batch // layout.batch_parts
     heads = config.num_kv_heads // (layout.mesh[2] if config.num_kv_heads % layout.mesh[2] == 0 else 1)
     return 2 * 2 * config.num_layers * rows * workload.length * heads * config.head_dim
 
 
 def activation_bytes(workload: Workload, layout: Layout) -> int:
-    """Bytes on a chip that the remat policy keeps for the backward pass."""
-    if not workload.trains:
-        return 0
+    """Bytes on a chip that the remat policy keeps for the backward pass of a training step."""
     config = workload.config
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     width = config.hidden_size
@@ -205,13 +201,9 @@ def speed(workload: Workload, chip: Chip, costs: Costs) -> dict[str, Any]:
 
 def _parameters(workload: Workload, layout: Layout, *, shared: bool) -> tuple[int, int]:
     """Stored parameters of the whole model, and on a chip."""
-    config, mesh = workload.config, AbstractMesh(layout.mesh, AXES)
-    whole = local = 0
-    for name in parameters.parameter_names(config):
-        shape = stored_shape(config, name, workload.sharing if shared else None)
-        whole += prod(shape)
-        local += prod(parameter_sharding(mesh, config, name, shape).shard_shape(shape))
-    return whole, local
+    config, sharing, mesh = workload.config, workload.sharing if shared else None, AbstractMesh(layout.mesh, AXES)
+    params = abstract_params(config, sharing, mesh, dict.fromkeys(parameter_names(config), "int8"))
+    return sum(param.size for param in params.values()), bytes_on_device(params)
 
 
 def _network(workload: Workload, layout: Layout, stored: int, tokens: int) -> dict[str, float]:

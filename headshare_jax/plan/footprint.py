@@ -1,9 +1,10 @@
-"""What a run needs on every device, found by compiling its steps without running them."""
+"""What a training step needs on every device, found by compiling it without running it."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from headshare_jax.errors import HeadshareError
 from headshare_jax.model.mesh import batch_sharding
@@ -30,28 +31,34 @@ def footprint(recipe: recipes.Recipe) -> dict[str, Any]:
     stages = []
     for stage in recipe.stages:
         context = StageContext(source.config, sharing, stage, recipe)
-        state = abstract_state(context, mesh)
-        _, others = split_names(context)
-        frozen = abstract_params(context, others, mesh, source.dtype("embed_vd"))
-        every = parameter_names(source.config) if stage.distill_weight else ()
-        dense = StageContext(source.config, sharing, recipes.Stage(), recipe)
-        teacher = abstract_params(dense, every, mesh, source.dtype("embed_vd"))
-        shape = (recipe.accumulate, recipe.batch_size // recipe.accumulate, recipe.data.seq_len)
-        batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, axis=1))
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-        compiled = make_step(context, state_sharding=shardings).lower(state, frozen, teacher, batch, batch).compile()
-        sizes = {
-            "parameters": bytes_on_device(state.params) + bytes_on_device(frozen),
-            "teacher": bytes_on_device(teacher),
-            "optimizer": bytes_on_device(state.opt_state),
-            "temporaries": _temporaries(compiled),
-        }
+        lowered, sizes = lowered_step(context, mesh, source.dtype("embed_vd"))
+        analysis = lowered.compile().memory_analysis()
+        if analysis is None:
+            raise HeadshareError(f"JAX does not tell what a step needs on {jax.default_backend()}.")
+        sizes["temporaries"] = int(analysis.temp_size_in_bytes)
         stages.append({"kind": stage.kind, **sizes, "total": sum(sizes.values())})
     return {"mesh": dict(mesh.shape), "stages": stages}
 
 
-def _temporaries(compiled: jax.stages.Compiled) -> int:
-    analysis = compiled.memory_analysis()
-    if analysis is None:
-        raise HeadshareError(f"JAX does not tell what a step needs on {jax.default_backend()}.")
-    return int(analysis.temp_size_in_bytes)
+def lowered_step(context: StageContext, mesh: Mesh, dtype: Any) -> tuple[jax.stages.Lowered, dict[str, int]]:
+    """A stage's step on a mesh, to be compiled, and the bytes of what it is given on a device.
+
+    Args:
+      context: the stage.
+      mesh: its devices need not be there.
+      dtype: of parameters that do not train, and of the teacher.
+    """
+    recipe, config = context.recipe, context.config
+    state = abstract_state(context, mesh)
+    frozen = abstract_params(config, context.model_sharing, mesh, dict.fromkeys(split_names(context)[1], dtype))
+    teacher_names = parameter_names(config) if context.stage.distill_weight else ()
+    teacher = abstract_params(config, None, mesh, dict.fromkeys(teacher_names, dtype))
+    shape = (recipe.accumulate, recipe.batch_size // recipe.accumulate, recipe.data.seq_len)
+    batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, axis=1))
+    step = make_step(context, state_sharding=jax.tree.map(lambda leaf: leaf.sharding, state))
+    sizes = {
+        "parameters": bytes_on_device(state.params) + bytes_on_device(frozen),
+        "teacher": bytes_on_device(teacher),
+        "optimizer": bytes_on_device(state.opt_state),
+    }
+    return step.lower(state, frozen, teacher, batch, batch), sizes

@@ -5,33 +5,32 @@ import re
 import time
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from headshare_jax import parameters
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.model import generate as generation
 from headshare_jax.model.attention import has_kernel
-from headshare_jax.model.cache import KVCache
 from headshare_jax.model.layer import REMAT_POLICIES
 from headshare_jax.model.llama import Llama
-from headshare_jax.model.mesh import BATCH, batch_sharding, make_mesh, mesh_shape, parameter_sharding
+from headshare_jax.model.mesh import BATCH, make_mesh, mesh_shape
+from headshare_jax.parameters import parameter_names
 from headshare_jax.plan import estimate
 from headshare_jax.plan.costs import program_costs, round_costs
 from headshare_jax.plan.estimate import Layout, Workload
+from headshare_jax.plan.footprint import lowered_step
 from headshare_jax.plan.topology import Chip, chip_of, compile_program, topology_devices
 from headshare_jax.sharing.choose import sharing_map
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.scores import MatchResult
-from headshare_jax.sharing.source import stored_shape
 from headshare_jax.train import recipe as recipes
-from headshare_jax.train.placement import abstract_state, bytes_on_device
-from headshare_jax.train.step import StageContext, make_step
+from headshare_jax.train.placement import abstract_params, bytes_on_device
+from headshare_jax.train.step import StageContext
 
 logger = logging.getLogger(__name__)
 
@@ -118,19 +117,16 @@ def measured(workload: Workload, layout: Layout, chip: Chip, mesh: Mesh, *, shar
       longest of them, and which one it is `bound_by`. And `compile_seconds`. A step that XLA refuses for its memory
       has no costs; those of one that it cannot write down once it is compiled are `costs_estimated`.
     """
-    layout.check(workload)
     start = time.perf_counter()
     lowered, held = (_training if workload.trains else _serving)(workload, layout, mesh, shared=shared)
-    sizes = {**held, "activation_bytes": estimate.activation_bytes(workload, layout)}
+    result = estimate.estimated(workload, layout, chip, shared=shared) | held
     try:
         compiled = compile_program(lowered)
     except jax.errors.JaxRuntimeError as error:
-        needed = _needed(error)
+        result |= dict.fromkeys(("temporary_bytes", *estimate.COSTS)) | estimate.fit(chip, _needed(error))
         seconds = time.perf_counter() - start
-        unknown = dict.fromkeys(("temporary_bytes", *_COSTS)) | {"costs_estimated": False}
-        refused = {"argument_bytes": sum(held.values()), **estimate.fit(chip, needed), "compile_seconds": seconds}
-        return {**sizes, **unknown, **refused, "fits": False}
-    seconds = time.perf_counter() - start
+        return result | {"argument_bytes": sum(held.values()), "costs_estimated": False, "compile_seconds": seconds}
+    result["compile_seconds"] = time.perf_counter() - start
     memory = compiled.memory_analysis()
     if memory is None:
         raise HeadshareError(
@@ -138,20 +134,8 @@ def measured(workload: Workload, layout: Layout, chip: Chip, mesh: Mesh, *, shar
         )
     new_output = memory.output_size_in_bytes - memory.alias_size_in_bytes
     needed = memory.argument_size_in_bytes + new_output + memory.temp_size_in_bytes
-    return {
-        **sizes,
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        **estimate.fit(chip, needed + memory.generated_code_size_in_bytes),
-        **_speed(workload, layout, chip, mesh, compiled, shared=shared),
-        "compile_seconds": seconds,
-    }
-
-
-def _speed(
-    workload: Workload, layout: Layout, chip: Chip, mesh: Mesh, compiled: jax.stages.Compiled, *, shared: bool
-) -> dict[str, Any]:
-    """Costs of a compiled step, as `measured` has them; estimated where XLA cannot write the program down."""
+    result |= estimate.fit(chip, needed + memory.generated_code_size_in_bytes)
+    result |= {"argument_bytes": memory.argument_size_in_bytes, "temporary_bytes": memory.temp_size_in_bytes}
     try:
         text = compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
@@ -160,28 +144,20 @@ def _speed(
         )
         text = None
     if text is None:
-        guess = estimate.estimated(workload, layout, chip, shared=shared)
-        return {name: guess[name] for name in (*_COSTS, "costs_estimated")}
+        return result
     costs = (round_costs if workload.stage == "decode" else program_costs)(text)
     if workload.trains and has_kernel(mesh, workload.length, workload.config.head_dim, "bfloat16"):
         # A kernel's text does not tell what it computes.
         costs = replace(costs, flops=costs.flops + estimate.attention_flops(workload, layout))
-    return {**estimate.speed(workload, chip, costs), "costs_estimated": False}
-
-
-_COSTS = (
-    *("flops", "hbm_bytes_accessed", "collective_bytes", "largest_collective_bytes"),
-    *("seconds", "step_seconds", "bound_by", "tokens_per_second"),
-)
+    return result | estimate.speed(workload, chip, costs) | {"costs_estimated": False}
 
 
 def random_map(config: LlamaConfig, ratio: float, tie: str = "qkv") -> SharingMap:
     """A map of random pairs, for sizes; errors as of `sharing_map`."""
     rng, shape = np.random.default_rng(0), (config.num_layers, config.num_kv_heads)
-    layer_l1 = np.arange(config.num_layers)[:, None]
-    value = np.where(layer_l1 == 0, -np.inf, rng.random(shape))
-    donor_layer = np.where(layer_l1 == 0, -1, rng.integers(0, np.maximum(layer_l1, 1), shape))
-    donor_unit = rng.integers(0, config.num_kv_heads, shape)
+    value = rng.random(shape)
+    donor_layer, donor_unit = rng.integers(0, np.maximum(np.indices(shape)[0], 1)), rng.integers(0, shape[1], shape)
+    value[0], donor_layer[0] = -np.inf, -1
     scores = MatchResult(donor_layer, donor_unit, value, match="random", heads_per_unit=config.heads_per_unit, seed=0)
     return sharing_map(scores, ratio, tie=tie)
 
@@ -206,22 +182,14 @@ def _choices(
 def _training(
     workload: Workload, layout: Layout, mesh: Mesh, *, shared: bool
 ) -> tuple[jax.stages.Lowered, dict[str, int]]:
-    recipe = recipes.from_mapping(
-        {
-            "model": "planned",
-            "data": {"train": "planned", "seq_len": workload.length},
-            "stages": [{"kind": "tied" if shared else "align"}],
-            "batch_size": workload.batch,
-            "remat": layout.remat,
-        }
+    stage = recipes.Stage(kind="tied" if shared else "align")
+    text = recipes.Data(train="", seq_len=workload.length)
+    recipe = recipes.Recipe(
+        model="", data=text, stages=(stage,), batch_size=workload.batch, remat=cast(Any, layout.remat)
     )
-    context = StageContext(workload.config, workload.sharing, recipe.stages[0], recipe)
-    state = abstract_state(context, mesh)
-    shape = (1, workload.batch, workload.length)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, axis=1))
-    step = make_step(context, state_sharding=jax.tree.map(lambda leaf: leaf.sharding, state))
-    held = {"parameter_bytes": bytes_on_device(state.params), "optimizer_bytes": bytes_on_device(state.opt_state)}
-    return step.lower(state, {}, {}, tokens, tokens), {**held, "cache_bytes": 0}
+    context = StageContext(workload.config, workload.sharing, stage, recipe)
+    lowered, sizes = lowered_step(context, mesh, "bfloat16")
+    return lowered, {"parameter_bytes": sizes["parameters"], "optimizer_bytes": sizes["optimizer"]}
 
 
 def _serving(
@@ -232,20 +200,17 @@ def _serving(
     def array(shape: tuple[int, ...], dtype: Any = jnp.int32, *axes: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
 
-    params = {}
-    for name in parameters.parameter_names(config):
-        shape = stored_shape(config, name, sharing)
-        params[name] = array(shape, jnp.bfloat16, *parameter_sharding(mesh, config, name, shape).spec)
+    params = abstract_params(config, sharing, mesh, dict.fromkeys(parameter_names(config), "bfloat16"))
     model = Llama(config, params, sharing=sharing, compute_dtype="bfloat16")
     # The head indices, which the model makes by itself.
     model = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array) else leaf, model)
     heads = "tensor" if config.num_kv_heads % mesh.shape["tensor"] == 0 else None
     axes = {5: (None, BATCH, None, heads), 1: (BATCH,), 0: ()}
     row_b = array((workload.batch,), jnp.int32, BATCH)
-    cache: KVCache = jax.eval_shape(lambda: model.empty_cache(workload.batch, workload.length))
+    cache = jax.eval_shape(lambda: model.empty_cache(workload.batch, workload.length))
     cache = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype, *axes[leaf.ndim]), cache)
     key = array((), jax.eval_shape(lambda: jax.random.key(0)).dtype)
-    held = {"parameter_bytes": bytes_on_device(params), "optimizer_bytes": 0, "cache_bytes": bytes_on_device(cache)}
+    held = {"parameter_bytes": bytes_on_device(params), "cache_bytes": bytes_on_device(cache)}
     greedy = generation.Sampling()
     if workload.stage == "prefill":
         prompts = array((workload.batch, workload.length), jnp.int32, BATCH)

@@ -63,16 +63,6 @@ def chip_of(topology: str) -> tuple[Chip, int]:
     return chip, prod(sizes)
 
 
-def require_libtpu() -> None:
-    """Raises HeadshareError where libtpu is not installed."""
-    if find_spec("libtpu") is None:
-        raise HeadshareError(
-            "Compiling for a TPU needs libtpu: pip install 'headshare-jax[tpu]'. "
-            "Without it, the shapes alone give an estimate.",
-            option="host",
-        )
-
-
 def topology_devices(topology: str) -> Sequence[jax.Device]:
     """Devices of a topology to compile for; none of them need be there.
 
@@ -80,7 +70,12 @@ def topology_devices(topology: str) -> Sequence[jax.Device]:
       HeadshareError: not the name of a topology that libtpu knows, or no libtpu.
     """
     chip_of(topology)
-    require_libtpu()
+    if find_spec("libtpu") is None:
+        raise HeadshareError(
+            "Compiling for a TPU needs libtpu: pip install 'headshare-jax[tpu]'. "
+            "Without it, the shapes alone give an estimate.",
+            option="host",
+        )
     # What libtpu would else ask the machine's metadata server, or take a lock for, as if it were to run something.
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)

@@ -91,7 +91,7 @@ def test_a_damaged_config_is_refused(plan: Any, tmp_path: Path) -> None:
     path.write_text("[1]")
     assert plan(path, "--topology", "v5e:1x1") == (
         2,
-        f"headshare: {path} is no model configuration: it holds no JSON object.\n",
+        f"headshare: {path} does not hold a JSON object; fetch it again.\n",
     )
     path.write_text("{")
     code, text = plan(path, "--topology", "v5e:1x1")

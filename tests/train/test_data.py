@@ -101,7 +101,7 @@ def test_blocks_hold_the_documents(
         np.testing.assert_array_equal(result.tokens, tokens)
         np.testing.assert_array_equal(result.segments, segments)
     assert result.tokens.dtype == result.segments.dtype == np.int32
-    assert result.count == len(tokens)
+    assert len(result.tokens) == len(tokens)
 
 
 def test_a_text_file_is_one_document(
@@ -322,4 +322,4 @@ def test_text_files_need_no_data_sets(
     for name in ("datasets", "pyarrow"):
         monkeypatch.setitem(sys.modules, name, None)
     (tmp_path / "words.txt").write_text("just words")
-    assert prepare(str(tmp_path / "words.txt"), tokenizer, seq_len=4, cache=tmp_path / "cache").count == 2
+    assert len(prepare(str(tmp_path / "words.txt"), tokenizer, seq_len=4, cache=tmp_path / "cache").tokens) == 2
