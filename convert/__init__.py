@@ -77,6 +77,12 @@ def open_checkpoint(src: str | Path) -> Checkpoint:
     )
 
 
+def check_format(to: str) -> None:
+    """Raises HeadshareError unless a format is one of `FORMATS`."""
+    if to not in FORMATS:
+        raise HeadshareError(f"The format {to!r} is not one of {', '.join(FORMATS)}.", option="to")
+
+
 def save(
     source: WeightSource,
     dst: str | Path,
@@ -107,8 +113,7 @@ def save(
     Examples:
       >>> hs.save(shared, "my-llama-compact", to="hf-compact", tokenizer_from="my-llama")
     """
-    if to not in FORMATS:
-        raise HeadshareError(f"The format {to!r} is not one of {', '.join(FORMATS)}.")
+    check_format(to)
     if isinstance(tokenizer_from, (str, Path)):
         tokenizer_from = locate(tokenizer_from)
     beside = tokenizer_from if isinstance(tokenizer_from, Path) else None

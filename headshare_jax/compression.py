@@ -166,6 +166,7 @@ def compress(
         raise HeadshareError(f"compress has no such setting: {error}.") from error
     asked = {"ratio": ratio, "budget": budget, "model_budget": model_budget, "map": map}
     chosen = _checked(method, of_method, asked, has_text=calibrate is not None, has_journals=work is not None)
+    convert.check_format(to)
     if dst is not None:
         check_output(Path(dst), folder=True, overwrite=overwrite)
     path = convert.locate(src) if isinstance(src, (str, Path)) else None
