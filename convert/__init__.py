@@ -1,4 +1,8 @@
-"""Reading and writing checkpoints: Hugging Face, GGUF and native."""
+"""Reading and writing checkpoints: native, Hugging Face (plain and compact) and GGUF. Knows files, and no model.
+
+Public: `open_checkpoint`, `save`, `locate`, `FORMATS`; `text.open_corpus` (texts), `journal_folder.JournalFolder`,
+`map_file.read`, `tokenizer.load`. Names and layouts of tensors are in `keys`.
+"""
 
 from collections.abc import Mapping
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""The one table of tensor keys: which tensor of which format holds which parameter, in which layout.
+"""The tables of tensor keys: which tensor of which format holds which parameter, in which layout.
 
 Every row is used in both directions: `decode` reads a checkpoint's tensor into a parameter, `encode` writes it back.
 """

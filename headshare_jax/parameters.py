@@ -1,8 +1,8 @@
 """The one table of parameters: what every parameter of a decoder is called, and all that is to be known of it.
 
 A name's suffix spells its axes: `v` vocabulary, `d` width, `f` MLP width, `h` head width, `l` layer, `p` pool row. To
-give the decoder another parameter, add a row to `PARAMETERS`, a row to each key table in `convert/keys.py`, and its use
-in `model/layer.py`.
+give the decoder another parameter, add a row to `PARAMETERS` (and what it depends on to `LlamaConfig`), a row to each
+key table in `convert/keys.py`, and its use in `model/layer.py`.
 """
 
 from collections.abc import Callable, Mapping

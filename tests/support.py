@@ -12,8 +12,8 @@ import pytest
 import transformers
 
 from headshare_jax import Llama, LlamaConfig, SharingMap, parameters
-from headshare_jax.sharing.map import DROPPED
 from headshare_jax.sharing.source import stored_shape
+from headshare_jax.sharing.tie import DROPPED
 
 TINY: dict[str, Any] = {
     "vocab_size": 160,

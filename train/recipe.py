@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from headshare_jax.errors import HeadshareError
-from headshare_jax.sharing.map import check_tie
+from headshare_jax.sharing.tie import check_tie
 
 # Recipes that come with the package, by name.
 SHIPPED = {path.stem: path for path in sorted(Path(__file__).with_name("recipes").glob("*.yaml"))}

@@ -1,4 +1,4 @@
-"""The command `headshare`."""
+"""The command `headshare`: each of its commands is a file, which parses, calls and prints. Public: `main`, `run`."""
 
 import logging
 import os

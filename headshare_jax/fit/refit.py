@@ -119,14 +119,14 @@ def refit(
     """Fits the output weights of a shared model to the dense one.
 
     Per block, in order: min over W of sum over tokens of w^2 ||H W - t||^2 + rho ||W - W_0||^2 with t = y + beta
-    (x - x'), y the dense block's output without its bias, x and x' the two streams before it, and w the reciprocal of
+    (x - x'), y what the dense block adds to its stream, x and x' the two streams before it, and w the reciprocal of
     the dense stream's norm behind it, which is what the next norm divides by. Weights that do not lower the error on
     held-out text stay as they were. Rows of the output projection that several heads use are never fitted, and dropped
     heads have none. Below the first layer that the map changes both models are the same, and nothing is fitted.
 
-    Memory of a device: one layer's parameters, its sums of products, and a batch of tokens. Streams are in temporary
-    files. A `Llama` comes back if one was given; else a view of the shared source in which the fitted weights, alone in
-    memory, take the place of its own.
+    Memory of a device: one layer's parameters in both models, its sums of products, and a batch of tokens. The host has
+    the sums in float64, [I, I] and [2, I, D]; streams are in temporary files. A `Llama` comes back if one was given;
+    else a view of the shared source in which the fitted weights, alone in memory, take the place of its own.
 
     Args:
       dense: the model to come close to.

@@ -78,7 +78,7 @@ def match_functional(
 
     A receiver computes with its donor's q, k and v on its own layer's input in the dense model, and the layer's output
     projection is refitted. With g_t the gradient of the model's predictions by the layer's attention output at token t
-    (`calibration.attention_gradients`) and e_t what is left of the error there, the pair's cost is half the mean of
+    (`fisher.attention_gradients`) and e_t what is left of the error there, the pair's cost is half the mean of
     (g_t e_t)^2: by the Fisher information an estimate of the KL divergence of the predictions, in nats per token. The
     score is minus the cost, 0 where donor and receiver do the same. Dropping a unit is scored likewise.
 

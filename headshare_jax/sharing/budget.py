@@ -9,9 +9,10 @@ import numpy as np
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.parameters import PROJECTIONS, parameter_names, pool_name, slice_shape
-from headshare_jax.sharing.map import DROPPED, SharingMap
+from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.scores import MatchResult
 from headshare_jax.sharing.source import stored_shape
+from headshare_jax.sharing.tie import DROPPED
 
 DROP = "drop"
 

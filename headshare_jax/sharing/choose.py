@@ -6,8 +6,9 @@ from dataclasses import replace
 import numpy as np
 
 from headshare_jax.errors import HeadshareError
-from headshare_jax.sharing.map import DROPPED, SharingMap, check_tie, shard_of_units
+from headshare_jax.sharing.map import SharingMap, shard_of_units
 from headshare_jax.sharing.scores import MatchResult, best_donors
+from headshare_jax.sharing.tie import DROPPED, check_tie
 
 
 def sharing_map(

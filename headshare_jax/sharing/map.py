@@ -9,7 +9,7 @@ from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.parameters import PROJECTIONS
 from headshare_jax.sharing import map_json
-from headshare_jax.sharing.map_json import DROPPED, check_tie
+from headshare_jax.sharing.tie import DROPPED, check_tie
 
 __all__ = ["DROPPED", "SharingMap", "check_tie", "shard_of_units"]
 

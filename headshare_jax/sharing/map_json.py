@@ -1,4 +1,4 @@
-"""The JSON document of a sharing map, and the words that maps use: the name of a tie, and what stands for no donor."""
+"""The JSON document of a sharing map: `text` writes it, `fields` reads and checks it."""
 
 import json
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -7,21 +7,10 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, Field
 
 from headshare_jax.errors import HeadshareError, one_sentence
-from headshare_jax.parameters import PROJECTIONS
+from headshare_jax.sharing.tie import DROPPED, check_tie
 
 if TYPE_CHECKING:
     from headshare_jax.sharing.map import SharingMap
-
-# In place of a donor: the unit is dropped, its output is zero, and nothing of it is stored.
-DROPPED = -1
-
-
-def check_tie(tie: str) -> str:
-    """The tie itself; raises HeadshareError unless it is a non-empty subset of `qkvo` in that order."""
-    if not tie or tie != "".join(projection for projection in PROJECTIONS if projection in tie):
-        raise HeadshareError(f"The tie must name some of q, k, v, o in that order (such as qkv or qk), not {tie!r}.")
-    return tie
-
 
 Tie = Annotated[str, AfterValidator(check_tie)]
 Whole = Annotated[int, Field(ge=0)]

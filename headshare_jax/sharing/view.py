@@ -9,8 +9,9 @@ import numpy as np
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.parameters import PARAMETERS, layered_names, slice_shape
-from headshare_jax.sharing.map import DROPPED, SharingMap
+from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.source import WeightSource, fingerprint
+from headshare_jax.sharing.tie import DROPPED
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),

@@ -70,8 +70,8 @@ def data(report: Path) -> Any:
 def test_points_are_what_the_library_gives(workplace: Path) -> None:
     record = data(workplace / "report")
     model = hs.load(workplace / "model")
-    words = transformers.AutoTokenizer.from_pretrained(workplace / "model")
-    windows = hs.calibration_windows(words(CALIBRATION).input_ids, 4, WINDOW, 259)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(workplace / "model")
+    windows = hs.calibration_windows(tokenizer(CALIBRATION).input_ids, 4, WINDOW, 259)
     direct = hs.share(model, hs.sharing_map(hs.match(model), 0.2))
     by_function = hs.share(model, hs.sharing_map(hs.match_functional(model, windows), 0.2, chains="forbid"))
     fitted, report = hs.refit(model, by_function, windows)
@@ -79,7 +79,7 @@ def test_points_are_what_the_library_gives(workplace: Path) -> None:
     points = [record["points"][place] for place in (0, 1, 3)]
     assert [(point["method"], point["ratio"]) for point in points] == [("dense", 0), ("direct", 0.2), ("fitted", 0.2)]
     for point, each in zip(points, expected, strict=True):
-        measured = hs.perplexity(each, words(HELD_OUT).input_ids, seq_len=WINDOW)
+        measured = hs.perplexity(each, tokenizer(HELD_OUT).input_ids, seq_len=WINDOW)
         assert point["perplexity"] == pytest.approx(measured.token_perplexity, rel=1e-6)
         assert point["parameters"] == hs.ledger(each).stored
         assert point["protocol"] == measured.protocol
@@ -187,10 +187,10 @@ def test_a_sweep_of_something_else_is_never_continued(
         ({"seed": 5}, "another settings"),
     ]
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-    for changes, words in cases:
+    for changes, tokenizer in cases:
         assert cli.run([*arguments(workplace, **changes), "-o", str(copy), "--resume"]) == 2
         said = capsys.readouterr().err
-        assert words in " ".join(said.split()), said
+        assert tokenizer in " ".join(said.split()), said
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
 
 
@@ -213,10 +213,10 @@ def test_bad_input_is_refused_before_anything_is_made(
         (arguments(workplace, calibrate_tokens=10**6), "give a longer text"),
         (uncalibrated, "--calibrate"),
     ]
-    for command, words in cases:
+    for command, tokenizer in cases:
         assert cli.run([*command, "-o", str(tmp_path / "report")]) == 2
         said = capsys.readouterr().err
-        assert words in " ".join(said.split()), said
+        assert tokenizer in " ".join(said.split()), said
     assert cli.run([*arguments(workplace), "-o", str(tmp_path / "empty"), "--resume"]) == 2
     assert "not the folder of a sweep" in " ".join(capsys.readouterr().err.split())
     assert sorted(tmp_path.rglob("*")) == before

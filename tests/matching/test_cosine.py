@@ -9,7 +9,7 @@ from support import VARIANTS, tiny_model
 
 import headshare_jax
 from headshare_jax import HeadshareError, Llama, match
-from headshare_jax.matching import cosine as similarity
+from headshare_jax.matching import cosine
 from headshare_jax.matching.cosine import MATCH_FUNCTIONS
 
 WEIGHTED = tuple(name for name in MATCH_FUNCTIONS if name != "random")
@@ -71,7 +71,7 @@ def test_the_first_layer_has_no_donors() -> None:
 
 @pytest.mark.parametrize("function", ["k", "qk"])
 def test_features_longer_than_a_chunk_are_summed_whole(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(similarity, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(cosine, "CHUNK_BYTES", 1)
     model = tiny_model(hidden_size=36, head_dim=16)
     vectors = unit_vectors(model, function)
     assert vectors.shape[1] % 128, "the last chunk is a part of one"
@@ -90,9 +90,9 @@ def test_tiles_of_any_size_give_the_same_scores(
     layer_bytes = 4 * unit_vectors(model, "qkv")[:4].size
     whole = match(model, "qkv")
     assert whole.scores is not None
-    monkeypatch.setattr(similarity, "TILE_UNITS", tile_units)
-    monkeypatch.setattr(similarity, "TILE_FEATURES", tile_features)
-    for block_bytes in (similarity.BLOCK_BYTES, 2 * layer_bytes):
+    monkeypatch.setattr(cosine, "TILE_UNITS", tile_units)
+    monkeypatch.setattr(cosine, "TILE_FEATURES", tile_features)
+    for block_bytes in (cosine.BLOCK_BYTES, 2 * layer_bytes):
         tiled = match(model, "qkv", block_bytes=block_bytes)
         assert tiled.scores is not None
         np.testing.assert_allclose(tiled.scores, whole.scores, atol=1e-6, rtol=0)

@@ -12,8 +12,8 @@ from headshare_jax.report.curves import draw_perplexity, draw_training, method_s
 from headshare_jax.report.heatmap import draw_scores
 from headshare_jax.report.map import draw_map, map_svg
 from headshare_jax.report.picture import FORMATS, Picture
-from headshare_jax.sharing.map import DROPPED
 from headshare_jax.sharing.scores import best_donors
+from headshare_jax.sharing.tie import DROPPED
 
 
 def sharing(donor: int = 1) -> hs.SharingMap:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headshare_jax import HeadshareError, LlamaConfig, SharingMap, parameters
-from headshare_jax.sharing.map import DROPPED
 from headshare_jax.sharing.source import stored_shape
+from headshare_jax.sharing.tie import DROPPED
 
 TIES = tuple("".join(letters) for size in range(1, 5) for letters in combinations("qkvo", size))
 VALID: dict[str, Any] = {

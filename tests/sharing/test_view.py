@@ -16,8 +16,8 @@ import headshare_jax as hs
 from headshare_jax import HeadshareError, Llama, LlamaConfig, SharingMap, WeightSource, share, unshare
 from headshare_jax.model.mesh import make_mesh
 from headshare_jax.parameters import PARAMETERS, PROJECTIONS, parameter_names, pool_name
-from headshare_jax.sharing.map import DROPPED
 from headshare_jax.sharing.source import assemble
+from headshare_jax.sharing.tie import DROPPED
 from headshare_jax.sharing.view import CastView, DenseView, ReplacedView, SharedView, View
 
 MODEL = tiny_model(attention_bias=True)
