@@ -48,13 +48,9 @@ def _load_folder(path: Path) -> "PreTrainedTokenizerBase":
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise HeadshareError(f"{path} carries no tokenizer; put its tokenizer.json (or tokenizer.model) there.")
     try:
-        tokenizer = _read(path)
+        return _read(path)
     except Exception as error:  # transformers lets a damaged file show itself in any way
         raise HeadshareError(f"The tokenizer of {path} cannot be read: {error}") from error
-    if "local_files_only" in tokenizer.init_kwargs:
-        # Whether there was a network is no part of a tokenizer; transformers would save it as one.
-        tokenizer.init_kwargs["local_files_only"] = False
-    return tokenizer
 
 
 def _read(path: Path) -> "PreTrainedTokenizerBase":
@@ -82,13 +78,20 @@ def _class_name(path: Path) -> str | None:
     return name if isinstance(name, str) else None
 
 
+def save(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Writes a tokenizer's files; whether it was loaded offline, which transformers would store, is no part of it."""
+    if "local_files_only" in tokenizer.init_kwargs:
+        tokenizer.init_kwargs["local_files_only"] = False
+    tokenizer.save_pretrained(folder)
+
+
 def carry(source: "Path | PreTrainedTokenizerBase", folder: Path) -> None:
     """Puts a tokenizer, or that of a checkpoint, into another checkpoint's folder.
 
     A checkpoint without one is left without; so is a GGUF file with an unusable one, with a warning.
     """
     if not isinstance(source, Path):
-        source.save_pretrained(folder)
+        save(source, folder)
         return
     if source.is_dir():
         for name in FILES:

@@ -17,6 +17,7 @@ import numpy as np
 
 from headshare_jax.convert import text
 from headshare_jax.convert.atomic import new_directory
+from headshare_jax.convert.tokenizer import save as save_tokenizer
 from headshare_jax.errors import HeadshareError
 
 if TYPE_CHECKING:
@@ -123,15 +124,12 @@ def count_blocks(
 
 
 def _tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
-    # transformers stores with it whether it was loaded offline.
-    if "local_files_only" in tokenizer.init_kwargs:
-        tokenizer.init_kwargs["local_files_only"] = False
     if tokenizer.is_fast:
         # A tokenizer may be stored with these; calling it as here drops them, which is to leave its digest the same.
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, Path(folder))
         files = sorted(file for file in Path(folder).rglob("*") if file.is_file())
         sums = [(str(file.relative_to(folder)), text.sha256(file)) for file in files]
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
