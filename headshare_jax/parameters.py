@@ -55,8 +55,8 @@ def _pool(projection: str) -> Parameter:
     return Parameter(pool_name(projection), projection, projection, cuts=_POOL)
 
 
-def _norm(name: str) -> Parameter:
-    return Parameter(name, "norms", init="ones", decays=False)
+def _norm(name: str, exists: Callable[[LlamaConfig], bool] = lambda config: True) -> Parameter:
+    return Parameter(name, "norms", init="ones", decays=False, exists=exists)
 
 
 def _bias(name: str, part: str, exists: Callable[[LlamaConfig], bool], pool: str | None = None) -> Parameter:
@@ -85,8 +85,10 @@ PARAMETERS: Mapping[str, Parameter] = {
         Parameter("embed_vd", "embedding"),
         _norm("attn_norm_ld"),
         *map(_pool, PROJECTIONS),
-        *(_bias(bias_name(p), p, lambda config: config.attention_bias, pool=p) for p in "qkv"),
-        _bias("o_bias_ld", "o", lambda config: config.attention_bias),
+        *(_bias(bias_name(p), p, lambda config: bool(config.attention_bias), pool=p) for p in "qkv"),
+        _bias("o_bias_ld", "o", lambda config: config.attention_bias is True),
+        # All heads of a layer have these scales in common: they are the layer's, also of heads from elsewhere.
+        *(_norm(f"{p}_norm_lh", lambda config: config.qk_norm) for p in "qk"),
         _norm("mlp_norm_ld"),
         Parameter("gate_ldf", "mlp"),
         Parameter("up_ldf", "mlp"),

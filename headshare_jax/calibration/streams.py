@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.model.attention import attend
-from headshare_jax.model.layer import attention_output, head_outputs, mlp_output, mlp_units
+from headshare_jax.model.layer import Window, attention_output, head_outputs, layer_kinds, mlp_output, mlp_units
 from headshare_jax.model.mesh import batch_sharding, make_mesh, replicated
 from headshare_jax.model.reading import Held
 from headshare_jax.parameters import layered_names
@@ -39,14 +39,18 @@ def calibration_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 def layer_weights(source: WeightSource, layer: int, mesh: Mesh | None = None) -> Weights:
     """One layer's parameters by name, in float32 whatever the stored type; shapes as `parameters.slice_shape` has.
 
-    They are whole on every device of the mesh; without one, on the default device.
+    What the layer is beside them is there too (`layer.layer_kinds`). All are whole on every device of the mesh; without
+    one, on the default device.
     """
-    return {name: whole(source.read(name, layer), mesh) for name in layered_names(source.config)}
+    weights = {name: whole(source.read(name, layer), mesh) for name in layered_names(source.config)}
+    return weights | {name: whole(kinds_l[layer], mesh, None) for name, kinds_l in layer_kinds(source.config).items()}
 
 
-def whole(value: jax.typing.ArrayLike, mesh: Mesh | None) -> jax.Array:
-    """A parameter in float32 on every device of a mesh."""
-    value = jnp.asarray(value, jnp.float32)
+def whole(
+    value: jax.typing.ArrayLike, mesh: Mesh | None, dtype: jax.typing.DTypeLike | None = jnp.float32
+) -> jax.Array:
+    """A value on every device of a mesh, in float32 or, for None, its own type."""
+    value = jnp.asarray(value, dtype)
     return value if mesh is None else jax.device_put(value, replicated(mesh))
 
 
@@ -112,11 +116,15 @@ def window_heads(config: LlamaConfig, weights: Weights, x_btd: jax.Array) -> jax
 
     Args:
       config: the architecture.
-      weights: norm of the layer that the stream is in, q, k and v weights [N or K, D, H], and biases if there are any.
+      weights: the layer that the stream is in; its q, k and v weights [N or K, D, H] may be others', with their biases.
       x_btd: the residual stream before the layer.
     """
     angles = rotary_angles(config, jnp.arange(x_btd.shape[1], dtype=jnp.int32)[None])
-    return head_outputs(config, Held(weights), x_btd, angles, lambda *qkv: (attend(*qkv), None))[0]
+    return head_outputs(config, Held(weights), x_btd, angles, _windowed)[0]
+
+
+def _windowed(q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, window: Window) -> tuple[jax.Array, None]:
+    return attend(q_btnh, k_btkh, v_btkh), None
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from headshare_jax.calibration.streams import Weights
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.matching.elimination import TINY, dropped_solution, pair_residuals, regular_inverse, shared_solution
-from headshare_jax.parameters import PARAMETERS
+from headshare_jax.parameters import PARAMETERS, layered_names
 from headshare_jax.sharing.scores import MatchResult, best_donors
 from headshare_jax.sharing.source import WeightSource, fingerprint
 
@@ -267,7 +267,7 @@ class _LayerScorer:
             return pool.reshape(self.units, -1, *pool.shape[1:])[unit]
 
         candidates = {}
-        for name in self.near[self.layer]:
+        for name in layered_names(self.config):
             projection = PARAMETERS[name].pool
             if projection is not None and projection in "qkv":
                 users = donors if projection in tie else receivers
@@ -325,7 +325,7 @@ def _squares(
 
 def _donor_heads(config: LlamaConfig, weights: Weights, units: Weights, x_btd: jax.Array) -> jax.Array:
     """Head outputs [M, C, J] of units that read the stream as the layer's own do."""
-    heads_btnh = streams.window_heads(config, units | {"attn_norm_ld": weights["attn_norm_ld"]}, x_btd)
+    heads_btnh = streams.window_heads(config, weights | units, x_btd)
     return heads_btnh.reshape(x_btd.shape[0] * x_btd.shape[1], units["k_pool_pdh"].shape[0], -1)
 
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from headshare_jax.config import LlamaConfig
@@ -19,8 +20,13 @@ from headshare_jax.rope import rotate, rotate_queries
 Kept = TypeVar("Kept")
 # Cosine and sine of every position and rotary pair, as `rope.rotary_angles` gives them.
 Angles = tuple[jax.Array, jax.Array]
-# From queries, keys and values to head outputs [B, T, N, H], and whatever is kept besides, such as a cache.
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Kept]]
+# The tokens that a query sees, itself and those before it: None for all; traced where layers differ.
+Window = int | jax.Array | None
+# From queries, keys, values and the window to head outputs [B, T, N, H], and whatever is kept besides, such as a
+# cache.
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Window], tuple[jax.Array, Kept]]
+# A window that no sequence is longer than.
+UNLIMITED = 2**30
 
 # What costs a product or the attention; norms and the gated product are computed again in the backward pass, which is
 # cheaper than writing them to memory and reading them back.
@@ -81,12 +87,30 @@ def head_outputs(
       at_b: int32 [B], one token of every row whose output is wanted: no other's query is computed. By default all.
     """
     normed_btd = rms_norm(x_btd, _norm(layer, "attn_norm_ld"), config.rms_norm_eps)
-    k_btkh = checkpoint_name(rotate(layer.heads_in("k", normed_btd), *angles), "key")
+    angles = _angles(layer, angles)
+    k_btkh = _normed_heads(config, layer, "k_norm_lh", layer.heads_in("k", normed_btd))
+    k_btkh = checkpoint_name(rotate(k_btkh, *angles), "key")
     v_btkh = checkpoint_name(layer.heads_in("v", normed_btd), "value")
     normed_btd = _at(normed_btd, at_b)
     cos_bth, sin_bth = angles if at_b is None else (angle_1th[0][at_b[:, None]] for angle_1th in angles)
-    q_btnh = checkpoint_name(rotate_queries(layer.heads_in("q", normed_btd), cos_bth, sin_bth), "query")
-    return attend(q_btnh, k_btkh, v_btkh)
+    q_btnh = _normed_heads(config, layer, "q_norm_lh", layer.heads_in("q", normed_btd))
+    q_btnh = checkpoint_name(rotate_queries(q_btnh, cos_bth, sin_bth), "query")
+    window_l = layer.vector("window_l")
+    return attend(q_btnh, k_btkh, v_btkh, config.windows[0] if window_l is None else window_l)
+
+
+def layer_kinds(config: LlamaConfig) -> dict[str, np.ndarray]:
+    """In what layers differ besides weights, by name: nothing where they are all alike.
+
+    `window_l`, int32 [L], tokens that a query sees; `rotates_l`, bool [L], whether queries and keys turn. They are read
+    layer by layer beside the parameters (`Layer.vector`), so that one loop runs layers of all kinds.
+    """
+    kinds: dict[str, np.ndarray] = {}
+    if len(set(config.windows)) > 1:
+        kinds["window_l"] = np.array([UNLIMITED if each is None else each for each in config.windows], np.int32)
+    if config.nope_layers:
+        kinds["rotates_l"] = ~np.isin(np.arange(config.num_layers), config.nope_layers)
+    return kinds
 
 
 def attention_output(layer: Layer, heads_btnh: jax.Array) -> jax.Array:
@@ -114,6 +138,21 @@ def rms_norm(x_btd: jax.Array, scale_d: jax.Array, eps: float) -> jax.Array:
     x_f32 = x_btd.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + eps)
     return (x_f32 * inverse).astype(x_btd.dtype) * _along_last(scale_d.astype(x_btd.dtype), x_btd)
+
+
+def _angles(layer: Layer, angles: Angles) -> Angles:
+    """The angles by which a layer turns its queries and keys: none in a layer without rotary embedding."""
+    rotates = layer.vector("rotates_l")
+    if rotates is None:
+        return angles
+    cos_bth, sin_bth = angles
+    return jnp.where(rotates, cos_bth, jnp.ones_like(cos_bth)), jnp.where(rotates, sin_bth, jnp.zeros_like(sin_bth))
+
+
+def _normed_heads(config: LlamaConfig, layer: Layer, name: str, x_btnh: jax.Array) -> jax.Array:
+    """Heads, each normalised along its width where the architecture does that."""
+    scale_h = layer.vector(name)
+    return x_btnh if scale_h is None else rms_norm(x_btnh, scale_h, config.rms_norm_eps)
 
 
 def _norm(layer: Layer, name: str) -> jax.Array:

@@ -15,7 +15,15 @@ from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.model.attention import attend, flash_attention, has_kernel, rows_apart, rows_in_place
 from headshare_jax.model.cache import KVCache
-from headshare_jax.model.layer import REMAT_POLICIES, Attend, attention_block, mlp_block, rms_norm
+from headshare_jax.model.layer import (
+    REMAT_POLICIES,
+    Attend,
+    Window,
+    attention_block,
+    layer_kinds,
+    mlp_block,
+    rms_norm,
+)
 from headshare_jax.model.place import place
 from headshare_jax.model.reading import PER_HEAD_TOKENS, Gathered, Layer, OneByOne, Reading, Stacks
 from headshare_jax.output_head import head_logits, normalized_rows
@@ -232,7 +240,9 @@ class Llama(nnx.Module):
         def step(carry: tuple[jax.Array, KVCache], place: jax.Array, layer: Layer) -> tuple[jax.Array, KVCache]:
             x_btd, cache = carry
 
-            def attention(q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array) -> tuple[jax.Array, KVCache]:
+            def attention(
+                q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, window: Window
+            ) -> tuple[jax.Array, KVCache]:
                 grown = cache.with_layer(place, k_btkh, v_btkh)
                 keys_values = (grown.k_lbskh[place], grown.v_lbskh[place])
                 return attend(q_btnh, *keys_values, seen_bts, in_turns=rows_in_place), grown
@@ -288,7 +298,8 @@ class Llama(nnx.Module):
         names = parameter_names(self.config)
         layered = [name for name in names if PARAMETERS[name].layered and PARAMETERS[name].pool is None]
         return Stacks(
-            layered={name: self.array(name) for name in (*layered, *map(index_name, PROJECTIONS))},
+            layered={name: self.array(name) for name in (*layered, *map(index_name, PROJECTIONS))}
+            | {name: jnp.asarray(kinds_l) for name, kinds_l in layer_kinds(self.config).items()},
             pools={name: self.array(name) for name in names if PARAMETERS[name].pool is not None},
             drops=self.sharing is not None and bool(self.sharing.dropped.any()),
         )
@@ -311,14 +322,17 @@ class Llama(nnx.Module):
         mesh = None if self.batch_sharding is None else self.batch_sharding.mesh
         if isinstance(mesh, Mesh) and has_kernel(mesh, length, self.config.head_dim, self.compute_dtype):
             document_bt = jnp.zeros_like(tokens_bt) if segments_bt is None else segments_bt
-            return lambda q_btnh, k_btkh, v_btkh: (flash_attention(q_btnh, k_btkh, v_btkh, document_bt, mesh), None)
+            return lambda q_btnh, k_btkh, v_btkh, window: (
+                flash_attention(q_btnh, k_btkh, v_btkh, document_bt, mesh),
+                None,
+            )
         mask_bts = None
         if segments_bt is not None:
             earlier_ts = jnp.tril(jnp.ones((length, length), bool))
             mask_bts = earlier_ts[None] & (segments_bt[:, :, None] == segments_bt[:, None, :])
         in_turns = rows_apart if mesh is None or mesh.size == 1 else None
         masked = partial(attend, mask_bts=mask_bts, causal=True, in_turns=in_turns)
-        return lambda q_btnh, k_btkh, v_btkh: (masked(q_btnh, k_btkh, v_btkh), None)
+        return lambda q_btnh, k_btkh, v_btkh, window: (masked(q_btnh, k_btkh, v_btkh), None)
 
     def _placed(self, x_btd: jax.Array) -> jax.Array:
         """Activations kept where the batch lies: else they would follow the weights, which are cut along D."""
@@ -334,7 +348,7 @@ class Llama(nnx.Module):
 
 
 def _attend_and_keep(
-    q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, mask_bts: jax.Array | None = None
+    q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, window: Window, mask_bts: jax.Array | None = None
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Attention among the tokens of prompts, whose keys and values are kept."""
     return attend(q_btnh, k_btkh, v_btkh, mask_bts, in_turns=rows_in_place), (k_btkh, v_btkh)

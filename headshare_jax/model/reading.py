@@ -32,7 +32,10 @@ class Layer(Protocol):
     """One layer's weights, as the blocks use them."""
 
     def vector(self, name: str) -> jax.Array | None:
-        """A norm's or a bias's values, [D] or [F]; None where the architecture has no such parameter."""
+        """A norm's or a bias's values, [D], [F] or [H]; None where the architecture has no such parameter.
+
+        What a layer is beside its weights (`layer.layer_kinds`) is read likewise, [].
+        """
 
     def heads_in(self, projection: str, x_btd: jax.Array) -> jax.Array:
         """Heads [B, T, n, H] of x, in its type; n is N for `q`, K for `k` and `v`. With their biases, if any."""
