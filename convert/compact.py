@@ -104,7 +104,7 @@ def write(source: WeightSource, folder: Path, *, shard_bytes: int = huggingface.
     indices = _indices(config, sharing)
     tensors = _pooled(keys.tensors(keys.LLAMA, config), config, sharing)
     layout = {
-        name: (tensor.shape, indices[name].dtype if name in indices else source.dtype(tensor.parts[0]))
+        name: (tensor.shape, indices[name].dtype if name in indices else keys.dtype(source, tensor))
         for name, tensor in tensors.items()
     }
     pools = {key.template: name for name, key in POOLS.items()}
@@ -114,7 +114,7 @@ def write(source: WeightSource, folder: Path, *, shard_bytes: int = huggingface.
             return indices[name]
         if name in pools:
             return keys.encode(POOLS, config, pools[name], assemble(source, pools[name]))
-        return huggingface.encoded(source, tensors[name])
+        return keys.encoded(keys.LLAMA, source, tensors[name])
 
     huggingface.write_weights(folder, layout, value, shard_bytes)
     huggingface.write_settings(source, folder, _settings(sharing))

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from headshare_jax.config import LlamaConfig
@@ -16,7 +15,6 @@ from headshare_jax.convert.safetensors_files import SafetensorsReader, write_saf
 from headshare_jax.convert.tensor_files import TensorCheckpoint, TensorReader
 from headshare_jax.convert.torch_files import TorchReader
 from headshare_jax.errors import HeadshareError
-from headshare_jax.output_head import normalized_rows
 from headshare_jax.sharing.source import WeightSource
 
 SHARD_BYTES = 5 * 10**9
@@ -118,8 +116,8 @@ def write(source: WeightSource, folder: Path, *, shard_bytes: int = SHARD_BYTES)
     (Baichuan-2) is written already normalised, since plain LLaMA has no such step.
     """
     tensors = keys.tensors(keys.LLAMA, source.config)
-    layout = {name: (tensor.shape, source.dtype(tensor.parts[0])) for name, tensor in tensors.items()}
-    write_weights(folder, layout, lambda name: encoded(source, tensors[name]), shard_bytes)
+    layout = {name: (tensor.shape, keys.dtype(source, tensor)) for name, tensor in tensors.items()}
+    write_weights(folder, layout, lambda name: keys.encoded(keys.LLAMA, source, tensors[name]), shard_bytes)
     write_settings(source, folder)
 
 
@@ -164,12 +162,3 @@ def write_settings(source: WeightSource, folder: Path, extra: Mapping[str, Any] 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def encoded(source: WeightSource, tensor: keys.Tensor) -> np.ndarray:
-    """One tensor of a plain LLaMA checkpoint."""
-    (name,) = tensor.parts
-    value = source.read(name, tensor.layer)
-    if name == "head_vd" and source.config.normalize_head:
-        value = np.asarray(normalized_rows(jnp.asarray(value)))
-    return keys.encode(keys.LLAMA, source.config, name, value)

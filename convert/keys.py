@@ -1,17 +1,22 @@
 """The tables of tensor keys: which tensor of which format holds which parameter, in which layout.
 
 Every row is used in both directions: `decode` reads a checkpoint's tensor into a parameter, `encode` writes it back.
+Parameters to which a table gives the same tensor are fused in it: side by side along its first axis, in the table's
+order, each as large as its own shape asks for.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from headshare_jax import parameters
 from headshare_jax.config import LlamaConfig
+from headshare_jax.output_head import normalized_rows
 from headshare_jax.parameters import PARAMETERS
+from headshare_jax.sharing.source import WeightSource
 
 
 @dataclass(frozen=True)
@@ -34,14 +39,14 @@ class Key:
 
     Attributes:
       template: tensor name, with `{layer}` where there is one for every layer.
-      layout: rearrangement of the tensor into the parameter.
-      part, parts: the tensor fuses this many parameters of equal size along its first axis; this is number `part`.
+      layout: rearrangement of the tensor, or of this parameter's part of it, into the parameter.
+      grouped: fused parameters do not lie one after the other as a whole, but what each has for the first key/value
+        head, then what each has for the second, and so on. Such tensors are only read.
     """
 
     template: str
     layout: Layout
-    part: int = 0
-    parts: int = 1
+    grouped: bool = False
 
     def name(self, layer: int | None) -> str:
         """The tensor's name in this layer."""
@@ -128,9 +133,36 @@ LLAMA: KeyTable = {
 
 BAICHUAN: KeyTable = {
     **LLAMA,
-    "q_pool_pdh": Key("model.layers.{layer}.self_attn.W_pack.weight", HEADS_IN, part=0, parts=3),
-    "k_pool_pdh": Key("model.layers.{layer}.self_attn.W_pack.weight", HEADS_IN, part=1, parts=3),
-    "v_pool_pdh": Key("model.layers.{layer}.self_attn.W_pack.weight", HEADS_IN, part=2, parts=3),
+    **dict.fromkeys(
+        ("q_pool_pdh", "k_pool_pdh", "v_pool_pdh"), Key("model.layers.{layer}.self_attn.W_pack.weight", HEADS_IN)
+    ),
+}
+
+PHI3: KeyTable = {
+    **LLAMA,
+    **dict.fromkeys(
+        ("q_pool_pdh", "k_pool_pdh", "v_pool_pdh"), Key("model.layers.{layer}.self_attn.qkv_proj.weight", HEADS_IN)
+    ),
+    **dict.fromkeys(("gate_ldf", "up_ldf"), Key("model.layers.{layer}.mlp.gate_up_proj.weight", TRANSPOSED)),
+}
+
+INTERNLM2: KeyTable = {
+    "embed_vd": Key("model.tok_embeddings.weight", SAME),
+    "attn_norm_ld": Key("model.layers.{layer}.attention_norm.weight", SAME),
+    **dict.fromkeys(
+        ("q_pool_pdh", "k_pool_pdh", "v_pool_pdh"), Key("model.layers.{layer}.attention.wqkv.weight", HEADS_IN, True)
+    ),
+    "o_pool_phd": Key("model.layers.{layer}.attention.wo.weight", HEADS_OUT),
+    **dict.fromkeys(
+        ("q_bias_ph", "k_bias_ph", "v_bias_ph"), Key("model.layers.{layer}.attention.wqkv.bias", HEAD_BIAS, True)
+    ),
+    "o_bias_ld": Key("model.layers.{layer}.attention.wo.bias", SAME),
+    "mlp_norm_ld": Key("model.layers.{layer}.ffn_norm.weight", SAME),
+    "gate_ldf": Key("model.layers.{layer}.feed_forward.w1.weight", TRANSPOSED),
+    "up_ldf": Key("model.layers.{layer}.feed_forward.w3.weight", TRANSPOSED),
+    "down_lfd": Key("model.layers.{layer}.feed_forward.w2.weight", TRANSPOSED),
+    "final_norm_d": Key("model.norm.weight", SAME),
+    "head_vd": Key("output.weight", SAME),
 }
 
 GGUF: KeyTable = {
@@ -170,11 +202,11 @@ def tensors(table: KeyTable, config: LlamaConfig) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
 
     def add(name: str, layer: int | None) -> None:
-        key = table[name]
-        tensor = key.name(layer)
-        before = found[tensor].parts if tensor in found else ()
-        shape = encode(table, config, name, np.broadcast_to(np.int8(0), parameters.slice_shape(config, name))).shape
-        found[tensor] = Tensor((*before, name), layer, (shape[0] * key.parts, *shape[1:]))
+        tensor = table[name].name(layer)
+        if tensor not in found:
+            parts = fused(table, config, name)
+            shapes = [_part_shape(table, config, part) for part in parts]
+            found[tensor] = Tensor(parts, layer, (sum(shape[0] for shape in shapes), *shapes[0][1:]))
 
     names = parameters.parameter_names(config)
     layered = [name for name in names if PARAMETERS[name].layered]
@@ -190,18 +222,34 @@ def tensors(table: KeyTable, config: LlamaConfig) -> dict[str, Tensor]:
     return found
 
 
-def cut(key: Key, config: LlamaConfig, heads: Sequence[int] | None, shape: Sequence[int]) -> Cut | None:
-    """What of a tensor of this shape holds a parameter, or some heads of it; None if all of it does."""
-    if heads is None and key.parts == 1:
+def fused(table: KeyTable, config: LlamaConfig, name: str) -> tuple[str, ...]:
+    """The parameters of the tensor that holds this one, in order."""
+    template = table[name].template
+    return tuple(other for other in table if table[other].template == template and PARAMETERS[other].exists(config))
+
+
+def _part_shape(table: KeyTable, config: LlamaConfig, name: str) -> tuple[int, ...]:
+    """Shape of what a tensor holds of one parameter."""
+    like = np.broadcast_to(np.int8(0), parameters.slice_shape(config, name))
+    return encode(table, config, name, like).shape
+
+
+def cut(table: KeyTable, config: LlamaConfig, name: str, heads: Sequence[int] | None = None) -> Cut | None:
+    """What of its tensor holds a parameter, or some heads of it; None if all of it does."""
+    key, parts = table[name], fused(table, config, name)
+    if heads is None and len(parts) == 1:
         return None
     axis = 0 if heads is None else key.layout.heads_axis
-    size = shape[axis] // key.parts
-    first = key.part * size
-    if heads is None:
-        return Cut(axis, [slice(first, first + size)])
-    runs = np.split(heads, np.flatnonzero(np.diff(heads) != 1) + 1)
-    edges = [(first + config.head_dim * int(head) for head in (run[0], run[-1] + 1)) for run in runs]
-    return Cut(axis, [slice(*edge) for edge in edges])
+    groups = config.num_kv_heads if key.grouped else 1
+    sizes = {part: _part_shape(table, config, part)[axis] // groups for part in parts}
+    before, size = sum(sizes[part] for part in parts[: parts.index(name)]), sizes[name]
+    # Where the wanted pieces begin among the parameter's own rows, and then among the tensor's.
+    firsts, width = (
+        (np.arange(groups) * size, size) if heads is None else (np.array(heads) * config.head_dim, config.head_dim)
+    )
+    starts = firsts // size * sum(sizes.values()) + before + firsts % size
+    runs = np.split(starts, np.flatnonzero(np.diff(starts) != width) + 1)
+    return Cut(axis, [slice(int(run[0]), int(run[-1]) + width) for run in runs])
 
 
 def decode(table: KeyTable, config: LlamaConfig, name: str, part: np.ndarray) -> np.ndarray:
@@ -212,3 +260,31 @@ def decode(table: KeyTable, config: LlamaConfig, name: str, part: np.ndarray) ->
 def encode(table: KeyTable, config: LlamaConfig, name: str, value: np.ndarray) -> np.ndarray:
     """Inverse of `decode`: a parameter's slice as (its part of) the tensor that holds it."""
     return table[name].layout.encode(value, config.head_dim)
+
+
+def encoded(table: KeyTable, source: WeightSource, tensor: Tensor) -> np.ndarray:
+    """One tensor of a checkpoint; a normalised output head (Baichuan-2) already normalised.
+
+    Besides a fused tensor, one of its parts is in memory.
+    """
+
+    def part(name: str) -> np.ndarray:
+        value = source.read(name, tensor.layer)
+        if name == "head_vd" and source.config.normalize_head:
+            value = np.asarray(normalized_rows(jnp.asarray(value)))
+        return encode(table, source.config, name, value)
+
+    if len(tensor.parts) == 1:
+        return part(tensor.parts[0])
+    whole, end = np.empty(tensor.shape, dtype(source, tensor)), 0
+    for name in tensor.parts:
+        values = part(name)
+        start, end = end, end + len(values)
+        whole[start:end] = values
+    return whole
+
+
+def dtype(source: WeightSource, tensor: Tensor) -> np.dtype[Any]:
+    """The type that holds a tensor's values exactly."""
+    types = {source.dtype(name) for name in tensor.parts}
+    return types.pop() if len(types) == 1 else np.dtype(np.float32)

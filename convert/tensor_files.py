@@ -70,10 +70,8 @@ class TensorCheckpoint:
         return types.pop() if len(types) == 1 else np.dtype(np.float32)
 
     def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
-        key = self.table[name]
-        tensor = key.name(layer)
-        info = self._infos[tensor]
-        part = self.reader.read(info, tensor, keys.cut(key, self.config, heads, info.shape))
+        tensor = self.table[name].name(layer)
+        part = self.reader.read(self._infos[tensor], tensor, keys.cut(self.table, self.config, name, heads))
         return keys.decode(self.table, self.config, name, part)
 
     def _expected(self) -> dict[str, keys.Tensor]:
