@@ -1,7 +1,7 @@
 """Attention: in blocks of queries on any device, and in training by the kernels that JAX ships.
 
 Splash attention on TPUs and cuDNN's on GPUs store no scores. They give what the blocks give for tokens that see the
-earlier tokens of their own segment.
+earlier tokens of their own segment, or the last of them: those in their window.
 """
 
 from collections.abc import Callable
@@ -24,6 +24,9 @@ _CUDNN_TYPES, _CUDNN_WIDTH, _CUDNN_CAPABILITY = ("bfloat16", "float16"), 128, 8.
 # on them.
 Rows = tuple[jax.Array, ...]
 InTurns = Callable[[Callable[..., jax.Array], Rows], jax.Array]
+# How many tokens a token sees, itself among them: a number that the program is made for, or one that it is given, as
+# where layers differ, int32. None: all earlier ones.
+Window = int | jax.Array | None
 
 
 def attend(
@@ -33,6 +36,7 @@ def attend(
     mask_bts: jax.Array | None = None,
     *,
     causal: bool = False,
+    window: Window = None,
     in_turns: InTurns | None = None,
 ) -> jax.Array:
     """Head outputs [B, T, N, H].
@@ -43,10 +47,13 @@ def attend(
       mask_bts: bool [B or 1, T, S], what each query sees; at least one key. None: all that is not later.
       causal: with a mask, that it lets query t see no key after t: blocks of queries then need only the keys before
         their end.
+      window: query t sees, of the keys that a mask leaves, those from t - window + 1 to t. Blocks of queries need only
+        the keys of their windows if it is a number; one that is given masks those before.
       in_turns: how a CPU runs row after row, whose scores then stay in its cache; None runs all rows together.
     """
     batch, length = q_btnh.shape[:2]
-    of_row = partial(_attend_row, causal=causal or mask_bts is None)
+    causal = causal or mask_bts is None or window is not None
+    of_row = partial(_attend_row, causal=causal, window=window)
     rows: Rows = (q_btnh, k_bskh, v_bskh)
     if mask_bts is not None:
         rows = (*rows, jnp.broadcast_to(mask_bts, (batch, *mask_bts.shape[1:])))
@@ -73,21 +80,33 @@ def rows_in_place(of_row: Callable[..., jax.Array], rows: Rows) -> jax.Array:
 
 
 def _attend_row(
-    q_tnh: jax.Array, k_skh: jax.Array, v_skh: jax.Array, mask_ts: jax.Array | None = None, *, causal: bool
+    q_tnh: jax.Array,
+    k_skh: jax.Array,
+    v_skh: jax.Array,
+    mask_ts: jax.Array | None = None,
+    *,
+    causal: bool,
+    window: Window,
 ) -> jax.Array:
     """Head outputs [T, N, H] of one row."""
     length, heads, width = q_tnh.shape
     slots, groups = k_skh.shape[:2]
     q_ktgh = q_tnh.reshape(length, groups, heads // groups, width).swapaxes(0, 1)
     k_ksh, v_ksh = k_skh.swapaxes(0, 1), v_skh.swapaxes(0, 1)
-    block = max(QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))
+    most = window if isinstance(window, int) else slots
+    # Of queries that see few keys, a block reads not many more than one of them.
+    block = max(QUERY_BLOCK, min(-(-length // MAX_QUERY_BLOCKS), most))
     earlier_tt = jnp.tril(jnp.ones((block, block), bool))
     blocks = []
     for begin in range(0, length, block):
         end = min(begin + block, length)
-        seen = end if causal else slots
-        mask_tm = earlier_tt[: end - begin, : end - begin] if mask_ts is None else mask_ts[begin:end, :seen]
-        blocks.append(_attend_block(q_ktgh[:, begin:end], k_ksh[:, :seen], v_ksh[:, :seen], mask_tm))
+        seen = slice(max(begin + 1 - most, 0), end if causal else slots)
+        mask_tm = earlier_tt[: end - begin, : end - begin] if mask_ts is None else mask_ts[begin:end, seen]
+        if window is not None and (end > most or not isinstance(window, int)):
+            back_ts = jnp.arange(begin, end)[:, None] - jnp.arange(seen.start, seen.stop)[None]
+            near_ts = (back_ts >= 0) & (back_ts < window)
+            mask_tm = near_ts if mask_ts is None else mask_tm & near_ts
+        blocks.append(_attend_block(q_ktgh[:, begin:end], k_ksh[:, seen], v_ksh[:, seen], mask_tm))
     return jnp.concatenate(blocks, axis=1).swapaxes(0, 1).reshape(q_tnh.shape)
 
 
@@ -131,6 +150,7 @@ def flash_attention(
     segments_bt: jax.Array,
     mesh: Mesh,
     *,
+    window: int | None = None,
     kernel: Callable[..., jax.Array] | None = None,
 ) -> jax.Array:
     """Head outputs [B, T, N, H] of causal attention within segments.
@@ -142,6 +162,7 @@ def flash_attention(
       q_btnh, k_btkh, v_btkh: queries, divided by the square root of H, keys and values.
       segments_bt: int32 [B, T], document of every token.
       mesh: where they lie.
+      window: how many tokens a token sees, itself among them; None: all earlier ones.
       kernel: `splash` of `kernels.splash` or `cudnn` of `kernels.cudnn`; by default that of the mesh's devices.
     """
     if kernel is None:
@@ -150,7 +171,7 @@ def flash_attention(
     heads = "tensor" if q_btnh.shape[2] % tensor == 0 and k_btkh.shape[2] % tensor == 0 else None
     placed = PartitionSpec(BATCH, None, heads, None)
     local = jax.shard_map(
-        kernel,
+        partial(kernel, window=window),
         mesh=mesh,
         in_specs=(placed, placed, placed, PartitionSpec(BATCH, None)),
         out_specs=placed,

@@ -8,7 +8,13 @@ from headshare_jax.model.attention import SPLASH_BLOCKS
 
 
 def splash(
-    q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, segments_bt: jax.Array, *, interpret: bool = False
+    q_btnh: jax.Array,
+    k_btkh: jax.Array,
+    v_btkh: jax.Array,
+    segments_bt: jax.Array,
+    *,
+    window: int | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """The TPU's kernel on one device's part; `interpret` runs its program on any device."""
     length, heads = q_btnh.shape[1:3]
@@ -21,7 +27,9 @@ def splash(
         block_q_dq=block,
         block_kv_dq=block,
     )
-    mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((length, length))] * heads)
+    square = (length, length)
+    seen = splash_mask.CausalMask(square) if window is None else splash_mask.LocalMask(square, (window - 1, 0), 0)
+    mask = splash_mask.MultiHeadMask([seen] * heads)
     kernel = splash_kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
     heads_first = (each.swapaxes(1, 2) for each in (q_btnh, k_btkh, v_btkh))
     out_bnth = jax.vmap(kernel)(*heads_first, splash_kernel.SegmentIds(segments_bt, segments_bt))
