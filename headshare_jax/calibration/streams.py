@@ -16,8 +16,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
-from headshare_jax.model.attention import attend
-from headshare_jax.model.layer import Window, attention_output, head_outputs, layer_kinds, mlp_output, mlp_units
+from headshare_jax.model.attention import Window, attend
+from headshare_jax.model.layer import attention_output, head_outputs, layer_kinds, mlp_output, mlp_units
 from headshare_jax.model.mesh import batch_sharding, make_mesh, replicated
 from headshare_jax.model.reading import Held
 from headshare_jax.parameters import layered_names
@@ -124,7 +124,7 @@ def window_heads(config: LlamaConfig, weights: Weights, x_btd: jax.Array) -> jax
 
 
 def _windowed(q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, window: Window) -> tuple[jax.Array, None]:
-    return attend(q_btnh, k_btkh, v_btkh), None
+    return attend(q_btnh, k_btkh, v_btkh, window=window), None
 
 
 @contextmanager

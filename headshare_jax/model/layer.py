@@ -14,14 +14,13 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from headshare_jax.config import LlamaConfig
+from headshare_jax.model.attention import Window
 from headshare_jax.model.reading import Layer
 from headshare_jax.rope import rotate, rotate_queries
 
 Kept = TypeVar("Kept")
 # Cosine and sine of every position and rotary pair, as `rope.rotary_angles` gives them.
 Angles = tuple[jax.Array, jax.Array]
-# The tokens that a query sees, itself and those before it: None for all; traced where layers differ.
-Window = int | jax.Array | None
 # From queries, keys, values and the window to head outputs [B, T, N, H], and whatever is kept besides, such as a
 # cache.
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Window], tuple[jax.Array, Kept]]

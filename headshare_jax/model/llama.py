@@ -13,12 +13,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
-from headshare_jax.model.attention import attend, flash_attention, has_kernel, rows_apart, rows_in_place
+from headshare_jax.model.attention import Window, attend, flash_attention, has_kernel, rows_apart, rows_in_place
 from headshare_jax.model.cache import KVCache
 from headshare_jax.model.layer import (
     REMAT_POLICIES,
     Attend,
-    Window,
     attention_block,
     layer_kinds,
     mlp_block,
