@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: directories and hub ids in, plain `LlamaForCausalLM` directories out."""
+"""Hugging Face checkpoints: directories and hub ids in, directories of the family's own class out."""
 
 import json
 import math
@@ -9,20 +9,17 @@ from typing import Any
 
 import numpy as np
 
+from headshare_jax import hf_config
 from headshare_jax.config import LlamaConfig
 from headshare_jax.convert import keys
 from headshare_jax.convert.safetensors_files import SafetensorsReader, write_safetensors
 from headshare_jax.convert.tensor_files import TensorCheckpoint, TensorReader
 from headshare_jax.convert.torch_files import TorchReader
 from headshare_jax.errors import HeadshareError
+from headshare_jax.families import FAMILIES
 from headshare_jax.sharing.source import WeightSource
 
 SHARD_BYTES = 5 * 10**9
-_TABLES = {
-    "LlamaForCausalLM": keys.LLAMA,
-    "BaichuanForCausalLM": keys.BAICHUAN,
-    "BaiChuanForCausalLM": keys.BAICHUAN,
-}
 
 
 def open_directory(path: Path) -> TensorCheckpoint:
@@ -33,8 +30,7 @@ def open_directory(path: Path) -> TensorCheckpoint:
     """
     fields = read_json(path / "config.json")
     config = LlamaConfig.from_hf(fields)
-    architectures = fields.get("architectures") or ["LlamaForCausalLM"]
-    table = next(_TABLES[name] for name in architectures if name in _TABLES)
+    table = keys.of_hugging_face(hf_config.architecture(fields))
     return TensorCheckpoint(path, config, table, _reader(path))
 
 
@@ -110,14 +106,16 @@ def fetch(hub_id: str) -> Path:
 
 
 def write(source: WeightSource, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes a source into an existing folder as a plain, dense `LlamaForCausalLM`; peak memory is one tensor.
+    """Writes a source into an existing folder as a plain, dense model of its family's class, such as
+    `LlamaForCausalLM`; peak memory is one tensor, and one parameter more where tensors are fused.
 
     A shared model is expanded: every receiver gets its own copy of its donor's weights. A normalised output head
     (Baichuan-2) is written already normalised, since plain LLaMA has no such step.
     """
-    tensors = keys.tensors(keys.LLAMA, source.config)
+    table = keys.of_hugging_face(FAMILIES[source.config.family].architecture)
+    tensors = keys.tensors(table, source.config)
     layout = {name: (tensor.shape, keys.dtype(source, tensor)) for name, tensor in tensors.items()}
-    write_weights(folder, layout, lambda name: keys.encoded(keys.LLAMA, source, tensors[name]), shard_bytes)
+    write_weights(folder, layout, lambda name: keys.encoded(table, source, tensors[name]), shard_bytes)
     write_settings(source, folder)
 
 
@@ -153,7 +151,7 @@ def write_weights(
 
 
 def write_settings(source: WeightSource, folder: Path, extra: Mapping[str, Any] | None = None) -> None:
-    """Writes `config.json`, with extra fields or other values of LLaMA's, and `generation_config.json`."""
+    """Writes `config.json`, with extra fields or other values of the family's, and `generation_config.json`."""
     fields = source.config.to_hf()
     _write_json(folder / "config.json", fields | {"dtype": str(source.dtype("embed_vd"))} | dict(extra or {}))
     tokens = ("bos_token_id", "eos_token_id", "pad_token_id")

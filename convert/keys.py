@@ -120,6 +120,8 @@ LLAMA: KeyTable = {
     "k_bias_ph": Key("model.layers.{layer}.self_attn.k_proj.bias", HEAD_BIAS),
     "v_bias_ph": Key("model.layers.{layer}.self_attn.v_proj.bias", HEAD_BIAS),
     "o_bias_ld": Key("model.layers.{layer}.self_attn.o_proj.bias", SAME),
+    "q_norm_lh": Key("model.layers.{layer}.self_attn.q_norm.weight", SAME),
+    "k_norm_lh": Key("model.layers.{layer}.self_attn.k_norm.weight", SAME),
     "mlp_norm_ld": Key("model.layers.{layer}.post_attention_layernorm.weight", SAME),
     "gate_ldf": Key("model.layers.{layer}.mlp.gate_proj.weight", TRANSPOSED),
     "up_ldf": Key("model.layers.{layer}.mlp.up_proj.weight", TRANSPOSED),
@@ -165,6 +167,14 @@ INTERNLM2: KeyTable = {
     "head_vd": Key("output.weight", SAME),
 }
 
+# By the name of a class at Hugging Face; the others name their tensors as Llama does.
+HUGGING_FACE: Mapping[str, KeyTable] = {
+    "BaichuanForCausalLM": BAICHUAN,
+    "BaiChuanForCausalLM": BAICHUAN,
+    "InternLM2ForCausalLM": INTERNLM2,
+    "Phi3ForCausalLM": PHI3,
+}
+
 GGUF: KeyTable = {
     "embed_vd": Key("token_embd.weight", SAME),
     "attn_norm_ld": Key("blk.{layer}.attn_norm.weight", SAME),
@@ -186,6 +196,11 @@ GGUF: KeyTable = {
     "final_norm_d": Key("output_norm.weight", SAME),
     "head_vd": Key("output.weight", SAME),
 }
+
+
+def of_hugging_face(architecture: str) -> KeyTable:
+    """The table of a class at Hugging Face."""
+    return HUGGING_FACE.get(architecture, LLAMA)
 
 
 @dataclass(frozen=True)

@@ -168,13 +168,13 @@ def read(fields: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       HeadshareError: a field is missing, has the wrong type, or asks for something this model cannot compute.
     """
-    architecture = _architecture(fields)
-    name = next((name for name, family in FAMILIES.items() if family.architecture == architecture), "llama")
-    family, spelling = FAMILIES[name], SPELLINGS.get(architecture)
+    kind = architecture(fields)
+    name = next((name for name, family in FAMILIES.items() if family.architecture == kind), "llama")
+    family, spelling = FAMILIES[name], SPELLINGS.get(kind)
     renamed = {} if spelling is None else {new: fields.get(old) for old, new in spelling.renamed.items()}
     found = _Model.read({**family.absent, **fields, **renamed}, "config.json")
     rope_theta, partial, rope_scaling = _rope(found, name)
-    found.warn_of_rest(architecture)
+    found.warn_of_rest(kind)
     nope_layers = found.nope_layers()
     sliding_window, full_attention_layers = found.window(family, nope_layers)
     return {
@@ -191,7 +191,7 @@ def read(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _architecture(fields: Mapping[str, Any]) -> str:
+def architecture(fields: Mapping[str, Any]) -> str:
     """The name of the model's class."""
     known = [*(family.architecture for family in FAMILIES.values()), *SPELLINGS]
     kind = fields.get("model_type")

@@ -59,6 +59,62 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+    "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0],
+    "original_max_position_embeddings": 32,
+}
+PHI3 = {"model_type": "phi3", "pad_token_id": None}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 10}
+
+# The other families, and what may differ within them.
+FAMILY_VARIANTS: dict[str, dict[str, Any]] = {
+    "yarn": {"rope_parameters": YARN},
+    "yarn to the last": {
+        "head_dim": 32,
+        "rope_parameters": YARN | {"beta_fast": 20, "beta_slow": 2, "truncate": False},
+    },
+    "yarn with an attention factor": {"rope_parameters": YARN | {"attention_factor": 0.8}},
+    "yarn with mscale": {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}},
+    "longrope": {"rope_parameters": LONG_ROPE | {"factor": 3.0}},
+    "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 32},
+    "mistral, window": {"model_type": "mistral", "sliding_window": 10},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2, tied": {"model_type": "qwen2", "tie_word_embeddings": True, "rope_parameters": YARN},
+    "qwen2, windows": {"model_type": "qwen2", "max_window_layers": 1, **WINDOWS},
+    "qwen3": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True},
+    "qwen3, biases": {"model_type": "qwen3", "head_dim": 16, "attention_bias": True, "rope_parameters": YARN},
+    "qwen3, windows": {"model_type": "qwen3", "head_dim": 16, "max_window_layers": 0, **WINDOWS},
+    "phi3": PHI3,
+    "phi3, partial rotary": PHI3
+    | {
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75},
+    },
+    "phi3, longrope": PHI3 | {"original_max_position_embeddings": 32, "rope_parameters": LONG_ROPE},
+    "phi3, longrope within": PHI3
+    | {
+        "max_position_embeddings": 512,
+        "original_max_position_embeddings": 128,
+        "rope_parameters": LONG_ROPE | {"original_max_position_embeddings": 128},
+    },
+    "phi3, window": PHI3 | {"sliding_window": 10, "num_key_value_heads": 4},
+    "smollm3": {"model_type": "smollm3", "no_rope_layer_interval": 2, "pad_token_id": None},
+    "smollm3, biases": {
+        "model_type": "smollm3",
+        "no_rope_layers": [0, 1, 1],
+        "pad_token_id": None,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+    },
+    "smollm3, windows": {"model_type": "smollm3", "no_rope_layers": [0, 1, 0], "pad_token_id": None, **WINDOWS},
+}
+ALL_VARIANTS = VARIANTS | FAMILY_VARIANTS
+
 
 def torch_or_skip() -> Any:
     """PyTorch; the oldest releases of everything else are tested without it (`make test-oldest`)."""
@@ -69,16 +125,16 @@ def torch_or_skip() -> Any:
     return torch
 
 
-def hf_config(**overrides: Any) -> Any:
+def hf_config(model_type: str = "llama", **overrides: Any) -> Any:
     """transformers' configuration of a tiny model."""
-    return transformers.LlamaConfig(**(TINY | overrides))
+    return transformers.AutoConfig.for_model(model_type, **(TINY | overrides))
 
 
 def tiny_hf_model(seed: int = 0, **overrides: Any) -> Any:
-    """A random transformers.LlamaForCausalLM in float32 whose norms and biases are random too."""
+    """A random model of transformers' in float32, by default a Llama, whose norms and biases are random too."""
     torch = torch_or_skip()
     torch.manual_seed(seed)
-    model: Any = transformers.LlamaForCausalLM(hf_config(**overrides))
+    model: Any = transformers.AutoModelForCausalLM.from_config(hf_config(**overrides))
     model.eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import VARIANTS, hf_config, tiny_hf_model
+from support import ALL_VARIANTS, VARIANTS, hf_config, tiny_hf_model
 
 from headshare_jax import LlamaConfig, parameters
 from headshare_jax.convert import keys
@@ -140,13 +140,14 @@ def test_every_parameter_has_a_tensor_in_every_layer(table: str, variant: str) -
     }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
 def test_tensor_names_and_shapes_are_those_of_transformers(variant: str) -> None:
-    model = tiny_hf_model(**VARIANTS[variant])
+    model = tiny_hf_model(**ALL_VARIANTS[variant])
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del expected["lm_head.weight"]
-    tensors = keys.tensors(keys.LLAMA, LlamaConfig.from_hf(model.config.to_dict()))
+    table = keys.of_hugging_face(type(model).__name__)
+    tensors = keys.tensors(table, LlamaConfig.from_hf(model.config.to_dict()))
     assert {name: tensor.shape for name, tensor in tensors.items()} == expected
 
 

@@ -1,0 +1,75 @@
+"""Families of models: what is particular to reading and writing each of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from support import FAMILY_VARIANTS, hf_logits, jax_logits, random_tokens, saved_hf_model, tiny_hf_model
+
+import headshare_jax
+from headshare_jax.families import FAMILIES
+
+INTERNLM2_NAMES = {
+    "model.embed_tokens": "model.tok_embeddings",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "lm_head": "output",
+}
+
+
+def error(actual: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+def write_internlm2(folder: Path, model: Any) -> Path:
+    """A Llama's weights as an InternLM2: queries, keys and values of a layer in one tensor, by key/value heads."""
+    state, config = dict(model.state_dict()), model.config
+    for layer in range(config.num_hidden_layers):
+        for kind in ("weight", "bias") if config.attention_bias else ("weight",):
+            parts = [state.pop(f"model.layers.{layer}.self_attn.{p}_proj.{kind}") for p in "qkv"]
+            pieces = [part.unflatten(0, (config.num_key_value_heads, -1)) for part in parts]
+            state[f"model.layers.{layer}.attention.wqkv.{kind}"] = torch.cat(pieces, dim=1).flatten(0, 1)
+    for ours, theirs in INTERNLM2_NAMES.items():
+        state = {name.replace(ours, theirs): value for name, value in state.items()}
+    fields = model.config.to_dict() | {"architectures": ["InternLM2ForCausalLM"], "model_type": "internlm2"}
+    fields |= {"bias": fields.pop("attention_bias"), "attn_implementation": "eager"}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(fields))
+    save_file({name: value.contiguous() for name, value in state.items()}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_internlm2_is_a_llama(tmp_path: Path, bias: bool) -> None:
+    model, tokens = tiny_hf_model(attention_bias=bias), random_tokens((2, 40))
+    source = headshare_jax.open_checkpoint(write_internlm2(tmp_path / "internlm2", model))
+    assert error(jax_logits(headshare_jax.load(source), tokens), hf_logits(model, tokens)) < 2e-5
+    for p in "qkv":
+        weight = model.get_submodule(f"model.layers.1.self_attn.{p}_proj").weight.detach().numpy()
+        heads_ndh = weight.reshape(-1, 16, weight.shape[1]).swapaxes(1, 2)
+        last = len(heads_ndh) - 1
+        assert np.array_equal(source.read(f"{p}_pool_pdh", 1, [0, last]), heads_ndh[[0, last]])
+    headshare_jax.save(source, tmp_path / "hf", to="hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    assert exported.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, exported[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("variant", FAMILY_VARIANTS)
+def test_an_export_is_of_its_familys_class(tmp_path: Path, variant: str) -> None:
+    source = headshare_jax.open_checkpoint(saved_hf_model(tmp_path / "hf", **FAMILY_VARIANTS[variant]))
+    headshare_jax.save(source, tmp_path / "out", to="hf")
+    configs = [transformers.AutoConfig.from_pretrained(tmp_path / name) for name in ("hf", "out")]
+    family = FAMILY_VARIANTS[variant].get("model_type", "llama")
+    assert configs[1].architectures == configs[0].architectures == [FAMILIES[family].architecture]
+    assert headshare_jax.open_checkpoint(tmp_path / "out").config == source.config
