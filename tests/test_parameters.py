@@ -5,7 +5,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import VARIANTS, saved_hf_model, sharing_by_hand, tiny_model, torch_or_skip
+from support import ALL_VARIANTS, saved_hf_model, sharing_by_hand, tiny_model, torch_or_skip
 
 import headshare_jax
 from headshare_jax import Llama, fingerprint, parameters, share, unshare
@@ -15,9 +15,9 @@ from headshare_jax.sharing.source import WeightSource, assemble, stored_shape
 from headshare_jax.sharing.view import View
 
 
-@pytest.mark.parametrize("name", ["gqa", "tied", "attention bias", "mlp bias", "wide heads"])
+@pytest.mark.parametrize("name", ["gqa", "tied", "attention bias", "mlp bias", "wide heads", "qwen2", "qwen3, biases"])
 def test_parameters_have_the_shapes_that_their_names_spell(name: str) -> None:
-    dense = tiny_model(**VARIANTS[name])
+    dense = tiny_model(**ALL_VARIANTS[name])
     for model in (dense, share(dense, sharing_by_hand(dense, "qk", {3: 0}))):
         for parameter in parameters.parameter_names(model.config):
             value = getattr(model, parameter)

@@ -16,7 +16,7 @@ import tensorstore as ts
 from fuzzing import damaged, open_or_refuse
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import VARIANTS, jax_logits, random_tokens, sharing_by_hand, tiny_model
+from support import ALL_VARIANTS, jax_logits, random_tokens, sharing_by_hand, tiny_model
 
 import headshare_jax
 from headshare_jax import HeadshareError, Llama, SharingMap, parameters
@@ -58,9 +58,9 @@ def weight_bytes(folder: Path) -> int:
     )
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
 def test_dense_models_come_back_bit_by_bit(tmp_path: Path, variant: str) -> None:
-    model = tiny_model(**VARIANTS[variant])
+    model = tiny_model(**ALL_VARIANTS[variant])
     headshare_jax.save(model, tmp_path / "out")
     check_same(model, tmp_path / "out")
 

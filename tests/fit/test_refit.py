@@ -10,6 +10,7 @@ from equivalent_models import equivalent, with_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import (
+    ALL_VARIANTS,
     VARIANTS,
     jax_logits,
     random_tokens,
@@ -37,9 +38,13 @@ def model_of(hf: Any) -> Llama:
         return headshare_jax.load(folder)
 
 
-@pytest.mark.parametrize("name", ["gqa", "attention bias", "mlp bias", "llama3", "gelu"])
+KINDS = ["gqa", "attention bias", "mlp bias", "llama3", "gelu", "longrope", "mistral, window", "qwen2, windows"]
+KINDS += ["qwen3, biases", "phi3, partial rotary", "smollm3", "smollm3, windows"]
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_the_walk_computes_what_the_model_does(name: str) -> None:
-    model = tiny_model(**VARIANTS[name])
+    model = tiny_model(**ALL_VARIANTS[name])
     x_wtd = np.concatenate(list(embedded(model, WINDOWS)))
     for layer in range(model.config.num_layers):
         for block in BLOCKS:

@@ -9,7 +9,7 @@ import pytest
 from equivalent_models import equivalent, with_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import VARIANTS, random_tokens, sharing_by_hand, tiny_model
+from support import ALL_VARIANTS, VARIANTS, random_tokens, sharing_by_hand, tiny_model
 
 from headshare_jax import HeadshareError, Llama, match_functional, share, sharing_map
 from headshare_jax.calibration.fisher import attention_gradients
@@ -58,7 +58,9 @@ def test_a_residual_is_that_of_solving_for_it_alone(units: int, size: int, ridge
             np.testing.assert_allclose(shared[unit, donor], squares, rtol=1e-8)
 
 
-@pytest.mark.parametrize("overrides", [VARIANTS["tied"], {"attention_bias": True, "mlp_bias": True}])
+@pytest.mark.parametrize(
+    "overrides", [VARIANTS["tied"], {"attention_bias": True, "mlp_bias": True}, ALL_VARIANTS["smollm3, windows"]]
+)
 def test_gradients_are_those_of_the_log_probability_of_tokens_the_model_draws(overrides: dict[str, Any]) -> None:
     dense = tiny_model(**overrides)
     config, tokens = dense.config, random_tokens((2, 12))

@@ -6,17 +6,17 @@ from typing import Any
 import jax
 import pytest
 from flax import nnx
-from support import VARIANTS, saved_hf_model, sharing_by_hand, tiny_hf_model, tiny_model
+from support import ALL_VARIANTS, VARIANTS, saved_hf_model, sharing_by_hand, tiny_hf_model, tiny_model
 
 import headshare_jax
 from headshare_jax import ledger, share
 
-ARCHITECTURES = ["mha", "gqa", "tied", "wide heads", "attention bias", "mlp bias"]
+ARCHITECTURES = ["mha", "gqa", "tied", "wide heads", "attention bias", "mlp bias", "qwen2"]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_dense_model_has_as_many_parameters_as_in_transformers(name: str) -> None:
-    sizes, theirs = ledger(tiny_model(**VARIANTS[name])), tiny_hf_model(**VARIANTS[name])
+    sizes, theirs = ledger(tiny_model(**ALL_VARIANTS[name])), tiny_hf_model(**ALL_VARIANTS[name])
     attention = sum(x.numel() for key, x in theirs.named_parameters() if "self_attn" in key)
     assert sizes.dense == sizes.stored == sum(x.numel() for x in theirs.parameters())
     assert sizes.attention_dense == sizes.attention_stored == attention

@@ -9,7 +9,7 @@ import pytest
 import support_torch
 import torch
 import transformers
-from support import VARIANTS, compilations, random_tokens, sharing_by_hand, tiny_hf_model, tiny_model
+from support import ALL_VARIANTS, compilations, random_tokens, sharing_by_hand, tiny_hf_model, tiny_model
 
 from headshare_jax import HeadshareError, Llama, SharingMap, ledger, parameters, share
 from headshare_jax.train import recipe as recipes
@@ -134,12 +134,15 @@ TRAININGS: list[Any] = [
     ("mha", "mixed", {"penalty": "norm"}),
     ("mha", "mixed", {"kind": "tied"}),
     ("gqa", "qkv", {"kind": "tied", "z_weight": 1e-3, "distill_weight": 2.0}),
+    ("qwen3, biases", "qkv", {"penalty": "norm"}),
+    ("qwen2, windows", "qk", {"kind": "tied"}),
+    ("smollm3", "qkvo", {"kind": "tied"}),
 ]
 
 
 @pytest.mark.parametrize(("variant", "tie", "stage"), TRAININGS)
 def test_training_is_that_of_torch(variant: str, tie: str, stage: dict[str, Any]) -> None:
-    overrides = VARIANTS[variant]
+    overrides = ALL_VARIANTS[variant]
     model, teacher = tiny_model(**overrides), tiny_model(seed=1, **overrides)
     at = context(model, tie, **stage)
     reference = TorchTraining(at, model, tiny_hf_model(**overrides), teacher)
