@@ -5,6 +5,14 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
+from headshare_jax.config import LlamaConfig
+
+
+def cache_slots(config: LlamaConfig, length: int) -> int:
+    """Slots that a cache for so many positions of every row has: no more than its window where all layers have one."""
+    windows = [length if window is None else window for window in config.windows]
+    return min(length, max(windows))
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -25,22 +33,72 @@ class KVCache:
     prompt_b: jax.Array
     prompt_slots: jax.Array
 
+    def with_prompts(
+        self, layer: jax.Array | int, k_btkh: jax.Array, v_btkh: jax.Array, prompt_b: jax.Array
+    ) -> "KVCache":
+        """The empty cache with a layer's keys and values of T tokens, of which `prompt_b` are a row's prompt."""
+        return self.with_layer(layer, k_btkh, v_btkh)
+
     def with_layer(self, layer: jax.Array | int, k_btkh: jax.Array, v_btkh: jax.Array) -> "KVCache":
         """The cache with a layer's next T keys and values; `length` stays, for other layers write there too."""
-        at = (layer, 0, self.length, 0, 0)
+        return self._written(layer, self.length, k_btkh, v_btkh)
+
+    def seen_by(self, slot_t: jax.Array) -> jax.Array:
+        """bool [B, T, S]: which slots the tokens in some slots see, int32 [T]: no later one, and no padding."""
+        slot_s = self._slots()
+        earlier_ts = slot_s[None, :] <= slot_t[:, None]
+        used_bs = (slot_s[None, :] < self.prompt_b[:, None]) | (slot_s[None, :] >= self.prompt_slots)
+        return earlier_ts[None] & used_bs[:, None]
+
+    def behind(self, slot_t: jax.Array) -> jax.Array:
+        """int32 [B, T, S]: by how many tokens what a slot holds comes before the tokens in some slots, int32 [T]."""
+        slot_s, padding_b = self._slots(), self.prompt_slots - self.prompt_b
+        position_bs = slot_s[None] - jnp.where(slot_s[None] < self.prompt_b[:, None], 0, padding_b[:, None])
+        return self.positions(slot_t)[:, :, None] - position_bs[:, None]
+
+    def positions(self, slot_t: jax.Array) -> jax.Array:
+        """int32 [B, T]: positions of the tokens in some slots after the prompts, int32 [T]."""
+        return slot_t[None, :] - (self.prompt_slots - self.prompt_b)[:, None]
+
+    def _slots(self) -> jax.Array:
+        return jnp.arange(self.k_lbskh.shape[2], dtype=jnp.int32)
+
+    def _written(self, layer: jax.Array | int, slot: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array) -> "KVCache":
+        at = (layer, 0, slot, 0, 0)
         return replace(
             self,
             k_lbskh=jax.lax.dynamic_update_slice(self.k_lbskh, k_btkh[None], at),
             v_lbskh=jax.lax.dynamic_update_slice(self.v_lbskh, v_btkh[None], at),
         )
 
-    def seen_by(self, slot_t: jax.Array) -> jax.Array:
-        """bool [B, T, S]: which slots the tokens in some slots see, int32 [T]: no later one, and no padding."""
-        slot_s = jnp.arange(self.k_lbskh.shape[2], dtype=jnp.int32)
-        earlier_ts = slot_s[None, :] <= slot_t[:, None]
-        used_bs = (slot_s[None, :] < self.prompt_b[:, None]) | (slot_s[None, :] >= self.prompt_slots)
-        return earlier_ts[None] & used_bs[:, None]
 
-    def positions(self, slot_t: jax.Array) -> jax.Array:
-        """int32 [B, T]: positions of the tokens in some slots after the prompts, int32 [T]."""
-        return slot_t[None, :] - (self.prompt_slots - self.prompt_b)[:, None]
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RingCache(KVCache):
+    """Keys and values of every row's last S positions, for a window of S: a new token takes the oldest one's slot.
+
+    Rows end together, so that one slot is the oldest of all of them: slot n % S is the n-th's, counted with the padding
+    that a row with a shorter prompt has before it.
+    """
+
+    def with_prompts(
+        self, layer: jax.Array | int, k_btkh: jax.Array, v_btkh: jax.Array, prompt_b: jax.Array
+    ) -> KVCache:
+        last = jnp.int32(k_btkh.shape[1] - 1)
+        # Before a prompt's first token there is nothing, for which that token stands.
+        index_bs = jnp.maximum(prompt_b[:, None] - 1 - self.behind(last[None])[0], 0)
+        k_bskh, v_bskh = (
+            jnp.take_along_axis(each_btkh, index_bs[:, :, None, None], axis=1) for each_btkh in (k_btkh, v_btkh)
+        )
+        return self._written(layer, jnp.int32(0), k_bskh, v_bskh)
+
+    def with_layer(self, layer: jax.Array | int, k_btkh: jax.Array, v_btkh: jax.Array) -> KVCache:
+        """The cache with a layer's keys and values of one more token."""
+        return self._written(layer, self.length % self.k_lbskh.shape[2], k_btkh, v_btkh)
+
+    def seen_by(self, slot_t: jax.Array) -> jax.Array:
+        return self.behind(slot_t) <= self.positions(slot_t)[:, :, None]
+
+    def behind(self, slot_t: jax.Array) -> jax.Array:
+        slot_s = self._slots()
+        return ((slot_t[:, None] - slot_s[None]) % len(slot_s))[None]

@@ -1,5 +1,6 @@
 """Text generation with a key/value cache, on the device from the first token to the last."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.model.cache import KVCache
 from headshare_jax.model.llama import Llama
@@ -88,11 +90,34 @@ def generate(
         raise HeadshareError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
     if not all(0 <= token < model.config.vocab_size for prompt in prompts for token in prompt):
         raise HeadshareError(f"A prompt holds a token outside the vocabulary of {model.config.vocab_size}.")
+    stops = model.config.eos_token_ids if stop_tokens is None else tuple(stop_tokens)
+    before = min(max_new_tokens, _before_long_factors(model.config, max(lengths)))
+    answers = _continued(model, prompts, before, sampling, stops, seed)
+    unfinished = [row for row, answer in enumerate(answers) if before == len(answer) < max_new_tokens]
+    if unfinished:
+        # Keys of all positions turn by other factors from here on: everything is read again.
+        begun = [[*prompts[row], *answers[row]] for row in unfinished]
+        rest = generate(
+            model, begun, max_new_tokens=max_new_tokens - before, sampling=sampling, stop_tokens=stops, seed=seed + 1
+        )
+        for row, more in zip(unfinished, rest, strict=True):
+            answers[row] += more
+    return answers
+
+
+def _continued(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stops: tuple[int, ...],
+    seed: int,
+) -> list[list[int]]:
+    lengths = [len(prompt) for prompt in prompts]
     padded, new = _bucket(max(lengths)), _bucket(max_new_tokens)
     tokens_bt = np.zeros((len(prompts), padded), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_bt[row, : len(prompt)] = prompt
-    stops = model.config.eos_token_ids if stop_tokens is None else tuple(stop_tokens)
     cache = model.empty_cache(len(prompts), padded + new)
     first_key, key = jax.random.split(jax.random.key(seed))
     reading = choose_for_prompts(model.device, len(prompts), tokens_bt.size)
@@ -114,6 +139,14 @@ def generate(
         reading=_to_decode(model, len(prompts)),
     )
     return [row[:length].tolist() for row, length in zip(np.asarray(out_bt), np.asarray(length_b), strict=True)]
+
+
+def _before_long_factors(config: LlamaConfig, length: int) -> int:
+    """Tokens that are added to prompts of at most some length before `longrope` goes over to its long factors."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind != "longrope" or scaling.original_max_position_embeddings < length:
+        return sys.maxsize
+    return scaling.original_max_position_embeddings - length + 1
 
 
 def _to_decode(model: Llama, batch: int) -> Reading:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.model.attention import Window, attend, flash_attention, has_kernel, rows_apart, rows_in_place
-from headshare_jax.model.cache import KVCache
+from headshare_jax.model.cache import KVCache, RingCache, cache_slots
 from headshare_jax.model.layer import (
     REMAT_POLICIES,
     Attend,
@@ -202,28 +202,34 @@ class Llama(nnx.Module):
             run = [attention_block(self.config, layer, x_btd, angles, _attend_and_keep) for x_btd in parts_btd]
             parts_btd = tuple(mlp_block(self.config, layer, x_btd) for x_btd, _ in run)
             k_btkh, v_btkh = (jnp.concatenate(parts) for parts in zip(*(kept for _, kept in run), strict=True))
-            return parts_btd, cache.with_layer(place, k_btkh, v_btkh)
+            return parts_btd, cache.with_prompts(place, k_btkh, v_btkh, prompt_b)
 
         last, end_b = self.config.num_layers - 1, prompt_b - 1
         parts_btd = tuple(jnp.array_split(self._embed(tokens_bt), reading.parts))
         parts_btd, cache = self._run_layers(step, (parts_btd, cache), reading, last)
         seen_b1s = slot_t[None, None] <= end_b[:, None, None]
-        attention = partial(_attend_and_keep, mask_bts=seen_b1s)
+
+        def attention(
+            q_b1nh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, window: Window
+        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            near_b1s = seen_b1s if window is None else seen_b1s & (slot_t[None, None] > end_b[:, None, None] - window)
+            return attend(q_b1nh, k_btkh, v_btkh, near_b1s, in_turns=rows_in_place), (k_btkh, v_btkh)
+
         layer = reading.layer(self._stacks(), last)
         x_b1d, (k_btkh, v_btkh) = attention_block(
             self.config, layer, jnp.concatenate(parts_btd), angles, attention, at_b=end_b
         )
         x_b1d = self._final_norm(mlp_block(self.config, layer, x_b1d))
         filled = jnp.int32(tokens_bt.shape[1])
-        cache = replace(cache.with_layer(last, k_btkh, v_btkh), length=filled, prompt_b=prompt_b, prompt_slots=filled)
-        return x_b1d[:, 0], cache
+        cache = cache.with_prompts(last, k_btkh, v_btkh, prompt_b)
+        return x_b1d[:, 0], replace(cache, length=filled, prompt_b=prompt_b, prompt_slots=filled)
 
     def extend(self, tokens_bt: jax.Array, cache: KVCache, reading: Reading | None = None) -> tuple[jax.Array, KVCache]:
         """Runs T more tokens of every row against the cache.
 
         Args:
           tokens_bt: int32 [B, T]; they take the cache's next T slots.
-          cache: has room for T more slots.
+          cache: has room for T more slots, or is a `RingCache`.
           reading: how heads and matrices are read; by default what suits so many tokens on any device.
 
         Returns:
@@ -232,6 +238,14 @@ class Llama(nnx.Module):
         if reading is None:
             reading = OneByOne() if tokens_bt.size <= PER_HEAD_TOKENS else Gathered()
         length = tokens_bt.shape[1]
+        if length > 1 and isinstance(cache, RingCache):
+            # One after another: a later token takes a slot that an earlier one still sees.
+            def one_more(cache: KVCache, token_b: jax.Array) -> tuple[KVCache, jax.Array]:
+                x_b1d, cache = self.extend(token_b[:, None], cache, reading)
+                return cache, x_b1d[:, 0]
+
+            cache, x_tbd = jax.lax.scan(one_more, cache, tokens_bt.T)
+            return x_tbd.swapaxes(0, 1), cache
         slot_t = cache.length + jnp.arange(length, dtype=jnp.int32)
         angles = rotary_angles(self.config, cache.positions(slot_t))
         seen_bts = cache.seen_by(slot_t)
@@ -244,7 +258,8 @@ class Llama(nnx.Module):
             ) -> tuple[jax.Array, KVCache]:
                 grown = cache.with_layer(place, k_btkh, v_btkh)
                 keys_values = (grown.k_lbskh[place], grown.v_lbskh[place])
-                return attend(q_btnh, *keys_values, seen_bts, in_turns=rows_in_place), grown
+                near_bts = seen_bts if window is None else seen_bts & (cache.behind(slot_t) < window)
+                return attend(q_btnh, *keys_values, near_bts, in_turns=rows_in_place), grown
 
             x_btd, cache = attention_block(self.config, layer, x_btd, angles, attention)
             return mlp_block(self.config, layer, x_btd), cache
@@ -253,10 +268,10 @@ class Llama(nnx.Module):
         return self._final_norm(x_btd), replace(cache, length=cache.length + length)
 
     def empty_cache(self, batch: int, slots: int) -> KVCache:
-        """A cache with room for `slots` positions of every row."""
-        config = self.config
-        shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
-        return KVCache(
+        """A cache with room for `slots` positions of every row; of windows, no more than the last ones."""
+        config, room = self.config, cache_slots(self.config, slots)
+        shape = (config.num_layers, batch, room, config.num_kv_heads, config.head_dim)
+        return (KVCache if room == slots else RingCache)(
             k_lbskh=jnp.zeros(shape, self.compute_dtype),
             v_lbskh=jnp.zeros(shape, self.compute_dtype),
             length=jnp.zeros((), jnp.int32),
@@ -321,17 +336,26 @@ class Llama(nnx.Module):
         mesh = None if self.batch_sharding is None else self.batch_sharding.mesh
         if isinstance(mesh, Mesh) and has_kernel(mesh, length, self.config.head_dim, self.compute_dtype):
             document_bt = jnp.zeros_like(tokens_bt) if segments_bt is None else segments_bt
-            return lambda q_btnh, k_btkh, v_btkh, window: (
-                flash_attention(q_btnh, k_btkh, v_btkh, document_bt, mesh),
-                None,
-            )
+            flash = partial(flash_attention, segments_bt=document_bt, mesh=mesh)
+
+            def by_kernel(
+                q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, window: Window
+            ) -> tuple[jax.Array, None]:
+                if window is None or isinstance(window, int):
+                    return flash(q_btnh, k_btkh, v_btkh, window=window), None
+                # Layers differ: a kernel's window is part of its program.
+                own = self.config.sliding_window
+                near = partial(flash, window=own)
+                return jax.lax.cond(window == own, near, flash, q_btnh, k_btkh, v_btkh), None
+
+            return by_kernel
         mask_bts = None
         if segments_bt is not None:
             earlier_ts = jnp.tril(jnp.ones((length, length), bool))
             mask_bts = earlier_ts[None] & (segments_bt[:, :, None] == segments_bt[:, None, :])
         in_turns = rows_apart if mesh is None or mesh.size == 1 else None
         masked = partial(attend, mask_bts=mask_bts, causal=True, in_turns=in_turns)
-        return lambda q_btnh, k_btkh, v_btkh, window: (masked(q_btnh, k_btkh, v_btkh), None)
+        return lambda q_btnh, k_btkh, v_btkh, window: (masked(q_btnh, k_btkh, v_btkh, window=window), None)
 
     def _placed(self, x_btd: jax.Array) -> jax.Array:
         """Activations kept where the batch lies: else they would follow the weights, which are cut along D."""
@@ -347,10 +371,10 @@ class Llama(nnx.Module):
 
 
 def _attend_and_keep(
-    q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, window: Window, mask_bts: jax.Array | None = None
+    q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, window: Window
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Attention among the tokens of prompts, whose keys and values are kept."""
-    return attend(q_btnh, k_btkh, v_btkh, mask_bts, in_turns=rows_in_place), (k_btkh, v_btkh)
+    return attend(q_btnh, k_btkh, v_btkh, window=window, in_turns=rows_in_place), (k_btkh, v_btkh)
 
 
 def _positions(tokens_bt: jax.Array, segments_bt: jax.Array | None) -> jax.Array:
