@@ -149,7 +149,7 @@ def _table(config: LlamaConfig, sharing: SharingMap | None) -> keys.KeyTable:
     """Where the parameters that are not pooled lie."""
     table = keys.of_family(config.family)
     fuses_heads = len(keys.fused(table, config, "q_pool_pdh")) > 1
-    return table | _APART if fuses_heads and set("qkv").intersection(_pooled_projections(sharing)) else table
+    return {**table, **_APART} if fuses_heads and set("qkv").intersection(_pooled_projections(sharing)) else table
 
 
 def _settings(config: LlamaConfig, sharing: SharingMap | None) -> dict[str, Any]:

@@ -139,7 +139,7 @@ class Apart(nn.Module):
             setattr(self, f"{projection}_proj", nn.Linear(fused.in_features, size, bias=False))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+        return torch.cat([module(x) for module in self.children()], dim=-1)
 
 
 class HeadshareModel(LlamaModel):
