@@ -7,6 +7,7 @@ from typing import Any
 
 from headshare_jax.convert import huggingface
 from headshare_jax.convert.gguf_header import read_header
+from headshare_jax.families import FAMILIES
 from headshare_jax.sharing.ledger import NOT_SAVED, Ledger, ledger
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.source import WeightSource
@@ -26,8 +27,8 @@ model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)""",
 }
 _FORMATS = {
-    "hf": "The files are a plain LLaMA checkpoint, which holds every head, also those that share: its size is that of "
-    "the dense model.",
+    "hf": "The files are a plain {family} checkpoint, which holds every head, also those that share: its size is that "
+    "of the dense model.",
     "hf-compact": "The files hold every shared head once. `modeling_headshare.py` runs the small model in PyTorch.",
 }
 
@@ -64,21 +65,22 @@ def card(source: WeightSource, to: str, folder: str, provenance: Mapping[str, An
     """
     from huggingface_hub import ModelCardData
 
+    family = FAMILIES[source.config.family].architecture.removesuffix("ForCausalLM")
     base, stated = (_text(provenance.get(name)) for name in ("source", "license"))
     data = ModelCardData(
         base_model=base if base is not None and huggingface.is_hub_id(base) else None,
         license=stated,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["llama", "headshare", *(["shared-attention-heads"] if source.sharing is not None else [])],
+        tags=[source.config.family, "headshare", *(["shared-attention-heads"] if source.sharing is not None else [])],
     )
     # A folder's path is of no use to who loads the model, and tells where its maker keeps things.
     made_from = "" if base is None else f" from `{base if data.base_model else Path(base).name}`"
     if source.sharing is None:
-        about = ["The files hold a plain LLaMA model, every attention head with weights of its own."]
+        about = [f"The files hold a plain {family} model, every attention head with weights of its own."]
     else:
         about = ["## What is shared", _map_in_words(source.sharing), *_history(provenance)]
-        about += ["## Size", _table(ledger(source)), f"{_FORMATS[to]} {NOT_SAVED}"]
+        about += ["## Size", _table(ledger(source)), f"{_FORMATS[to].format(family=family)} {NOT_SAVED}"]
     beside = "".join(f" `{name}`" for name in documents)
     parts = [
         f"# {folder}",

@@ -1,12 +1,12 @@
 """Compact Hugging Face checkpoints: every stored head once, and the PyTorch code that runs the model at that size.
 
 The projections that a map pools lie in pools, `model.q_pool.weight` [P, H, D] with `model.q_pool.index` [layers, heads]
-saying which row each head is; everything else lies as in a plain LLaMA checkpoint.
+saying which row each head is; everything else lies as in a plain checkpoint of the model's family. Where that fuses
+projections of which some are pooled, the others lie apart.
 """
 
 import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ from headshare_jax.convert import huggingface, keys
 from headshare_jax.convert.safetensors_files import SafetensorsReader
 from headshare_jax.convert.tensor_files import TensorCheckpoint
 from headshare_jax.errors import HeadshareError
+from headshare_jax.families import FAMILIES
 from headshare_jax.parameters import PARAMETERS
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.source import WeightSource, assemble, pool_index, read_heads, stored_shape
 
 MODEL_TYPE, ARCHITECTURE, MAP_FIELD = "headshare", "HeadshareForCausalLM", "headshare_map"
-# Shipped inside every checkpoint and run there by transformers; never imported here, since it needs torch.
+# Shipped inside every checkpoint, with the classes of its family in place of Llama's, and run there by transformers;
+# never imported here, since it needs torch.
 MODELING = Path(__file__).with_name("modeling_headshare.py")
 
 # [P, H, D] <-> [P, D, H]
@@ -37,12 +39,28 @@ POOLS: keys.KeyTable = {
     "k_bias_ph": keys.Key("model.k_pool.bias", keys.SAME),
     "v_bias_ph": keys.Key("model.v_pool.bias", keys.SAME),
 }
+# Where a projection that is not pooled lies beside pooled ones that its family fuses it with.
+_APART: keys.KeyTable = {
+    f"{projection}_pool_pdh": keys.Key(
+        f"model.layers.{{layer}}.self_attn.qkv_proj.{projection}_proj.weight", keys.HEADS_IN
+    )
+    for projection in "qkv"
+}
 
 
 def is_compact(path: Path) -> bool:
     """Whether a folder is a compact checkpoint."""
     config = path / "config.json"
-    return config.is_file() and bool(huggingface.read_json(config).get("model_type") == MODEL_TYPE)
+    return config.is_file() and _family(huggingface.read_json(config)) is not None
+
+
+def _family(fields: Mapping[str, Any]) -> str | None:
+    """The family of a compact checkpoint, from its `config.json`; None for another kind of checkpoint."""
+    return next((name for name in FAMILIES if fields.get("model_type") == _model_type(name)), None)
+
+
+def _model_type(family: str) -> str:
+    return MODEL_TYPE if family == "llama" else f"{MODEL_TYPE}_{family}"
 
 
 class CompactCheckpoint(TensorCheckpoint):
@@ -86,13 +104,13 @@ def open_directory(path: Path) -> CompactCheckpoint:
     fields = huggingface.read_json(path / "config.json")
     document = fields.pop(MAP_FIELD, None)
     sharing = None if document is None else SharingMap.from_json(json.dumps(document))
-    config = LlamaConfig.from_hf(fields | {"architectures": ["LlamaForCausalLM"]})
+    config = LlamaConfig.from_hf(fields | {"model_type": _family(fields), "architectures": None})
     if sharing is not None:
         sharing.check_model(config)
     files = huggingface.weight_files(path, "model.safetensors")
     if not files:
         raise HeadshareError(f"{path} has a config.json but no weights (model*.safetensors); fetch them.")
-    return CompactCheckpoint(path, config, keys.LLAMA, SafetensorsReader(files), sharing=sharing)
+    return CompactCheckpoint(path, config, _table(config, sharing), SafetensorsReader(files), sharing=sharing)
 
 
 def write(source: WeightSource, folder: Path, *, shard_bytes: int = huggingface.SHARD_BYTES) -> None:
@@ -101,8 +119,8 @@ def write(source: WeightSource, folder: Path, *, shard_bytes: int = huggingface.
     A normalised output head (Baichuan-2) is written already normalised.
     """
     config, sharing = source.config, source.sharing
-    indices = _indices(config, sharing)
-    tensors = _pooled(keys.tensors(keys.LLAMA, config), config, sharing)
+    indices, table = _indices(config, sharing), _table(config, sharing)
+    tensors = _pooled(keys.tensors(table, config), config, sharing)
     layout = {
         name: (tensor.shape, indices[name].dtype if name in indices else keys.dtype(source, tensor))
         for name, tensor in tensors.items()
@@ -114,19 +132,32 @@ def write(source: WeightSource, folder: Path, *, shard_bytes: int = huggingface.
             return indices[name]
         if name in pools:
             return keys.encode(POOLS, config, pools[name], assemble(source, pools[name]))
-        return keys.encoded(keys.LLAMA, source, tensors[name])
+        return keys.encoded(table, source, tensors[name])
 
     huggingface.write_weights(folder, layout, value, shard_bytes)
-    huggingface.write_settings(source, folder, _settings(sharing))
-    shutil.copyfile(MODELING, folder / MODELING.name)
+    huggingface.write_settings(source, folder, _settings(config, sharing))
+    (folder / MODELING.name).write_text(_modeling(config.family))
 
 
-def _settings(sharing: SharingMap | None) -> dict[str, Any]:
-    """What `config.json` says beyond LLaMA's fields, and in place of some."""
+def _modeling(family: str) -> str:
+    """The PyTorch code of a family's model."""
+    text = MODELING.read_text().replace(f'"{MODEL_TYPE}"', f'"{_model_type(family)}"')
+    return text.replace("Llama", FAMILIES[family].architecture.removesuffix("ForCausalLM"))
+
+
+def _table(config: LlamaConfig, sharing: SharingMap | None) -> keys.KeyTable:
+    """Where the parameters that are not pooled lie."""
+    table = keys.of_family(config.family)
+    fuses_heads = len(keys.fused(table, config, "q_pool_pdh")) > 1
+    return {**table, **_APART} if fuses_heads and set("qkv").intersection(_pooled_projections(sharing)) else table
+
+
+def _settings(config: LlamaConfig, sharing: SharingMap | None) -> dict[str, Any]:
+    """What `config.json` says beyond the family's fields, and in place of some."""
     module = MODELING.stem
     return {
         "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
+        "model_type": _model_type(config.family),
         "auto_map": {
             "AutoConfig": f"{module}.HeadshareConfig",
             "AutoModel": f"{module}.HeadshareModel",

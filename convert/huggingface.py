@@ -16,7 +16,6 @@ from headshare_jax.convert.safetensors_files import SafetensorsReader, write_saf
 from headshare_jax.convert.tensor_files import TensorCheckpoint, TensorReader
 from headshare_jax.convert.torch_files import TorchReader
 from headshare_jax.errors import HeadshareError
-from headshare_jax.families import FAMILIES
 from headshare_jax.sharing.source import WeightSource
 
 SHARD_BYTES = 5 * 10**9
@@ -30,7 +29,7 @@ def open_directory(path: Path) -> TensorCheckpoint:
     """
     fields = read_json(path / "config.json")
     config = LlamaConfig.from_hf(fields)
-    table = keys.of_hugging_face(hf_config.architecture(fields))
+    table = keys.of_class(hf_config.architecture(fields))
     return TensorCheckpoint(path, config, table, _reader(path))
 
 
@@ -112,7 +111,7 @@ def write(source: WeightSource, folder: Path, *, shard_bytes: int = SHARD_BYTES)
     A shared model is expanded: every receiver gets its own copy of its donor's weights. A normalised output head
     (Baichuan-2) is written already normalised, since plain LLaMA has no such step.
     """
-    table = keys.of_hugging_face(FAMILIES[source.config.family].architecture)
+    table = keys.of_family(source.config.family)
     tensors = keys.tensors(table, source.config)
     layout = {name: (tensor.shape, keys.dtype(source, tensor)) for name, tensor in tensors.items()}
     write_weights(folder, layout, lambda name: keys.encoded(table, source, tensors[name]), shard_bytes)

@@ -14,6 +14,7 @@ import numpy as np
 
 from headshare_jax import parameters
 from headshare_jax.config import LlamaConfig
+from headshare_jax.families import FAMILIES
 from headshare_jax.output_head import normalized_rows
 from headshare_jax.parameters import PARAMETERS
 from headshare_jax.sharing.source import WeightSource
@@ -198,9 +199,14 @@ GGUF: KeyTable = {
 }
 
 
-def of_hugging_face(architecture: str) -> KeyTable:
+def of_class(architecture: str) -> KeyTable:
     """The table of a class at Hugging Face."""
     return HUGGING_FACE.get(architecture, LLAMA)
+
+
+def of_family(family: str) -> KeyTable:
+    """The table of a family's own class at Hugging Face."""
+    return of_class(FAMILIES[family].architecture)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A LLaMA model whose attention heads share weights: each stored head is held once, whoever uses it.
+"""A model whose attention heads share weights: each stored head is held once, whoever uses it.
 
 Made by headshare-jax, and self-contained: needs PyTorch and transformers only.
 """
@@ -17,10 +17,10 @@ VIEWS_ON = ("cpu",)
 
 
 class HeadshareConfig(LlamaConfig):
-    """A LLaMA configuration with the sharing map, as in `headshare_map.json`; None for a model that shares nothing."""
+    """LlamaConfig with the sharing map, as in `headshare_map.json`; None for a model that shares nothing."""
 
     model_type = "headshare"
-    # LLaMA's plan splits projections that are pooled here.
+    # The family's plan splits projections that are pooled here.
     base_model_tp_plan: ClassVar[dict[str, Any]] = {}
     headshare_map: dict[str, Any] | None = None
 
@@ -130,6 +130,18 @@ class HeadsOut(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
+class Apart(nn.Module):
+    """One layer's q, k and v projections as modules, in place of one `nn.Linear` that fuses them."""
+
+    def __init__(self, fused: nn.Linear, rows: list[int]):
+        super().__init__()
+        for projection, size in zip("qkv", rows, strict=True):
+            setattr(self, f"{projection}_proj", nn.Linear(fused.in_features, size, bias=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([module(x) for module in self.children()], dim=-1)
+
+
 class HeadshareModel(LlamaModel):
     """LlamaModel with one pool of heads for every projection of which some unit does not store its own."""
 
@@ -138,17 +150,20 @@ class HeadshareModel(LlamaModel):
 
     def __init__(self, config: HeadshareConfig):
         super().__init__(config)
+        attentions: list[Any] = [layer.self_attn for layer in self.layers]
+        width = attentions[0].head_dim
         for projection in filter(partial(is_pooled, config), "qkvo"):
-            attentions: list[Any] = [layer.self_attn for layer in self.layers]
-            bias = config.attention_bias and projection != "o"
+            places = [attention if projection == "o" else apart(attention, config) for attention in attentions]
+            linear: nn.Linear = getattr(places[0], f"{projection}_proj")
             index, rows = pool_index(config, projection)
-            pool = HeadPool(index, rows, attentions[0].head_dim, config.hidden_size, bias)
+            bias = linear.bias is not None and projection != "o"
+            pool = HeadPool(index, rows, width, config.hidden_size, bias)
             setattr(self, f"{projection}_pool", pool)
-            for layer, attention in enumerate(attentions):
+            for layer, place in enumerate(places):
                 if projection == "o":
-                    attention.o_proj = HeadsOut(pool, layer, attention.o_proj.bias)
+                    place.o_proj = HeadsOut(pool, layer, place.o_proj.bias)
                 else:
-                    setattr(attention, f"{projection}_proj", HeadsIn(pool, layer))
+                    setattr(place, f"{projection}_proj", HeadsIn(pool, layer))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -171,6 +186,17 @@ class HeadshareForCausalLM(LlamaForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+
+def apart(attention: Any, config: HeadshareConfig) -> Any:
+    """The module that has the q, k and v projections of an attention as parts."""
+    if not hasattr(attention, "qkv_proj"):
+        return attention
+    if not isinstance(attention.qkv_proj, Apart):
+        assert config.num_key_value_heads is not None
+        heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
+        attention.qkv_proj = Apart(attention.qkv_proj, [count * attention.head_dim for count in heads])
+    return attention.qkv_proj
 
 
 def _runs(rows: list[int]) -> list[slice]:

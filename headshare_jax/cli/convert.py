@@ -20,7 +20,7 @@ class Convert(Command):
     Example: headshare convert meta-llama/Llama-2-7b-hf llama-2-7b --to native
 
     Attributes:
-      to: native, hf (plain LLaMA, full size) or hf-compact (each head once).
+      to: native, hf (plain, full size) or hf-compact (each head once).
       dtype: Type to store: float32, bfloat16 or float16; the source's own by default.
     """
 
@@ -55,4 +55,4 @@ class Convert(Command):
     def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
         yield f"{result['output']}: {result['format']}, {megabytes(result['disk_bytes'])} on disk"
         if self.to == "hf" and result["shared"]:
-            yield "A plain LLaMA checkpoint holds every head, also those that share: it is at its full size."
+            yield "A plain checkpoint holds every head, also those that share: it is at its full size."

@@ -126,7 +126,7 @@ class Demo(Command):
         for row in result["rows"]:
             yield Text.assemble(f"{row['name']}: {result['prompt']} ", (" ".join(row["answer"].split()), "bold"))
         yield (
-            f"{result['output']}: native/ (small), hf/ (plain LLaMA, full size), map.json, map.png\n"
+            f"{result['output']}: native/ (small), hf/ (plain, full size), map.json, map.png\n"
             f"next: headshare inspect {result['output']}/native"
         )
 

@@ -99,7 +99,7 @@ class Share(Command):
         yield ledger_table(result["ledger"])
         yield NOT_SAVED
         if self.to == "hf":
-            yield "A plain LLaMA checkpoint holds every head, also those that share: on disk it is at its full size."
+            yield "A plain checkpoint holds every head, also those that share: on disk it is at its full size."
 
 
 def fit_table(record: dict[str, Any]) -> Table:

@@ -14,7 +14,7 @@ import tokenizers
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
-from support import hf_logits, jax_logits, random_tokens, saved_hf_model, sharing_by_hand, tiny_model
+from support import FAMILY_VARIANTS, hf_logits, jax_logits, random_tokens, saved_hf_model, sharing_by_hand, tiny_model
 
 import headshare_jax
 from headshare_jax import HeadshareError, Llama, parameters
@@ -27,6 +27,8 @@ LONG_ROPE = {"rope_theta": 10000.0, "factor": 4.0}
 LLAMA3 = LONG_ROPE | {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 SHARED: dict[str, tuple[str, dict[str, Any]]] = {
     "qkv": ("qkv", {}),
+    "qkv with biases": ("qkv", {"attention_bias": True}),
+    "kv": ("kv", {}),
     "qkvo with biases": ("qkvo", {"attention_bias": True, "mlp_bias": True}),
     "q with wide heads": ("q", {"head_dim": 32}),
     "o with tied embeddings": ("o", {"tie_word_embeddings": True}),
@@ -36,7 +38,16 @@ SHARED: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("qkv", {"rope_parameters": LONG_ROPE | {"rope_type": "linear"}}),
     "dynamic": ("qkv", {"rope_parameters": LONG_ROPE | {"rope_type": "dynamic"}}),
     "llama3": ("qkv", {"rope_parameters": LLAMA3 | {"rope_type": "llama3"}}),
+    **{name: ("qkv", overrides) for name, overrides in FAMILY_VARIANTS.items() if "window" not in name},
+    "qwen2 + mixed": ("mixed", FAMILY_VARIANTS["qwen2"]),
+    "qwen3 + qkvo": ("qkvo", FAMILY_VARIANTS["qwen3, biases"]),
+    "phi3 + mixed": ("mixed", FAMILY_VARIANTS["phi3"]),
+    "phi3 + k": ("k", FAMILY_VARIANTS["phi3, longrope"]),
+    "phi3, o alone": ("o", FAMILY_VARIANTS["phi3"]),
+    "smollm3 + mixed": ("mixed", FAMILY_VARIANTS["smollm3, biases"]),
 }
+
+COMBINED = ["qkv with biases", "qkvo with biases", "kv", "mixed with biases", *(name for name in SHARED if "+" in name)]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -119,8 +130,9 @@ def test_generates_what_jax_generates(tmp_path: Path, tie: str) -> None:
     assert answers == headshare_jax.generate(model, prompts, max_new_tokens=24)
 
 
-def test_a_dense_model(tmp_path: Path) -> None:
-    model = tiny_model(attention_bias=True)
+@pytest.mark.parametrize("overrides", [{"attention_bias": True}, FAMILY_VARIANTS["phi3"]], ids=["llama", "phi3"])
+def test_a_dense_model(tmp_path: Path, overrides: dict[str, Any]) -> None:
+    model = tiny_model(**overrides)
     small = in_pytorch(exported(model, tmp_path / "compact"))
     tokens = random_tokens((2, 12))
     assert_close(hf_logits(small, tokens), jax_logits(model, tokens))
@@ -169,9 +181,10 @@ def payload(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("tie", ["qkv", "qkvo", "kv", "mixed"])
-def test_round_trips_are_exact(tmp_path: Path, tie: str, dtype: str) -> None:
-    model = shared_model(tie, dtype=dtype, attention_bias=True)
+@pytest.mark.parametrize("case", COMBINED)
+def test_round_trips_are_exact(tmp_path: Path, case: str, dtype: str) -> None:
+    tie, overrides = SHARED[case]
+    model = shared_model(tie, dtype=dtype, **overrides)
     folder = exported(model, tmp_path / "compact")
     assert_same(headshare_jax.load(folder), model)
     for form in ("native", "hf", "hf-compact"):
@@ -197,9 +210,10 @@ def test_shards(tmp_path: Path) -> None:
     assert_close(hf_logits(in_pytorch(folder), tokens), jax_logits(model, tokens))
 
 
-@pytest.mark.parametrize("tie", ["qkv", "qkvo", "mixed"])
-def test_what_pytorch_trained_and_saved_comes_back(tmp_path: Path, tie: str) -> None:
-    model = shared_model(tie, attention_bias=True)
+@pytest.mark.parametrize("case", COMBINED)
+def test_what_pytorch_trained_and_saved_comes_back(tmp_path: Path, case: str) -> None:
+    tie, overrides = SHARED[case]
+    model = shared_model(tie, **overrides)
     small = in_pytorch(exported(model, tmp_path / "compact"))
     with torch.no_grad():
         for parameter in small.parameters():
@@ -208,7 +222,7 @@ def test_what_pytorch_trained_and_saved_comes_back(tmp_path: Path, tie: str) -> 
     back = headshare_jax.load(tmp_path / "trained")
     assert back.sharing == model.sharing
     assert back.config == model.config
-    assert np.array_equal(back.q_pool_pdh, small.model.q_pool.weight.detach().numpy().swapaxes(1, 2))
+    assert np.array_equal(back.k_pool_pdh, small.model.k_pool.weight.detach().numpy().swapaxes(1, 2))
     tokens = random_tokens((2, 12))
     logits = jax_logits(back, tokens)
     assert_close(hf_logits(small, tokens), logits)

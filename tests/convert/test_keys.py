@@ -146,7 +146,7 @@ def test_tensor_names_and_shapes_are_those_of_transformers(variant: str) -> None
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del expected["lm_head.weight"]
-    table = keys.of_hugging_face(type(model).__name__)
+    table = keys.of_class(type(model).__name__)
     tensors = keys.tensors(table, LlamaConfig.from_hf(model.config.to_dict()))
     assert {name: tensor.shape for name, tensor in tensors.items()} == expected
 
