@@ -317,7 +317,7 @@ class Metadata:
     def __init__(self, header: GgufHeader, architecture: str):
         self.path, self._values = header.path, header.metadata
         self._architecture = architecture
-        self._used: set[str] = set()
+        self._used = {f"{architecture}.attention.head_count{kind}" for kind in ("", "_kv")}
 
     def setting(self, name: str, kind: type[T], default: T | None = None) -> T:
         """A setting of the architecture."""

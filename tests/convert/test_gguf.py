@@ -272,7 +272,7 @@ def test_unsupported_settings_are_refused(tmp_path: Path, metadata: dict[str, An
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "model.gguf", tiny_hf_model(), architecture="gemma2")
-    with pytest.raises(HeadshareError, match="architecture 'gemma2'; of GGUF files, llama, .* are supported"):
+    with pytest.raises(HeadshareError, match=r"architecture 'gemma2'; of GGUF files, llama, .* are supported"):
         headshare_jax.open_checkpoint(path)
 
 
