@@ -9,8 +9,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headshare_jax.convert import card, compact, gguf_file, huggingface, map_file, native, tokenizer
-from headshare_jax.convert.atomic import new_directory
+from headshare_jax.convert import (
+    atomic,
+    card,
+    compact,
+    gguf_file,
+    gguf_writer,
+    huggingface,
+    map_file,
+    native,
+    tokenizer,
+)
 from headshare_jax.convert.tensor_files import TensorCheckpoint
 from headshare_jax.errors import HeadshareError
 from headshare_jax.sharing.source import WeightSource
@@ -22,7 +31,7 @@ __all__ = ["FORMATS", "MAP_FILE", "locate", "open_checkpoint", "save"]
 
 Checkpoint = TensorCheckpoint | native.NativeCheckpoint
 
-FORMATS = ("native", "hf", "hf-compact")
+FORMATS = ("native", "hf", "hf-compact", "gguf")
 MAP_FILE = map_file.NAME
 
 
@@ -81,10 +90,18 @@ def open_checkpoint(src: str | Path) -> Checkpoint:
     )
 
 
-def check_format(to: str) -> None:
-    """Raises HeadshareError unless a format is one of `FORMATS`."""
+def check_output(dst: str | Path | None, to: str, *, quantize: str | None = None, overwrite: bool = False) -> None:
+    """Raises HeadshareError unless the format is one of `FORMATS`, and `dst`, if given, can become such an output."""
     if to not in FORMATS:
         raise HeadshareError(f"The format {to!r} is not one of {', '.join(FORMATS)}.", option="to")
+    if to == "gguf":
+        gguf_writer.check_type(quantize)
+        if dst is not None and Path(dst).suffix != gguf_writer.ENDING:
+            raise HeadshareError(f"A GGUF model is one file; give the output {dst} a name that ends in .gguf.")
+    elif quantize is not None:
+        raise HeadshareError(f"quantize is for the format gguf; leave it out for {to}.", option="quantize")
+    if dst is not None:
+        atomic.check_output(Path(dst), folder=to != "gguf", overwrite=overwrite)
 
 
 def save(
@@ -93,6 +110,7 @@ def save(
     *,
     to: str = "native",
     tokenizer_from: "str | Path | PreTrainedTokenizerBase | None" = None,
+    quantize: str | None = None,
     overwrite: bool = False,
     provenance: dict[str, Any] | None = None,
     documents: Mapping[str, str] | None = None,
@@ -101,33 +119,42 @@ def save(
 
     Args:
       source: a model, or an opened checkpoint, which is converted without ever being in memory as a whole.
-      dst: folder to make.
-      to: `native` (a shared model stays small), `hf` (plain `LlamaForCausalLM`, a shared model at its full size) or
-        `hf-compact` (a shared model stays small, and runs so in PyTorch with `trust_remote_code=True`); the last two
-        have its map and a model card beside it.
+      dst: folder to make, or for `gguf` the file.
+      to: `native` (a shared model stays small), `hf` (plain `LlamaForCausalLM`, a shared model at its full size),
+        `hf-compact` (a shared model stays small, and runs so in PyTorch with `trust_remote_code=True`) or `gguf` (for
+        llama.cpp: dropped heads are left out, a model that shares is at its full size). Those of `hf` have its map and
+        a model card beside it.
       tokenizer_from: tokenizer to carry along, or the name of the checkpoint that has it.
+      quantize: for `gguf`, the type of matrices, such as `q8_0`; by default each keeps its own.
       overwrite: replace an existing output.
-      provenance: plain data, such as the source's name, to keep in a native checkpoint's `headshare.json` or to tell in
-        a model card.
-      documents: texts to keep beside the weights, by file name.
+      provenance: plain data, such as the source's name, to keep in a native checkpoint's `headshare.json` or a GGUF
+        file's metadata, or to tell in a model card.
+      documents: texts to keep beside the weights, by file name; in a GGUF file, in its metadata.
 
     Raises:
-      HeadshareError: unknown format, an output that exists, or one that cannot be written.
+      HeadshareError: unknown format or type, an output that exists, or one that cannot be written.
 
     Examples:
       >>> hs.save(shared, "my-llama-compact", to="hf-compact", tokenizer_from="my-llama")
     """
-    check_format(to)
+    check_output(None, to, quantize=quantize)
     if isinstance(tokenizer_from, (str, Path)):
         tokenizer_from = locate(tokenizer_from)
     beside = tokenizer_from if isinstance(tokenizer_from, Path) else None
+    license = None if beside is None else card.license_of(beside)
+    told = ({} if license is None else {"license": license}) | dict(provenance or {})
+    if to == "gguf":
+        check_output(dst, to, overwrite=overwrite)
+        with atomic.new_file(Path(dst), overwrite=overwrite) as file:
+            gguf_writer.write(
+                source, file, name=Path(dst).stem, quantize=quantize,
+                tokenizer_from=tokenizer_from, provenance=told, documents=documents,
+            )  # fmt: skip
+        return
     files = (getattr(source, "path", None), beside)
-    with new_directory(Path(dst), overwrite=overwrite, keep=tuple(filter(None, files))) as folder:
-        told = dict(provenance or {})
+    with atomic.new_directory(Path(dst), overwrite=overwrite, keep=tuple(filter(None, files))) as folder:
         if tokenizer_from is not None:
             tokenizer.carry(tokenizer_from, folder)
-            license = None if beside is None else card.license_of(beside)
-            told = told if license is None else {"license": license} | told
         if to == "native":
             native.write(source, folder, provenance=told)
         else:

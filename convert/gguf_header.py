@@ -2,7 +2,7 @@
 
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,11 +44,13 @@ class GgufHeader:
       path: the file.
       metadata: strings, numbers, booleans and lists of these, by key.
       tensors: by name, in file order.
+      types: how each value of the metadata is stored, and the items of a list.
     """
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
+    types: dict[str, tuple[gguf.GGUFValueType, gguf.GGUFValueType | None]] = field(default_factory=dict)
 
 
 def read_header(path: Path) -> GgufHeader:
@@ -85,15 +87,18 @@ class _Parser:
                 "versions 2 and 3, little-endian, are read."
             )
         tensor_count, pair_count = self.number("Q"), self.number("Q")
-        metadata = {}
+        metadata, types = {}, {}
         for _ in range(pair_count):
             key = self.string()
             if key in metadata:
                 raise ValueError(f"{key} stands twice in its metadata")
-            metadata[key] = self.value(self.number("I"))
+            kind = self.number("I")
+            item = self.number("I") if kind == _ARRAY else None
+            metadata[key] = self.value(kind, item)
+            types[key] = (gguf.GGUFValueType(kind), None if item is None else gguf.GGUFValueType(item))
         self.check_left(tensor_count * _ENTRY_BYTES)
         entries = [self.tensor() for _ in range(tensor_count)]
-        return GgufHeader(self.path, metadata, self.placed(entries, metadata))
+        return GgufHeader(self.path, metadata, self.placed(entries, metadata), types)
 
     def placed(
         self, entries: list[tuple[str, tuple[int, ...], gguf.GGMLQuantizationType, int]], metadata: dict[str, Any]
@@ -123,12 +128,12 @@ class _Parser:
         shape = tuple(reversed([self.number("Q") for _ in range(axes)]))
         return name, shape, gguf.GGMLQuantizationType(self.number("I")), self.number("Q")
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int, item: int | None) -> Any:
         if kind == _STRING:
             return self.string()
-        if kind != _ARRAY:
+        if item is None:
             return self.number(self.letter(kind))
-        item, count = self.number("I"), self.number("Q")
+        count = self.number("Q")
         if item == _STRING:
             return [self.string() for _ in range(count)]
         kind_of_items = np.dtype(self.letter(item)).newbyteorder("<")

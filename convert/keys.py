@@ -98,7 +98,7 @@ HEADS_OUT = Layout(
 )
 # [n * H] <-> [n, H]
 HEAD_BIAS = Layout(lambda tensor, width: tensor.reshape(-1, width), lambda value, width: value.reshape(-1))
-# llama.cpp stores q and k with adjacent rotary pairs.
+# Of some architectures, llama.cpp stores q and k with adjacent rotary pairs.
 HEADS_IN_ADJACENT = Layout(
     lambda tensor, width: _heads_in(_split_halves(tensor, width), width),
     lambda value, width: _interleave(_heads_in_back(value, width), width),
@@ -176,7 +176,7 @@ HUGGING_FACE: Mapping[str, KeyTable] = {
     "Phi3ForCausalLM": PHI3,
 }
 
-GGUF: KeyTable = {
+_GGUF_ADJACENT: KeyTable = {
     "embed_vd": Key("token_embd.weight", SAME),
     "attn_norm_ld": Key("blk.{layer}.attn_norm.weight", SAME),
     "q_pool_pdh": Key("blk.{layer}.attn_q.weight", HEADS_IN_ADJACENT),
@@ -196,6 +196,26 @@ GGUF: KeyTable = {
     "down_bias_ld": Key("blk.{layer}.ffn_down.bias", SAME),
     "final_norm_d": Key("output_norm.weight", SAME),
     "head_vd": Key("output.weight", SAME),
+}
+_GGUF_HALVES: KeyTable = {
+    **_GGUF_ADJACENT,
+    "q_pool_pdh": Key("blk.{layer}.attn_q.weight", HEADS_IN),
+    "k_pool_pdh": Key("blk.{layer}.attn_k.weight", HEADS_IN),
+    "q_bias_ph": Key("blk.{layer}.attn_q.bias", HEAD_BIAS),
+    "k_bias_ph": Key("blk.{layer}.attn_k.bias", HEAD_BIAS),
+    "q_norm_lh": Key("blk.{layer}.attn_q_norm.weight", SAME),
+    "k_norm_lh": Key("blk.{layer}.attn_k_norm.weight", SAME),
+}
+
+# By llama.cpp's name of the architecture, which says how rotary pairs lie.
+GGUF: Mapping[str, KeyTable] = {
+    **dict.fromkeys(("llama", "deci", "internlm2", "smollm3"), _GGUF_ADJACENT),
+    **dict.fromkeys(("qwen2", "qwen3"), _GGUF_HALVES),
+    "phi3": {
+        **_GGUF_HALVES,
+        **dict.fromkeys(("q_pool_pdh", "k_pool_pdh", "v_pool_pdh"), Key("blk.{layer}.attn_qkv.weight", HEADS_IN)),
+        **dict.fromkeys(("gate_ldf", "up_ldf"), Key("blk.{layer}.ffn_up.weight", TRANSPOSED)),
+    },
 }
 
 

@@ -44,8 +44,13 @@ def load(path: Path) -> "PreTrainedTokenizerBase":
         return _load_folder(Path(folder))
 
 
+def is_in(path: Path) -> bool:
+    """Whether a folder has a tokenizer."""
+    return any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
 def _load_folder(path: Path) -> "PreTrainedTokenizerBase":
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not is_in(path):
         raise HeadshareError(f"{path} carries no tokenizer; put its tokenizer.json (or tokenizer.model) there.")
     try:
         return _read(path)

@@ -13,7 +13,6 @@ import numpy as np
 
 from headshare_jax import convert
 from headshare_jax.convert import map_file
-from headshare_jax.convert.atomic import check_output
 from headshare_jax.convert.journal_folder import JournalFolder
 from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluate.perplexity import Perplexity, perplexity
@@ -49,7 +48,7 @@ class Compressed:
       calibration: the text that the method was calibrated on.
       before: perplexity of the dense model, if a text to measure on was given.
       after: perplexity of the compressed model, likewise.
-      path: the folder that was written, if one was.
+      path: the folder or file that was written, if one was.
     """
 
     model: WeightSource
@@ -116,6 +115,7 @@ def compress(
     seq_len: int = 512,
     evaluate: Text | None = None,
     to: str = "native",
+    quantize: str | None = None,
     tokenizer: AnyTokenizer | None = None,
     work: str | Path | None = None,
     overwrite: bool = False,
@@ -128,7 +128,7 @@ def compress(
 
     Args:
       src: native or Hugging Face folder, GGUF file, hub id, an opened checkpoint, or a model in memory.
-      dst: folder to write; nothing is written without one.
+      dst: folder to write, or for `gguf` the file; nothing is written without one.
       ratio: part of all units that become receivers or are dropped, in [0, 1).
       budget: instead of a ratio: part of the attention parameters (q, k, v and o weights) to keep, in (0, 1].
       model_budget: instead of a ratio: part of all the model's parameters to keep; only attention gives any up.
@@ -137,7 +137,7 @@ def compress(
       calibrate: text for the methods that need one: as for `convert.text.open_corpus`, or token ids, int [tokens].
       calibrate_tokens, seq_len: tokens of that text to use, from its start, and tokens in a window.
       evaluate: text to measure perplexity on, before and after, likewise; windows of `seq_len` without overlap.
-      to: format of the output, as for `save`.
+      to, quantize: format of the output, and type of a GGUF file's matrices, as for `save`.
       tokenizer: of the model, for texts and the output; by default what lies beside its weights.
       work: folder that keeps what is computed on the text, layer by layer, to go on after a stop.
       overwrite: replace an existing output.
@@ -166,9 +166,7 @@ def compress(
         raise HeadshareError(f"compress has no such setting: {error}.") from error
     asked = {"ratio": ratio, "budget": budget, "model_budget": model_budget, "map": map}
     chosen = _checked(method, of_method, asked, has_text=calibrate is not None, has_journals=work is not None)
-    convert.check_format(to)
-    if dst is not None:
-        check_output(Path(dst), folder=True, overwrite=overwrite)
+    convert.check_output(dst, to, quantize=quantize, overwrite=overwrite)
     path = convert.locate(src) if isinstance(src, (str, Path)) else None
     source = convert.open_checkpoint(path) if path is not None else src
     assert not isinstance(source, (str, Path))
@@ -206,7 +204,7 @@ def compress(
     if dst is None:
         return done
     convert.save(
-        model, dst, to=to, tokenizer_from=tokenizer, overwrite=overwrite,
+        model, dst, to=to, quantize=quantize, tokenizer_from=tokenizer, overwrite=overwrite,
         provenance=({} if path is None else {"source": str(src)})
         | {"method": method, "calibration": None if calibration is None else calibration.to_json()},
         documents={} if done.record is None else {FIT_FILE: json.dumps(done.record, indent=1)},

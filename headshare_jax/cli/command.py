@@ -17,7 +17,8 @@ Source = Annotated[
     tyro.conf.arg(metavar="SRC", help="Model: native or Hugging Face folder, .gguf file, or hub id (owner/model)."),
 ]
 Destination = Annotated[
-    tyro.conf.Positional[str], tyro.conf.arg(metavar="DST", help="Folder to make for the new model.")
+    tyro.conf.Positional[str],
+    tyro.conf.arg(metavar="DST", help="Folder to make for the new model; a .gguf file for the format gguf."),
 ]
 Overwrite = Annotated[bool, tyro.conf.arg(help="Replace outputs that exist.")]
 ComputeDtype = Annotated[str, tyro.conf.arg(help="Type to compute in: float32 or bfloat16.")]

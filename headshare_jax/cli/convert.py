@@ -20,13 +20,15 @@ class Convert(Command):
     Example: headshare convert meta-llama/Llama-2-7b-hf llama-2-7b --to native
 
     Attributes:
-      to: native, hf (plain, full size) or hf-compact (each head once).
+      to: native, hf (plain, full size), hf-compact (each head once) or gguf (one file, for llama.cpp).
+      quantize: Type of the matrices in a GGUF file, such as q8_0, q4_1 or f16; each keeps its own by default.
       dtype: Type to store: float32, bfloat16 or float16; the source's own by default.
     """
 
     src: Source
     dst: Destination
     to: str
+    quantize: str | None = None
     dtype: str | None = None
     overwrite: Overwrite = False
 
@@ -38,6 +40,7 @@ class Convert(Command):
             source,
             self.dst,
             to=self.to,
+            quantize=self.quantize,
             tokenizer_from=path,
             overwrite=self.overwrite,
             # What a native checkpoint was first made from is told on.

@@ -36,7 +36,8 @@ class Share(Command):
       map: Use this sharing map instead of matching.
       chains: resolve (by default): a donor that receives is replaced by its root; forbid (fitted): no donor receives.
       within_shards: Choose donors in their receivers' shard only: so many chips share out the heads of a layer evenly.
-      to: Format of the output: native, hf or hf-compact.
+      to: Format of the output: native, hf, hf-compact or gguf.
+      quantize: Type of the matrices in a GGUF file, such as q8_0, q4_1 or f16; each keeps its own by default.
       work: Keep what is computed on the text in this folder, layer by layer, to go on from there after a stop, and to
         match no second time for another ratio, budget or method.
       save_map: Where to write the sharing map (.json) besides.
@@ -61,6 +62,7 @@ class Share(Command):
     chains: str | None = None
     within_shards: int | None = None
     to: str = "native"
+    quantize: str | None = None
     work: Path | None = None
     save_map: Path | None = None
     plot: Path | None = None

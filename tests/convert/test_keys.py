@@ -16,7 +16,7 @@ from headshare_jax import LlamaConfig, parameters
 from headshare_jax.convert import keys
 from headshare_jax.parameters import PARAMETERS
 
-WRITTEN = {"llama": keys.LLAMA, "baichuan": keys.BAICHUAN, "phi3": keys.PHI3, "gguf": keys.GGUF}
+WRITTEN = {"llama": keys.LLAMA, "baichuan": keys.BAICHUAN, "phi3": keys.PHI3, "gguf": keys.GGUF["llama"]}
 TABLES = WRITTEN | {"internlm2": keys.INTERNLM2}
 
 
@@ -154,6 +154,6 @@ def test_tensor_names_and_shapes_are_those_of_transformers(variant: str) -> None
 def test_gguf_tensor_names_are_those_of_llama_cpp() -> None:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
     config = LlamaConfig.from_hf(hf_config(attention_bias=True, mlp_bias=True).to_dict())
-    ours = keys.tensors(keys.GGUF, config)
+    ours = keys.tensors(keys.GGUF["llama"], config)
     theirs = [names.get_name(name, (".weight", ".bias")) for name in keys.tensors(keys.LLAMA, config)]
     assert list(ours) == theirs
