@@ -61,7 +61,8 @@ def generate(
 ) -> list[list[int]]:
     """Continues a batch of prompts of any lengths.
 
-    Compiles once for each batch size and bucket of lengths.
+    Compiles once for each batch size and bucket of lengths. Where the longest row leaves the original context of
+    `longrope` scaling, whose other factors then turn all keys, everything so far is read again.
 
     Args:
       model: dense or shared.
@@ -144,9 +145,8 @@ def _continued(
 def _before_long_factors(config: LlamaConfig, length: int) -> int:
     """Tokens that are added to prompts of at most some length before `longrope` goes over to its long factors."""
     scaling = config.rope_scaling
-    if scaling is None or scaling.kind != "longrope" or scaling.original_max_position_embeddings < length:
-        return sys.maxsize
-    return scaling.original_max_position_embeddings - length + 1
+    original = scaling.original_max_position_embeddings if scaling and scaling.kind == "longrope" else None
+    return sys.maxsize if original is None or original < length else original - length + 1
 
 
 def _to_decode(model: Llama, batch: int) -> Reading:

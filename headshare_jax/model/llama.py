@@ -239,13 +239,7 @@ class Llama(nnx.Module):
             reading = OneByOne() if tokens_bt.size <= PER_HEAD_TOKENS else Gathered()
         length = tokens_bt.shape[1]
         if length > 1 and isinstance(cache, RingCache):
-            # One after another: a later token takes a slot that an earlier one still sees.
-            def one_more(cache: KVCache, token_b: jax.Array) -> tuple[KVCache, jax.Array]:
-                x_b1d, cache = self.extend(token_b[:, None], cache, reading)
-                return cache, x_b1d[:, 0]
-
-            cache, x_tbd = jax.lax.scan(one_more, cache, tokens_bt.T)
-            return x_tbd.swapaxes(0, 1), cache
+            return self._extend_by_one(tokens_bt, cache, reading)
         slot_t = cache.length + jnp.arange(length, dtype=jnp.int32)
         angles = rotary_angles(self.config, cache.positions(slot_t))
         seen_bts = cache.seen_by(slot_t)
@@ -266,6 +260,16 @@ class Llama(nnx.Module):
 
         x_btd, cache = self._run_layers(step, (self._embed(tokens_bt), cache), reading, self.config.num_layers)
         return self._final_norm(x_btd), replace(cache, length=cache.length + length)
+
+    def _extend_by_one(self, tokens_bt: jax.Array, cache: KVCache, reading: Reading) -> tuple[jax.Array, KVCache]:
+        """`extend`, token after token, where a later one takes a slot that an earlier one still sees."""
+
+        def step(cache: KVCache, token_b: jax.Array) -> tuple[KVCache, jax.Array]:
+            x_b1d, cache = self.extend(token_b[:, None], cache, reading)
+            return cache, x_b1d[:, 0]
+
+        cache, x_tbd = jax.lax.scan(step, cache, tokens_bt.T)
+        return x_tbd.swapaxes(0, 1), cache
 
     def empty_cache(self, batch: int, slots: int) -> KVCache:
         """A cache with room for `slots` positions of every row; of windows, no more than the last ones."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from equivalent_models import with_params
 from support import (
-    VARIANTS,
+    ALL_VARIANTS,
     compilations,
     random_tokens,
     saved_hf_model,
@@ -20,7 +20,7 @@ from support import (
     tiny_model,
     torch_or_skip,
 )
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import headshare_jax
 from headshare_jax import HeadshareError, Llama, Sampling, generate, parameters, share
@@ -36,7 +36,7 @@ NO_STOP: tuple[int, ...] = ()
 def hf_generate(folder: Path, prompts: list[list[int]], **settings: Any) -> list[list[int]]:
     """Greedy continuations by transformers, padded on the left."""
     torch = torch_or_skip()
-    model: Any = LlamaForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     longest = max(map(len, prompts))
     tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -44,12 +44,41 @@ def hf_generate(folder: Path, prompts: list[list[int]], **settings: Any) -> list
     return [row[longest:] for row in out.tolist()]
 
 
-@pytest.mark.parametrize("name", ["mha", "dynamic", "attention bias"])
+@pytest.mark.parametrize("name", ["mha", "dynamic", "attention bias", "qwen3", "smollm3", "phi3, partial rotary"])
 def test_greedy_tokens_are_those_of_transformers(tmp_path: Path, name: str) -> None:
-    folder = saved_hf_model(tmp_path, eos_token_id=None, **VARIANTS[name])
+    folder = saved_hf_model(tmp_path, eos_token_id=None, **ALL_VARIANTS[name])
     assert generate(headshare_jax.load(folder), PROMPTS, max_new_tokens=20) == hf_generate(
         folder, PROMPTS, max_new_tokens=20
     )
+
+
+@pytest.mark.parametrize("name", [name for name in ALL_VARIANTS if "window" in name])
+def test_tokens_beyond_the_window_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+    folder = saved_hf_model(tmp_path, eos_token_id=None, **ALL_VARIANTS[name])
+    model = headshare_jax.load(folder)
+    assert model.config.sliding_window == 10
+    assert generate(model, PROMPTS, max_new_tokens=40) == hf_generate(folder, PROMPTS, max_new_tokens=40)
+
+
+# The original context is of 32 tokens: the second prompt begins beyond it.
+@pytest.mark.parametrize("rows", [[0], [1], [0, 2, 3], [0, 1, 2, 3]])
+def test_beyond_the_original_context_everything_is_read_again(tmp_path: Path, rows: list[int]) -> None:
+    folder = saved_hf_model(tmp_path, eos_token_id=None, **ALL_VARIANTS["phi3, longrope"])
+    prompts = [PROMPTS[row] for row in rows]
+    expected = hf_generate(folder, prompts, max_new_tokens=60)
+    assert generate(headshare_jax.load(folder), prompts, max_new_tokens=60) == expected
+
+
+def test_a_row_ends_within_the_original_context_at_its_last_token_and_beyond_it() -> None:
+    model, prompt = tiny_model(eos_token_id=None, **ALL_VARIANTS["phi3, longrope"]), PROMPTS[0]
+    greedy = generate(model, [prompt], max_new_tokens=60)[0]
+    assert len(greedy) == 60
+    within = 32 - len(prompt) + 1
+    for count in (1, within - 1, within, within + 1):
+        assert generate(model, [prompt], max_new_tokens=count)[0] == greedy[:count]
+    for place in (2, within - 1, within, within + 9):
+        ended = greedy[: greedy.index(greedy[place])]
+        assert generate(model, [prompt], max_new_tokens=60, stop_tokens=(greedy[place],))[0] == ended
 
 
 def test_prompts_read_in_two_parts_continue_as_those_of_transformers(
