@@ -264,7 +264,8 @@ def _carried(tokenizer_from: "Path | PreTrainedTokenizerBase | None", config: Ll
     from headshare_jax.convert import gguf_vocabulary
 
     values = gguf_vocabulary.metadata(tokenizer_from, config)
-    return {name: _typed(value) for name, value in values.items()}
+    # An empty list has no type there.
+    return {name: _typed(value) for name, value in values.items() if value != []}
 
 
 def _describe(source: WeightSource, metadata: dict[str, Stored], dropped: bool) -> None:

@@ -179,7 +179,7 @@ def test_impossible_configurations_are_refused(folder: Path, fields: dict[str, A
     assert refused(folder)
 
 
-@pytest.mark.parametrize("name", ["MistralForCausalLM", "GPT2LMHeadModel", "Qwen2ForCausalLM"])
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GPT2LMHeadModel", "Gemma2ForCausalLM"])
 def test_other_architectures_are_refused_by_name(folder: Path, name: str) -> None:
     configure(folder, architectures=[name])
     assert f"({name}) is not supported" in refused(folder)

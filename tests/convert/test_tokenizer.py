@@ -290,9 +290,10 @@ def test_a_saved_model_with_its_tokenizer_generates(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], given: Callable[[Path], Any], to: str
 ) -> None:
     folder = tiny_cli_model.saved(tmp_path / "model")
-    headshare_jax.save(headshare_jax.load(folder), tmp_path / "out", to=to, tokenizer_from=given(folder))
+    out = tmp_path / ("out.gguf" if to == "gguf" else "out")
+    headshare_jax.save(headshare_jax.load(folder), out, to=to, tokenizer_from=given(folder))
     answers = []
-    for path in (folder, tmp_path / "out"):
+    for path in (folder, out):
         words = ["generate", str(path), "--prompt", "Hello", "--max-new-tokens", "4", "--chat", "--json"]
         assert cli.run(words) == 0
         answers.append(json.loads(capsys.readouterr().out)["results"])
