@@ -186,7 +186,7 @@ class Llama(nnx.Module):
         Args:
           tokens_bt: int32 [B, T], prompts, with padding behind them.
           prompt_b: int32 [B], tokens of every prompt, at least 1.
-          cache: empty, with room for T slots.
+          cache: empty, with room for T slots, or a `RingCache`.
           reading: how heads and matrices are read; by default `Gathered()`.
 
         Returns:
@@ -252,7 +252,10 @@ class Llama(nnx.Module):
             ) -> tuple[jax.Array, KVCache]:
                 grown = cache.with_layer(place, k_btkh, v_btkh)
                 keys_values = (grown.k_lbskh[place], grown.v_lbskh[place])
-                near_bts = seen_bts if window is None else seen_bts & (cache.behind(slot_t) < window)
+                near_bts = seen_bts
+                # Of a window that all layers have, the cache holds no more.
+                if isinstance(window, jax.Array):
+                    near_bts = seen_bts & (cache.behind(slot_t) < window)
                 return attend(q_btnh, *keys_values, near_bts, in_turns=rows_in_place), grown
 
             x_btd, cache = attention_block(self.config, layer, x_btd, angles, attention)

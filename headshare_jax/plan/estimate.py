@@ -7,6 +7,7 @@ from jax.sharding import AbstractMesh
 
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
+from headshare_jax.model.cache import cache_slots
 from headshare_jax.model.layer import REMAT_POLICIES
 from headshare_jax.model.mesh import AXES
 from headshare_jax.parameters import parameter_names
@@ -36,7 +37,8 @@ class Workload:
       stage: `decode`, a round of the loop that adds a token to every sequence; `prefill`, the run over the prompts; or
         `postshare`, a training step: of the dense model with the penalty (align), and of the shared one (tied).
       batch: sequences, over all chips.
-      length: tokens of a sequence; in `decode`, slots of the cache, all of which are read.
+      length: tokens of a sequence; in `decode`, positions that the cache has room for, all of which are read, or as
+        many of them as it keeps of sliding windows.
     """
 
     config: LlamaConfig
@@ -144,7 +146,7 @@ def cache_bytes(workload: Workload, layout: Layout) -> int:
     """Bytes of the key/value cache on a chip, where nothing is trained."""
     config, rows = workload.config, workload.batch // layout.batch_parts
     heads = config.num_kv_heads // (layout.mesh[2] if config.num_kv_heads % layout.mesh[2] == 0 else 1)
-    return 2 * 2 * config.num_layers * rows * workload.length * heads * config.head_dim
+    return 2 * 2 * config.num_layers * rows * cache_slots(config, workload.length) * heads * config.head_dim
 
 
 def activation_bytes(workload: Workload, layout: Layout) -> int:
@@ -160,17 +162,28 @@ def activation_bytes(workload: Workload, layout: Layout) -> int:
 
 
 def attention_flops(workload: Workload, layout: Layout) -> float:
-    """FLOPs on a chip of scores and weighted values, each query with the keys before it.
+    """FLOPs on a chip of scores and weighted values, each query with the keys before it in its window.
 
     Without a policy that keeps everything, training runs the forward pass's two products twice; the backward pass's
     two kernels have seven.
     """
     config = workload.config
-    seen = workload.length if workload.stage == "decode" else workload.length / 2
-    width = config.num_layers * config.num_heads * config.head_dim
+    if workload.stage == "decode":
+        seen = float(config.num_layers * cache_slots(config, workload.length))
+    else:
+        # Where layers differ, only the kernels that train spare the keys before a window.
+        alike = len(set(config.windows)) == 1
+        seen = sum(_keys(workload.length, each if alike or workload.trains else None) for each in config.windows)
+    width = config.num_heads * config.head_dim
     one_product = 2 * width * seen * workload.tokens / layout.batch_parts / layout.mesh[2]
     products = (9 if layout.remat == "none" else 11) if workload.trains else 2
     return products * one_product
+
+
+def _keys(length: int, window: int | None) -> float:
+    """Keys that a query sees, the mean over all places in a sequence."""
+    most = min(length, window or length)
+    return most - most * most / (2 * length)
 
 
 def fit(chip: Chip, needed: int) -> dict[str, Any]:

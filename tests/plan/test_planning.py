@@ -1,5 +1,6 @@
 """Plans for TPU topologies: what sharing saves there, what training moves, and what fits."""
 
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -24,6 +25,21 @@ SMALL = LlamaConfig(
     head_dim=64,
 )
 SHARING = planning.random_map(SMALL, 0.5)
+
+
+# Parameters that the models' pages name.
+PUBLISHED = {
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-2-70b": 68_976_648_192,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-8b": 8_190_735_360,
+    "mistral-7b-v0.1": 7_241_732_096,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "phi-3-mini-4k": 3_821_079_552,
+}
 
 
 def planned(stage: str, batch: int, topology: str = "v5e:1x1", **settings: Any) -> dict[str, Any]:
@@ -61,6 +77,24 @@ def test_prefill_counts_every_product() -> None:
     last_token = 2 * 256 * (2 * 4 * 64 + 3 * 512 + 512)
     assert result["dense"]["flops"] == pytest.approx(products + attention + last_token, rel=0.03)
     assert result["shared"]["flops"] == pytest.approx(result["dense"]["flops"], rel=0.01)
+
+
+@pytest.mark.parametrize("host", [False, True], ids=["compiled", "estimated"])
+def test_windows_make_caches_and_attention_cost_less(host: bool) -> None:
+    def costs(stage: str, **changes: Any) -> dict[str, Any]:
+        # So narrow that attention is most of the work.
+        config = replace(SMALL, family="smollm3", hidden_size=64, intermediate_size=64, vocab_size=64, **changes)
+        dense: dict[str, Any] = planning.plan(Workload(config, SHARING, stage, 1, 2048), "v5e:1x1", host=host)["dense"]
+        return dense
+
+    window = {"sliding_window": 256}
+    full, alike, mixed = (costs("decode", **each) for each in ({}, window, {**window, "full_attention_layers": (0,)}))
+    assert alike["cache_bytes"] == pytest.approx(full["cache_bytes"] / 8, abs=64)
+    assert mixed["cache_bytes"] == full["cache_bytes"]
+    assert alike["hbm_bytes_accessed"] < 0.5 * full["hbm_bytes_accessed"]
+    full, alike = (costs("prefill", **each) for each in ({}, window))
+    assert alike["flops"] < 0.6 * full["flops"]
+    assert alike["cache_bytes"] == pytest.approx(full["cache_bytes"] / 8, abs=64)
 
 
 def test_training_gathers_a_layer_of_weights_at_a_time_and_never_a_pool() -> None:
@@ -112,11 +146,9 @@ def test_presets_are_planned_from_their_shapes(name: str) -> None:
     )
     assert result["dense"]["fits"]
     assert prod(result["mesh"]) == 512
-    billions = {"7b": 6.74, "13b": 13.02, "8b": 8.03, "llama-2-70b": 68.98, "llama-3.1-70b": 70.55}
-    size = next(value for key, value in billions.items() if name.endswith(key))
     layout = Layout((1, 1, 1))
     whole = estimated(Workload(config, SHARING, "decode", 1, 2), layout, CHIPS["v5p"], shared=False)
-    assert whole["parameter_bytes"] / 2e9 == pytest.approx(size, abs=0.01)
+    assert whole["parameter_bytes"] == 2 * PUBLISHED[name]
 
 
 def test_an_estimate_has_what_a_compiled_plan_has() -> None:
