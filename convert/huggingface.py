@@ -1,6 +1,7 @@
 """Hugging Face checkpoints: directories and hub ids in, directories of the family's own class out."""
 
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -9,14 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from headshare_jax import hf_config
+from headshare_jax import hf_class
 from headshare_jax.config import LlamaConfig
 from headshare_jax.convert import keys
+from headshare_jax.convert.fp8 import Fp8Reader
 from headshare_jax.convert.safetensors_files import SafetensorsReader, write_safetensors
 from headshare_jax.convert.tensor_files import TensorCheckpoint, TensorReader
+from headshare_jax.convert.text_model import TextModelReader
 from headshare_jax.convert.torch_files import TorchReader
 from headshare_jax.errors import HeadshareError
 from headshare_jax.sharing.source import WeightSource
+
+logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 5 * 10**9
 
@@ -27,17 +32,22 @@ def open_directory(path: Path) -> TensorCheckpoint:
     Raises:
       HeadshareError: no configuration, no weights, or either of them unusable.
     """
-    fields = read_json(path / "config.json")
-    config = LlamaConfig.from_hf(fields)
-    table = keys.of_class(hf_config.architecture(fields))
-    return TensorCheckpoint(path, config, table, _reader(path))
+    whole = read_json(path / "config.json")
+    fields = hf_class.text_model(whole)
+    config, reader = LlamaConfig.from_hf(fields), _reader(path, fields)
+    if hf_class.is_multimodal(whole):
+        logger.warning("Of the multimodal model in %s, the text model alone is read.", path)
+        reader = TextModelReader(reader)
+    return TensorCheckpoint(path, config, keys.of_class(hf_class.architecture(fields)), reader)
 
 
-def _reader(path: Path) -> TensorReader:
-    for name, kind in (("model.safetensors", SafetensorsReader), ("pytorch_model.bin", TorchReader)):
-        files = weight_files(path, name)
-        if files:
-            return kind(files)
+def _reader(path: Path, fields: Mapping[str, Any]) -> TensorReader:
+    files = weight_files(path, "model.safetensors")
+    if files:
+        return Fp8Reader(files, fields) if hf_class.is_fp8(fields) else SafetensorsReader(files)
+    files = weight_files(path, "pytorch_model.bin")
+    if files:
+        return TorchReader(files)
     raise HeadshareError(
         f"{path} has a config.json but no weights (model*.safetensors or pytorch_model*.bin); fetch them."
     )

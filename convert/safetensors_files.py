@@ -63,11 +63,16 @@ class SafetensorsReader:
                 return cut.of(file.get_slice(name))
 
 
-def _repeated(path: Path) -> list[str]:
-    """Names that a file's header has more than once; the `safetensors` package sees the last of each alone."""
+def header(path: Path, **hooks: Any) -> tuple[int, Any]:
+    """Where a file's values begin, in bytes, and its header, as `json.loads` reads it."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        names = json.loads(file.read(size), object_pairs_hook=lambda pairs: [name for name, _ in pairs])
+        return 8 + size, json.loads(file.read(size), **hooks)
+
+
+def _repeated(path: Path) -> list[str]:
+    """Names that a file's header has more than once; the `safetensors` package sees the last of each alone."""
+    _, names = header(path, object_pairs_hook=lambda pairs: [name for name, _ in pairs])
     return [name for name, count in Counter(names).items() if count > 1]
 
 
@@ -91,12 +96,12 @@ def write_safetensors(
       layout: shape and type (float32, float16, bfloat16, int32 or uint8) of every tensor, by name, in file order.
       values: the tensors themselves, in that order.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (shape, dtype) in layout.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
+        entries[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from headshare_jax.errors import HeadshareError, one_sentence
 from headshare_jax.families import FAMILIES, SPELLINGS, Family
+from headshare_jax.hf_class import architecture, is_fp8, text_model
 
 if TYPE_CHECKING:
     from headshare_jax.config import LlamaConfig
@@ -27,7 +28,8 @@ _NEUTRAL = (
     "architectures model_type torch_dtype dtype use_cache transformers_version initializer_range pretraining_tp "
     "_name_or_path is_decoder _attn_implementation auto_map is_llama_config transformers.js_config unsloth_version "
     "unsloth_fixed tokenizer_class model_max_length gradient_checkpointing _from_model_config z_loss_weight "
-    "return_dict output_attentions output_hidden_states name_or_path attn_implementation id2label label2id"
+    "return_dict output_attentions output_hidden_states name_or_path attn_implementation id2label label2id "
+    "quantization_config"
 )
 
 
@@ -42,7 +44,6 @@ class _Fields(BaseModel):
     # Anything but this in one of these changes the function that the model computes.
     attention_dropout: Annotated[float, Field(ge=0, le=0)] = 0
     rope_interleaved: Literal[False] = False
-    quantization_config: None = None
     add_cross_attention: Literal[False] = False
 
     @classmethod
@@ -168,7 +169,9 @@ def read(fields: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       HeadshareError: a field is missing, has the wrong type, or asks for something this model cannot compute.
     """
+    fields = text_model(fields)
     kind = architecture(fields)
+    is_fp8(fields)
     name = next((name for name, family in FAMILIES.items() if family.architecture == kind), "llama")
     family, spelling = FAMILIES[name], SPELLINGS.get(kind)
     renamed = {} if spelling is None else {new: fields.get(old) for old, new in spelling.renamed.items()}
@@ -189,27 +192,6 @@ def read(fields: Mapping[str, Any]) -> dict[str, Any]:
         "sliding_window": sliding_window,
         "full_attention_layers": full_attention_layers,
     }
-
-
-def architecture(fields: Mapping[str, Any]) -> str:
-    """The name of the model's class."""
-    known = [*(family.architecture for family in FAMILIES.values()), *SPELLINGS]
-    kind = fields.get("model_type")
-    family = FAMILIES.get(kind) if isinstance(kind, str) else None
-    names = fields.get("architectures") or [f"model_type {kind!r}" if family is None else family.architecture]
-    if not isinstance(names, list):
-        raise HeadshareError(f"architectures in config.json must be a list of names, not {names!r}.")
-    name = next((name for name in known if name in names), None)
-    if name is None:
-        raise HeadshareError(
-            f"The architecture in config.json ({', '.join(map(str, names))}) is not supported; {', '.join(known)} are."
-        )
-    if "aichuan" in name.lower() and fields.get("max_position_embeddings") is None:
-        raise HeadshareError(
-            f"This {name} has no max_position_embeddings, so it is a 13B with ALiBi positions, which are not "
-            "supported; only the rotary Baichuan models are."
-        )
-    return name
 
 
 def _rope(found: _Model, family: str) -> tuple[float, float, dict[str, Any] | None]:

@@ -9,9 +9,19 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support import FAMILY_VARIANTS, hf_logits, jax_logits, random_tokens, saved_hf_model, tiny_hf_model
+from support import (
+    ALL_VARIANTS,
+    FAMILY_VARIANTS,
+    hf_config,
+    hf_logits,
+    jax_logits,
+    random_tokens,
+    saved_hf_model,
+    tiny_hf_model,
+)
 
 import headshare_jax
+from headshare_jax import HeadshareError, LlamaConfig
 from headshare_jax.families import FAMILIES
 
 INTERNLM2_NAMES = {
@@ -73,3 +83,64 @@ def test_an_export_is_of_its_familys_class(tmp_path: Path, variant: str) -> None
     family = FAMILY_VARIANTS[variant].get("model_type", "llama")
     assert configs[1].architectures == configs[0].architectures == [FAMILIES[family].architecture]
     assert headshare_jax.open_checkpoint(tmp_path / "out").config == source.config
+
+
+def multimodal(text: str) -> Any:
+    """A random LLaVA of transformers' with a text model of a variant."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = transformers.CLIPVisionConfig(**sizes, image_size=8, patch_size=4, projection_dim=16)
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=hf_config(**ALL_VARIANTS[text]), tie_word_embeddings=text.endswith("tied")
+    )
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("later_names", [False, True])
+@pytest.mark.parametrize("text", ["gqa", "mistral", "qwen2, tied"])
+def test_the_text_model_inside_a_multimodal_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str, later_names: bool
+) -> None:
+    model, tokens = multimodal(text), random_tokens((2, 40))
+    model.save_pretrained(tmp_path / "llava")
+    path = tmp_path / "llava" / "model.safetensors"
+    if later_names:
+        names = {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}
+        tensors = load_file(path)
+        for old, new in names.items():
+            tensors = {name.replace(old, new): value for name, value in tensors.items()}
+        save_file(tensors, path)
+    source = headshare_jax.open_checkpoint(tmp_path / "llava")
+    assert "Of the multimodal model" in caplog.text
+    expected = hf_logits(model, tokens)
+    assert error(jax_logits(headshare_jax.load(source), tokens), expected) < 2e-5
+    headshare_jax.save(source, tmp_path / "out", to="hf")
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(exported).__name__ == FAMILIES[source.config.family].architecture
+    assert error(hf_logits(exported, tokens), expected) < 2e-5
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "Mixtral": ({"num_local_experts": 8}, r"\(num_local_experts asks for a mixture of experts\)"),
+    "DeepseekV3": ({"kv_lora_rank": 512}, r"\(kv_lora_rank asks for latent attention \(MLA\)\)"),
+    "Gemma": ({"model_type": "gemma"}, "Gemma's norms and scaled embeddings"),
+    "Gemma2": (
+        {"model_type": "gemma2", "final_logit_softcapping": 30.0},
+        "Gemma's .*, final_logit_softcapping asks for",
+    ),
+    "Qwen2VL": ({"vision_config": {"depth": 2}}, r"\(vision_config asks for images beside text\)"),
+    "Olmo2": ({}, r"\(Olmo2ForCausalLM\) is not supported; "),
+    "Llama4": (
+        {"text_config": {"model_type": "llama4_text", "num_experts": 16}},
+        r"a mixture of experts, the text model inside is of model_type 'llama4_text'\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_supported_is_named_with_what_is(name: str) -> None:
+    fields, message = REFUSED[name]
+    with pytest.raises(HeadshareError, match=message) as caught:
+        LlamaConfig.from_hf({"architectures": [f"{name}ForCausalLM"], **fields})
+    assert f"({name}ForCausalLM) is not supported" in str(caught.value)
+    assert all(family.architecture in str(caught.value) for family in FAMILIES.values())
