@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import pytest
 import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import tiny_model
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import headshare_jax as hs
 from headshare_jax import HeadshareError, LlamaConfig
 from headshare_jax.convert import gguf_tokenizer, gguf_vocabulary, gguf_words, tokenizer
 from headshare_jax.convert.gguf_header import GgufHeader, read_header
@@ -226,6 +229,21 @@ def test_what_is_written_of_a_sentencepiece_tokenizer() -> None:
 def test_a_space_before_the_text_is_seen_however_it_is_said(scheme: str) -> None:
     made = sentencepiece(words=pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False))
     assert written(made)["add_space_prefix"] is True
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_a_family_keeps_its_tokenizer_in_every_format(tmp_path: Path, family: str) -> None:
+    """transformers reads a class's tokenizer in ways that the family decides, which shows after special tokens."""
+    wrapped(sentencepiece(), legacy=False).save_pretrained(tmp_path / "hf")
+    config_path = tmp_path / "hf" / "tokenizer_config.json"
+    named = json.loads(config_path.read_text()) | {"tokenizer_class": "LlamaTokenizerFast"}
+    config_path.write_text(json.dumps(named))
+    hs.save(tiny_model(model_type=family), tmp_path / "model", to="hf")
+    shutil.copyfile(tmp_path / "model" / "config.json", tmp_path / "hf" / "config.json")
+    expected = AutoTokenizer.from_pretrained(tmp_path / "hf")("<|end|>b").input_ids
+    for to in ("native", "hf-compact"):
+        hs.save(tiny_model(model_type=family), tmp_path / to, to=to, tokenizer_from=tmp_path / "hf")
+        assert tokenizer.load(tmp_path / to)("<|end|>b").input_ids == expected
 
 
 def test_phi3_takes_the_space_after_its_tokens_along(tmp_path: Path) -> None:
