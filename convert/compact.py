@@ -6,7 +6,7 @@ projections of which some are pooled, the others lie apart.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,14 @@ _APART: keys.KeyTable = {
 
 def is_compact(path: Path) -> bool:
     """Whether a folder is a compact checkpoint."""
+    return family(path) is not None
+
+
+def family(path: Path) -> str | None:
+    """The family of a compact checkpoint; None for another kind of folder."""
     config = path / "config.json"
-    return config.is_file() and _family(huggingface.read_json(config)) is not None
-
-
-def _family(fields: Mapping[str, Any]) -> str | None:
-    """The family of a compact checkpoint, from its `config.json`; None for another kind of checkpoint."""
-    return next((name for name in FAMILIES if fields.get("model_type") == _model_type(name)), None)
+    kind = huggingface.read_json(config).get("model_type") if config.is_file() else None
+    return next((name for name in FAMILIES if kind == _model_type(name)), None)
 
 
 def _model_type(family: str) -> str:
@@ -104,7 +105,7 @@ def open_directory(path: Path) -> CompactCheckpoint:
     fields = huggingface.read_json(path / "config.json")
     document = fields.pop(MAP_FIELD, None)
     sharing = None if document is None else SharingMap.from_json(json.dumps(document))
-    config = LlamaConfig.from_hf(fields | {"model_type": _family(fields), "architectures": None})
+    config = LlamaConfig.from_hf(fields | {"model_type": family(path), "architectures": None})
     if sharing is not None:
         sharing.check_model(config)
     files = huggingface.weight_files(path, "model.safetensors")

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from headshare_jax.config import LlamaConfig, RopeScaling
+from headshare_jax.convert import gguf_tokenizer
 from headshare_jax.convert.gguf_header import GgufHeader, GgufTensor
 from headshare_jax.convert.gguf_tensors import GgufReader
 from headshare_jax.errors import HeadshareError
@@ -163,12 +164,13 @@ def read(header: GgufHeader, heads: tuple[int, int] | None = None) -> LlamaConfi
         )
     metadata = Metadata(header, architecture)
     metadata.refuse_unsupported()
-    bos, eos, pad, turn = (
-        metadata.get(f"tokenizer.ggml.{name}_token_id", int, -1) for name in ("bos", "eos", "padding", "eot")
+    bos, pad, *ends = (
+        metadata.get(f"tokenizer.ggml.{name}_token_id", int, -1) for name in ("bos", "padding", "eos", "eot", "eom")
     )
+    ends = [*(token for token in ends if token >= 0), *gguf_tokenizer.turn_ends(header.metadata)]
     tokens: dict[str, Any] = {
         "bos_token_id": None if bos < 0 else bos,
-        "eos_token_ids": tuple(dict.fromkeys(token for token in (eos, turn) if token >= 0)),
+        "eos_token_ids": tuple(dict.fromkeys(ends)),
         "pad_token_id": None if pad < 0 else pad,
     }
     own = _own(header, architecture)

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headshare_jax.convert import compact, gguf_tokenizer
+from headshare_jax.convert import compact, gguf_tokenizer, huggingface, native
 from headshare_jax.convert.gguf_header import read_header
 from headshare_jax.errors import HeadshareError
 
@@ -66,12 +66,19 @@ def _read(path: Path) -> "PreTrainedTokenizerBase":
 
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
         return tokenizer
-    from transformers import AutoTokenizer, LlamaConfig
+    from transformers import AutoConfig, AutoTokenizer
 
-    # A compact checkpoint's configuration is code, which no tokenizer needs.
-    config = LlamaConfig() if compact.is_compact(path) else None
+    family = _family(path)
+    config = None if family is None else AutoConfig.for_model(family)
     tokenizer = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
     return tokenizer
+
+
+def _family(path: Path) -> str | None:
+    """The family of a checkpoint whose own configuration transformers does not know; it has a say in the class."""
+    if native.is_native(path):
+        return str(huggingface.read_json(path / native.DOCUMENT)["config"].get("family", "llama"))
+    return compact.family(path)
 
 
 def _class_name(path: Path) -> str | None:
