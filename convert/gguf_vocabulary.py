@@ -163,7 +163,7 @@ def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
         return []
     if part["type"] != "Sequence":
         return [part]
-    return [step for inner in part.get("normalizers", part.get("pretokenizers")) for step in _steps(inner)]
+    return [step for inner in part.get("normalizers", []) + part.get("pretokenizers", []) for step in _steps(inner)]
 
 
 def _templates(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:

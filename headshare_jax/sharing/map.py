@@ -135,10 +135,13 @@ class SharingMap:
     def summary(self) -> str:
         """What the map does, e.g. `2 of 6 units use another unit's qkv or qo weights, 3 are dropped`."""
         assert self.unit_tie is not None
+        units, dropped = self.donor.size, np.count_nonzero(self.dropped)
         ties = " or ".join(np.unique(self.unit_tie[self.receives])) or self.tie
-        text = f"{len(self.receivers)} of {self.donor.size} units use another unit's {ties} weights"
-        dropped = np.count_nonzero(self.dropped)
-        return f"{text}, {dropped} {'is' if dropped == 1 else 'are'} dropped" if dropped else text
+        shared = f"{len(self.receivers)} of {units} units use another unit's {ties} weights"
+        gone = f"{'is' if dropped == 1 else 'are'} dropped"
+        if not dropped:
+            return shared
+        return f"{shared}, {dropped} {gone}" if self.receives.any() else f"{dropped} of {units} units {gone}"
 
     def to_json(self) -> str:
         """The map as a JSON document with one receiver or dropped unit a line, so that edits and diffs are readable."""

@@ -11,7 +11,8 @@ import pytest
 import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import tiny_model
+from support import hf_config, tiny_hf_model, tiny_model
+from support_gguf import write_gguf
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -318,7 +319,19 @@ def test_the_tokens_that_a_template_ends_turns_with(template: str | None, ends: 
     assert gguf_tokenizer.turn_ends(tokens | {"tokenizer.chat_template": template}) == ends
 
 
-# Real files, where they are named.
+def test_a_model_stops_at_every_token_that_ends_a_text_or_a_turn(tmp_path: Path) -> None:
+    metadata = {
+        "tokenizer.ggml.tokens": [*(f"<{id}>" for id in range(hf_config().vocab_size - 1)), "<|end|>"],
+        "tokenizer.chat_template": "{{ messages }}<|end|>",
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.eot_token_id": 4,
+        "tokenizer.ggml.eom_token_id": 3,
+    }
+    path = write_gguf(tmp_path / "model.gguf", tiny_hf_model(), metadata=metadata)
+    assert hs.open_checkpoint(path).config.eos_token_ids == (2, 4, 3, hf_config().vocab_size - 1)
+
+
+# Real files of models that chat as Qwen does, where they are named.
 
 
 @pytest.mark.skipif("HEADSHARE_GGUF_FILES" not in os.environ, reason="no real GGUF files are named")
@@ -326,5 +339,9 @@ def test_the_tokens_that_a_template_ends_turns_with(template: str | None, ends: 
 def test_the_tokenizer_of_a_real_file_goes_out_and_back(path: str) -> None:
     metadata = read_header(Path(path)).metadata
     config = replace(CONFIG, vocab_size=len(metadata["tokenizer.ggml.tokens"]), eos_token_ids=())
-    again = gguf_vocabulary.metadata(tokenizer.load(Path(path)), config)
+    loaded = tokenizer.load(Path(path))
+    again = gguf_vocabulary.metadata(loaded, config)
     assert again == {name: value for name, value in metadata.items() if name.startswith("tokenizer.")}
+    text = loaded.decode(tokenizer.chat_message(loaded, "Hi"))
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert hs.open_checkpoint(path).config.eos_token_ids == (loaded.convert_tokens_to_ids("<|im_end|>"),)
