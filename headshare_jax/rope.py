@@ -90,11 +90,11 @@ def rotate(x_btnh: jax.Array, cos_bth: jax.Array, sin_bth: jax.Array, scale: flo
     Pairs are half-split, as Hugging Face stores them. Features past the first R do not turn.
     """
     turning = 2 * cos_bth.shape[-1]
+    if scale != 1:
+        cos_bth, sin_bth = cos_bth * scale, sin_bth * scale
     x_f32 = x_btnh.astype(jnp.float32)
     first_btnh, second_btnh = jnp.split(x_f32[..., :turning], 2, axis=-1)
-    cos_btnh, sin_btnh = (
-        each[:, :, None, :] if scale == 1 else each[:, :, None, :] * scale for each in (cos_bth, sin_bth)
-    )
+    cos_btnh, sin_btnh = cos_bth[:, :, None, :], sin_bth[:, :, None, :]
     turned = [first_btnh * cos_btnh - second_btnh * sin_btnh, second_btnh * cos_btnh + first_btnh * sin_btnh]
     if turning < x_btnh.shape[-1]:
         turned.append(x_f32[..., turning:] * scale)
