@@ -1,13 +1,10 @@
 """Which class of models a Hugging Face `config.json` describes, and why it is refused where it is."""
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 from headshare_jax.errors import HeadshareError
 from headshare_jax.families import FAMILIES, SPELLINGS
-
-logger = logging.getLogger(__name__)
 
 KNOWN = (*(family.architecture for family in FAMILIES.values()), *SPELLINGS)
 # Fields that other models have, and what they ask for.

@@ -38,7 +38,7 @@ SHARED: dict[str, tuple[str, dict[str, Any]]] = {
     "linear": ("qkv", {"rope_parameters": LONG_ROPE | {"rope_type": "linear"}}),
     "dynamic": ("qkv", {"rope_parameters": LONG_ROPE | {"rope_type": "dynamic"}}),
     "llama3": ("qkv", {"rope_parameters": LLAMA3 | {"rope_type": "llama3"}}),
-    **{name: ("qkv", overrides) for name, overrides in FAMILY_VARIANTS.items() if "window" not in name},
+    **{name: ("qkv", overrides) for name, overrides in FAMILY_VARIANTS.items()},
     "qwen2 + mixed": ("mixed", FAMILY_VARIANTS["qwen2"]),
     "qwen3 + qkvo": ("qkvo", FAMILY_VARIANTS["qwen3, biases"]),
     "phi3 + mixed": ("mixed", FAMILY_VARIANTS["phi3"]),
@@ -114,9 +114,13 @@ def test_logits_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: 
     assert sum(parameter.numel() for parameter in small.parameters()) == headshare_jax.ledger(model).stored
 
 
-@pytest.mark.parametrize("tie", ["qkv", "qkvo", "mixed"])
-def test_generates_what_jax_generates(tmp_path: Path, tie: str) -> None:
-    model = shared_model(tie)
+@pytest.mark.parametrize(
+    "case",
+    ["mha", "qkvo with biases", "mixed with biases", "qwen2, windows", "phi3, window", "phi3 + mixed", "smollm3"],
+)
+def test_generates_what_jax_generates(tmp_path: Path, case: str) -> None:
+    tie, overrides = SHARED[case]
+    model = shared_model(tie, **overrides)
     small = in_pytorch(exported(model, tmp_path / "compact"))
     prompts = random_tokens((3, 9)).tolist()
     prompts[1] = prompts[1][:4]
