@@ -120,7 +120,7 @@ def save(
     Args:
       source: a model, or an opened checkpoint, which is converted without ever being in memory as a whole.
       dst: folder to make, or for `gguf` the file.
-      to: `native` (a shared model stays small), `hf` (plain `LlamaForCausalLM`, a shared model at its full size),
+      to: `native` (a shared model stays small), `hf` (the family's own class, a shared model at its full size),
         `hf-compact` (a shared model stays small, and runs so in PyTorch with `trust_remote_code=True`) or `gguf` (for
         llama.cpp: dropped heads are left out, a model that shares is at its full size). Those of `hf` have its map and
         a model card beside it.

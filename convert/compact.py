@@ -106,6 +106,7 @@ def open_directory(path: Path) -> CompactCheckpoint:
     document = fields.pop(MAP_FIELD, None)
     sharing = None if document is None else SharingMap.from_json(json.dumps(document))
     config = LlamaConfig.from_hf(fields | {"model_type": family(path), "architectures": None})
+    config = huggingface.with_stop_tokens(config, path)
     if sharing is not None:
         sharing.check_model(config)
     files = huggingface.weight_files(path, "model.safetensors")

@@ -5,6 +5,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,26 @@ def open_directory(path: Path) -> TensorCheckpoint:
     """
     whole = read_json(path / "config.json")
     fields = hf_class.text_model(whole)
-    config, reader = LlamaConfig.from_hf(fields), _reader(path, fields)
+    config, reader = with_stop_tokens(LlamaConfig.from_hf(fields), path), _reader(path, fields)
     if hf_class.is_multimodal(whole):
         logger.warning("Of the multimodal model in %s, the text model alone is read.", path)
         reader = TextModelReader(reader)
     return TensorCheckpoint(path, config, keys.of_class(hf_class.architecture(fields)), reader)
+
+
+def with_stop_tokens(config: LlamaConfig, path: Path) -> LlamaConfig:
+    """A configuration with the tokens that end a text by a folder's `generation_config.json`, if that names any.
+
+    transformers' `generate` stops at those too, and chat models often name the end of a turn there alone.
+    """
+    file = path / "generation_config.json"
+    stops = read_json(file).get("eos_token_id") if file.is_file() else None
+    if stops is None:
+        return config
+    stops = stops if isinstance(stops, list) else [stops]
+    if not all(type(token) is int for token in stops):
+        raise HeadshareError(f"eos_token_id in {file} must be a token id or a list of them, not {stops!r:.99}.")
+    return replace(config, eos_token_ids=tuple(stops))
 
 
 def _reader(path: Path, fields: Mapping[str, Any]) -> TensorReader:

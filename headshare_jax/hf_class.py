@@ -21,6 +21,7 @@ _BEYOND = {
     "audio_config": "sound beside text",
     "is_encoder_decoder": "an encoder",
 }
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _SCHEMES = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes"}
 
 
@@ -71,9 +72,14 @@ def text_model(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """The configuration of the text model: that inside a multimodal one, or the whole."""
     if not is_multimodal(fields):
         return fields
+    from transformers import AutoConfig
+
     inner: dict[str, Any] = fields["text_config"]
+    # Inside a multimodal model's, transformers wrote nothing that is its default.
+    defaults = AutoConfig.for_model(inner["model_type"])
+    sizes = {name: getattr(defaults, name) for name in _SIZES}
     outer = {name: fields[name] for name in ("tie_word_embeddings", "quantization_config", "dtype") if name in fields}
-    return {**inner, **outer, "architectures": [FAMILIES[inner["model_type"]].architecture]}
+    return {**sizes, **inner, **outer, "architectures": [FAMILIES[inner["model_type"]].architecture]}
 
 
 def is_fp8(fields: Mapping[str, Any]) -> bool:

@@ -120,6 +120,14 @@ def test_the_text_model_inside_a_multimodal_one(
     assert error(hf_logits(exported, tokens), expected) < 2e-5
 
 
+def test_sizes_that_a_multimodal_model_leaves_out_are_those_of_transformers() -> None:
+    # LLaVA-1.5's, whose text model is Vicuna.
+    text = {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064}
+    config = LlamaConfig.from_hf({"architectures": ["LlavaForConditionalGeneration"], "text_config": text})
+    sizes = (config.vocab_size, config.hidden_size, config.intermediate_size, config.num_layers, config.num_kv_heads)
+    assert sizes == (32064, 4096, 11008, 32, 32)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "Mixtral": ({"num_local_experts": 8}, r"\(num_local_experts asks for a mixture of experts\)"),
     "DeepseekV3": ({"kv_lora_rank": 512}, r"\(kv_lora_rank asks for latent attention \(MLA\)\)"),
@@ -144,3 +152,27 @@ def test_what_is_not_supported_is_named_with_what_is(name: str) -> None:
         LlamaConfig.from_hf({"architectures": [f"{name}ForCausalLM"], **fields})
     assert f"({name}ForCausalLM) is not supported" in str(caught.value)
     assert all(family.architecture in str(caught.value) for family in FAMILIES.values())
+
+
+@pytest.mark.parametrize("form", ["hf", "hf-compact"])
+@pytest.mark.parametrize("stops", [[151645, 151643], 7, [], None])
+def test_texts_end_at_the_tokens_of_the_generation_config(tmp_path: Path, form: str, stops: Any) -> None:
+    source = headshare_jax.open_checkpoint(saved_hf_model(tmp_path / "hf", **FAMILY_VARIANTS["qwen2"]))
+    headshare_jax.save(source, tmp_path / "model", to=form)
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps({"bos_token_id": 151643, "eos_token_id": stops, "temperature": 0.7}))
+    expected = (2,) if stops is None else (7,) if stops == 7 else tuple(stops)
+    for place, to in (("native", "native"), ("again", form)):
+        headshare_jax.save(headshare_jax.open_checkpoint(tmp_path / "model"), tmp_path / place, to=to)
+        assert headshare_jax.open_checkpoint(tmp_path / place).config.eos_token_ids == expected
+    if stops:
+        generation = transformers.GenerationConfig.from_pretrained(tmp_path / "again")
+        assert generation.eos_token_id == stops
+
+
+@pytest.mark.parametrize("text", ['{"eos_token_id": "</s>"}', '{"eos_token_id": [1, true]}', "{", "[]"])
+def test_an_unusable_generation_config_is_refused(tmp_path: Path, text: str) -> None:
+    folder = saved_hf_model(tmp_path / "hf")
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(HeadshareError, match=r"generation_config\.json"):
+        headshare_jax.open_checkpoint(folder)
