@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 
 from headshare_jax.config import LlamaConfig
-from headshare_jax.convert import gguf_heads, gguf_settings, huggingface, keys, tokenizer
+from headshare_jax.convert import gguf_heads, gguf_settings, gguf_vocabulary, huggingface, keys, tokenizer
 from headshare_jax.convert.gguf_header import read_header
 from headshare_jax.convert.gguf_tensors import PLAIN, GgufReader, Kind, can_quantise, quantised
 from headshare_jax.errors import HeadshareError
@@ -209,7 +209,7 @@ def _general(weights: _Weights, told: Mapping[str, Any], name: str) -> dict[str,
     base = told.get("source")
     values = {
         "general.type": "model",
-        "general.name": Path(base).name if isinstance(base, str) else name,
+        "general.name": Path(base).name.removesuffix(ENDING) if isinstance(base, str) else name,
         "general.license": told.get("license"),
         "general.file_type": weights.file_type,
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
@@ -261,8 +261,6 @@ def _carried(tokenizer_from: "Path | PreTrainedTokenizerBase | None", config: Ll
         tokenizer_from = tokenizer.load(tokenizer_from) if tokenizer.is_in(tokenizer_from) else None
     if tokenizer_from is None:
         return {"tokenizer.ggml.model": _typed("no_vocab")}
-    from headshare_jax.convert import gguf_vocabulary
-
     values = gguf_vocabulary.metadata(tokenizer_from, config)
     # An empty list has no type there.
     return {name: _typed(value) for name, value in values.items() if value != []}
@@ -272,12 +270,12 @@ def _describe(source: WeightSource, metadata: dict[str, Stored], dropped: bool) 
     """Says in the file's name and description what became of the heads."""
     if source.sharing is None:
         return
-    what = "without the heads that are dropped" if dropped else "expanded"
+    what = " (without the heads that are dropped)" if dropped else " (expanded)"
     summary = source.sharing.summary()
     if not dropped:
-        summary += "; llama.cpp cannot share weights, so the file holds every head, at full size"
-        logger.warning("llama.cpp cannot share weights: the GGUF file holds every head, at its full size.")
-    metadata["general.name"] = _typed(f"{metadata['general.name'][0]} ({what})")
+        summary += "; llama.cpp has no such layers, so the file holds every head, at full size"
+        logger.warning("llama.cpp has no layers that share heads like these: the GGUF file holds every head.")
+    metadata["general.name"] = _typed(f"{metadata['general.name'][0]}".removesuffix(what) + what)
     metadata["general.description"] = _typed(f"{summary}.")
 
 
@@ -285,7 +283,8 @@ def _typed(value: Any) -> Stored:
     if isinstance(value, list):
         item = gguf.GGUFValueType.INT32 if type(value[0]) is int else _TYPES[type(value[0])]
         return value, gguf.GGUFValueType.ARRAY, item
-    return value, _TYPES[type(value)], None
+    fits = type(value) is not int or 0 <= value < 2**32
+    return value, _TYPES[type(value)] if fits else gguf.GGUFValueType.INT64, None
 
 
 def _write(path: Path, architecture: str, metadata: Mapping[str, Stored], weights: _Weights) -> None:

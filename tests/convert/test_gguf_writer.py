@@ -188,7 +188,7 @@ def test_a_map_that_shares_is_written_out_and_said_so(
     check_same(source, DenseView(shared))
     assert metadata["general.architecture"] == "llama"
     assert metadata["general.name"] == "model (expanded)"
-    assert "llama.cpp cannot share weights" in metadata["general.description"]
+    assert "the file holds every head" in metadata["general.description"]
     assert hs.SharingMap.from_json(metadata["headshare.map"]) == shared.sharing
 
 
