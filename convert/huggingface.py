@@ -34,6 +34,9 @@ def open_directory(path: Path) -> TensorCheckpoint:
       HeadshareError: no configuration, no weights, or either of them unusable.
     """
     whole = read_json(path / "config.json")
+    if (path / "quantize_config.json").is_file():
+        # As AutoGPTQ wrote them.
+        whole.setdefault("quantization_config", {"quant_method": "gptq"})
     fields = hf_class.text_model(whole)
     config, reader = with_stop_tokens(LlamaConfig.from_hf(fields), path), _reader(path, fields)
     if hf_class.is_multimodal(whole):

@@ -29,7 +29,7 @@ _NEUTRAL = (
     "_name_or_path is_decoder _attn_implementation auto_map is_llama_config transformers.js_config unsloth_version "
     "unsloth_fixed tokenizer_class model_max_length gradient_checkpointing _from_model_config z_loss_weight "
     "return_dict output_attentions output_hidden_states name_or_path attn_implementation id2label label2id "
-    "quantization_config"
+    "quantization_config full_attn_mod interpolate_factor"
 )
 
 

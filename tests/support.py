@@ -60,7 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
-LONG_ROPE = {
+LONG_ROPE: dict[str, Any] = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
     "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
@@ -100,6 +100,16 @@ FAMILY_VARIANTS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 512,
         "original_max_position_embeddings": 128,
         "rope_parameters": LONG_ROPE | {"original_max_position_embeddings": 128},
+    },
+    "phi3, as Phi-4-mini": PHI3
+    | {
+        "tie_word_embeddings": True,
+        "original_max_position_embeddings": 32,
+        "rope_parameters": LONG_ROPE
+        | {
+            "partial_rotary_factor": 0.75,
+            **{f"{kind}_factor": LONG_ROPE[f"{kind}_factor"][:6] for kind in ("short", "long")},
+        },
     },
     "phi3, window": PHI3 | {"sliding_window": 10, "num_key_value_heads": 4},
     "smollm3": {"model_type": "smollm3", "no_rope_layer_interval": 2, "pad_token_id": None},

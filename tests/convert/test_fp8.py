@@ -118,6 +118,15 @@ def test_other_schemes_are_refused_by_name(tmp_path: Path, scheme: Any, message:
         headshare_jax.open_checkpoint(folder)
 
 
+def test_an_old_gptq_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    folder = saved_hf_model(tmp_path / "model")
+    (folder / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
+    with pytest.raises(
+        HeadshareError, match=r"quantised with GPTQ.* give the checkpoint that they were quantised from"
+    ):
+        headshare_jax.open_checkpoint(folder)
+
+
 def test_scales_that_do_not_fit_are_named(tmp_path: Path) -> None:
     folder = saved_hf_model(tmp_path / "fp8")
     quantized(folder, (16, 16), "_scale_inv", quant_method="fp8", weight_block_size=BLOCK)
