@@ -154,7 +154,7 @@ class _Weights:
         self._rope = gguf_settings.rope_tensors(source.config)
         self.shapes = {name: values.shape for name, values in self._rope.items()}
         self.shapes |= {name: tensor.shape for name, tensor in tensors.items()}
-        wanted = None if quantize is None else Kind[quantize.upper()]
+        wanted = None if quantize is None else Kind.__members__[quantize.upper()]
         self.kinds = {name: self._kind(name, wanted) for name in self.shapes}
         carried = None if origin is None or wanted is not None else origin.header.metadata.get("general.file_type")
         self.file_type = carried if isinstance(carried, int) else self._file_type()
