@@ -170,7 +170,8 @@ class _Weights:
     def _file_type(self) -> int:
         counts = Counter(kind.name for name, kind in self.kinds.items() if len(self.shapes[name]) > 1)
         ((name, _),) = counts.most_common(1)
-        return int(gguf.LlamaFileType["ALL_F32" if name == "F32" else f"MOSTLY_{name}"])
+        types = gguf.LlamaFileType
+        return int(types.ALL_F32 if name == "F32" else types.__members__.get(f"MOSTLY_{name}", types.GUESSED))
 
     def _kind(self, name: str, wanted: Kind | None) -> Kind:
         if len(self.shapes[name]) == 1:
