@@ -152,10 +152,9 @@ def read(header: GgufHeader) -> Heads:
         return Heads(units, group, kept_lu, sharing, {})
     sharing = SharingMap.from_json(text)
     units = sharing.donor.shape[1]
-    counts = np.asarray(kv_l)
-    kept_lu = ~sharing.dropped
-    # One unit of zeros stands for a layer that lost all.
-    kept_lu[:, 0] |= ~kept_lu.any(axis=1) & (counts == 1 if len(counts) == len(kept_lu) else False)
+    kept_lu = np.logical_not(sharing.dropped)
+    # One unit of zeros may stand for a layer that lost all.
+    kept_lu[:, 0] |= (kept_lu.sum(axis=1) == 0) & (np.resize(kv_l, len(kept_lu)) == 1)
     if sharing.receives.any() or sharing.heads_per_unit != group or kept_lu.sum(axis=1).tolist() != kv_l:
         raise HeadshareError(f"{KV_HEADS} in {header.path} disagrees with its map; fetch it again.")
     norms = {
