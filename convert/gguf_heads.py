@@ -27,8 +27,8 @@ NORM = "headshare.attn_norm.{layer}"
 
 def units_written(config: LlamaConfig, sharing: SharingMap) -> np.ndarray:
     """bool [L, U]: the units of which a file holds the heads."""
-    kept_lu = ~sharing.dropped
-    empty_l = ~kept_lu.any(axis=1)
+    kept_lu = np.logical_not(sharing.dropped)
+    empty_l = np.logical_not(kept_lu.any(axis=1))
     if not config.attention_bias:
         empty_l[1:] = False
     kept_lu[empty_l, 0] = True
@@ -152,10 +152,9 @@ def read(header: GgufHeader) -> Heads:
         return Heads(units, group, kept_lu, sharing, {})
     sharing = SharingMap.from_json(text)
     units = sharing.donor.shape[1]
-    counts = np.asarray(kv_l)
-    kept_lu = ~sharing.dropped
-    # One unit of zeros stands for a layer that lost all.
-    kept_lu[:, 0] |= ~kept_lu.any(axis=1) & (counts == 1 if len(counts) == len(kept_lu) else False)
+    kept_lu = np.logical_not(sharing.dropped)
+    # One unit of zeros may stand for a layer that lost all.
+    kept_lu[:, 0] |= (kept_lu.sum(axis=1) == 0) & (np.resize(kv_l, len(kept_lu)) == 1)
     if sharing.receives.any() or sharing.heads_per_unit != group or kept_lu.sum(axis=1).tolist() != kv_l:
         raise HeadshareError(f"{KV_HEADS} in {header.path} disagrees with its map; fetch it again.")
     norms = {
@@ -171,7 +170,7 @@ def _counts(header: GgufHeader, name: str) -> list[int]:
     layers, value = header.metadata.get("deci.block_count"), header.metadata.get(name)
     if not isinstance(layers, int) or not 0 < layers <= len(header.tensors):
         raise HeadshareError(f"{header.path} has no usable deci.block_count; fetch it again.")
-    counts = value if isinstance(value, list) else [value] * layers
+    counts: list[Any] = value if isinstance(value, list) else [value] * layers
     if len(counts) != layers or not all(type(count) is int and 0 <= count < 2**16 for count in counts):
         raise HeadshareError(f"{name} in {header.path} must have a whole number for each of {layers} layers.")
     return counts

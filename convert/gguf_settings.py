@@ -100,7 +100,8 @@ def _nope_layers(architecture: str, num_layers: int) -> tuple[int, ...]:
 
 def written(architecture: str, config: LlamaConfig) -> dict[str, Any]:
     """A model's settings, by their keys in the file's metadata, but for its special tokens."""
-    scaling, settings = config.rope_scaling, {
+    scaling = config.rope_scaling
+    settings: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
@@ -113,7 +114,7 @@ def written(architecture: str, config: LlamaConfig) -> dict[str, Any]:
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-    }  # fmt: skip
+    }
     if config.sliding_window is not None:
         settings["attention.sliding_window"] = config.sliding_window
     if scaling is not None and scaling.kind != "llama3":
@@ -156,7 +157,7 @@ def read(header: GgufHeader, heads: tuple[int, int] | None = None) -> LlamaConfi
     Raises:
       HeadshareError: an architecture or a setting that is not supported, or metadata that cannot be.
     """
-    architecture = header.metadata.get("general.architecture")
+    architecture: Any = header.metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise HeadshareError(
             f"{header.path} holds a model of architecture {architecture!r}; of GGUF files, "

@@ -154,7 +154,7 @@ class _Weights:
         self._rope = gguf_settings.rope_tensors(source.config)
         self.shapes = {name: values.shape for name, values in self._rope.items()}
         self.shapes |= {name: tensor.shape for name, tensor in tensors.items()}
-        wanted = None if quantize is None else Kind[quantize.upper()]
+        wanted = None if quantize is None else Kind.__members__[quantize.upper()]
         self.kinds = {name: self._kind(name, wanted) for name in self.shapes}
         carried = None if origin is None or wanted is not None else origin.header.metadata.get("general.file_type")
         self.file_type = carried if isinstance(carried, int) else self._file_type()
@@ -170,7 +170,8 @@ class _Weights:
     def _file_type(self) -> int:
         counts = Counter(kind.name for name, kind in self.kinds.items() if len(self.shapes[name]) > 1)
         ((name, _),) = counts.most_common(1)
-        return int(gguf.LlamaFileType["ALL_F32" if name == "F32" else f"MOSTLY_{name}"])
+        types = gguf.LlamaFileType
+        return int(types.ALL_F32 if name == "F32" else types.__members__.get(f"MOSTLY_{name}", types.GUESSED))
 
     def _kind(self, name: str, wanted: Kind | None) -> Kind:
         if len(self.shapes[name]) == 1:

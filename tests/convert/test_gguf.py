@@ -114,6 +114,25 @@ def test_every_type_gives_the_values_of_the_gguf_package(tmp_path: Path, kind: K
     check_logits(path, as_transformers_reads(path, model))
 
 
+def test_a_type_that_is_not_written_is_kept_where_nothing_changes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_gguf(tmp_path / "model.gguf", tiny_hf_model(**WIDE), store=stored_as(Kind.Q4_K))
+    source = headshare_jax.open_checkpoint(path)
+    donor, score = np.array([[0, 0]]), np.array([[np.nan, 0.5]])
+    view = headshare_jax.SharedView(source, headshare_jax.SharingMap(donor, score, 2, tie="q"))
+    headshare_jax.save(view, tmp_path / "shared.gguf", to="gguf")
+    before, after = (
+        {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors} for file in (path, tmp_path / "shared.gguf")
+    )
+    changed = "blk.0.attn_q.weight"
+    assert after[changed].tensor_type == Kind.Q8_0
+    assert f"{changed} changed, and q4_k cannot be written" in caplog.text
+    for name in before.keys() - {changed}:
+        assert after[name].tensor_type == before[name].tensor_type
+        assert np.array_equal(after[name].data, before[name].data)
+
+
 @pytest.mark.parametrize("kind", sorted(set(Kind) - set(DEQUANTISABLE)), ids=lambda kind: kind.name)
 def test_a_type_that_cannot_be_dequantised_is_refused(tmp_path: Path, kind: Kind) -> None:
     block, size = gguf.GGML_QUANT_SIZES[kind]
