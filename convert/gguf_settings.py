@@ -48,6 +48,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen3": Architecture("qwen3"),
     "phi3": Architecture("phi3", scalings=("longrope",)),
     "smollm3": Architecture("smollm3"),
+    "seed_oss": Architecture("seed_oss", (False, "qkv")),
 }
 # The one choice of layers without rotary embedding that llama.cpp has: every so-many-th.
 _NOPE_EVERY = {"smollm3": 4}
@@ -222,7 +223,9 @@ def _foreign(
         raise HeadshareError(f"{header.path} has values of another width than its keys, which is not supported.")
     window = metadata.setting("attention.sliding_window", int, 0)
     family = ARCHITECTURES[architecture].family
-    biased = {f"{name}_bias": f"blk.0.{tensor}.bias" in tensors for name, tensor in _BIASED.items()}
+    biased: dict[str, Any] = {f"{name}_bias": f"blk.0.{tensor}.bias" in tensors for name, tensor in _BIASED.items()}
+    if biased["attention_bias"] and "qkv" in ARCHITECTURES[architecture].attention_bias:
+        biased["attention_bias"] = "qkv"
     if window and family == "llama":
         family = "mistral"
     config = LlamaConfig(

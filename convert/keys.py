@@ -216,6 +216,7 @@ GGUF: Mapping[str, KeyTable] = {
         **dict.fromkeys(("q_pool_pdh", "k_pool_pdh", "v_pool_pdh"), Key("blk.{layer}.attn_qkv.weight", HEADS_IN)),
         **dict.fromkeys(("gate_ldf", "up_ldf"), Key("blk.{layer}.ffn_up.weight", TRANSPOSED)),
     },
+    "seed_oss": {**_GGUF_HALVES, "mlp_norm_ld": Key("blk.{layer}.post_attention_norm.weight", SAME)},
 }
 
 

@@ -154,7 +154,7 @@ class LlamaConfig:
         family = FAMILIES[self.family]
         for name in _OF_FAMILIES:
             value, usual = getattr(self, name), family.always.get(name, _DEFAULTS[name])
-            if value != usual and (name not in family.may or value == "qkv"):
+            if value != usual and (name not in family.may or (value == "qkv" and not family.out_bias)):
                 raise HeadshareError(
                     f"{name} is {value!r}, but {usual!r} in models of the family {self.family} ({family.architecture})."
                 )

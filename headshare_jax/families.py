@@ -20,6 +20,8 @@ class Family:
       windows: how `config.json` tells which layers have the sliding window: `all` that have one, or those that
         `layer_types` lists, once `use_sliding_window` is true.
       absent: what fields of `config.json` are where they are absent, unless it is Llama's default.
+      out_bias: whether `config.json` says by a field of its own, `attention_out_bias`, whether o has a bias.
+      dropouts: fields of `config.json` with its dropouts, which are for training alone: not read, and written as 0.
     """
 
     architecture: str
@@ -28,6 +30,8 @@ class Family:
     may: tuple[str, ...] = ()
     windows: Literal["all", "listed"] = "all"
     absent: Mapping[str, Any] = field(default_factory=dict)
+    out_bias: bool = False
+    dropouts: tuple[str, ...] = ()
 
 
 _WINDOWS = ("sliding_window", "full_attention_layers")
@@ -80,6 +84,19 @@ FAMILIES: Mapping[str, Family] = {
             "rope_theta": 2e6,
             "no_rope_layer_interval": 4,
         },
+    ),
+    "seed_oss": Family(
+        "SeedOssForCausalLM",
+        "seed_oss",
+        may=("attention_bias", "mlp_bias"),
+        absent={
+            "head_dim": 128,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 524288,
+            "attention_bias": True,
+        },
+        out_bias=True,
+        dropouts=("attention_dropout", "residual_dropout"),
     ),
 }
 

@@ -115,6 +115,7 @@ class _Model(_Fields):
         AfterValidator(lambda name: _ACTIVATIONS.get(name, name)),
     ] = "silu"
     attention_bias: bool = False
+    attention_out_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
     sliding_window: Count | None = None
@@ -130,6 +131,14 @@ class _Model(_Fields):
         Field(alias="eos_token_id"),
     ] = ()
     pad_token_id: int | None = None
+
+    def biases(self, family: Family) -> bool | Literal["qkv"]:
+        """Which projections of attention have a bias, as `LlamaConfig` says it."""
+        if self.attention_out_bias and not self.attention_bias:
+            raise HeadshareError(
+                "config.json asks for a bias of o alone (attention_out_bias without attention_bias), which is not read."
+            )
+        return "qkv" if family.out_bias and self.attention_bias and not self.attention_out_bias else self.attention_bias
 
     def nope_layers(self) -> tuple[int, ...]:
         """Layers without rotary embedding: where `no_rope_layers` has 0, or every so-many-th."""
@@ -175,13 +184,15 @@ def read(fields: Mapping[str, Any]) -> dict[str, Any]:
     name = next((name for name, family in FAMILIES.items() if family.architecture == kind), "llama")
     family, spelling = FAMILIES[name], SPELLINGS.get(kind)
     renamed = {} if spelling is None else {new: fields.get(old) for old, new in spelling.renamed.items()}
-    found = _Model.read({**family.absent, **fields, **renamed}, "config.json")
+    given = {field: value for field, value in fields.items() if field not in family.dropouts}
+    found = _Model.read({**family.absent, **given, **renamed}, "config.json")
     rope_theta, partial, rope_scaling = _rope(found, name)
     found.warn_of_rest(kind)
     nope_layers = found.nope_layers()
     sliding_window, full_attention_layers = found.window(family, nope_layers)
     return {
         **{field: getattr(found, field) for field in _Model.model_fields},
+        "attention_bias": found.biases(family),
         **family.always,
         **({} if spelling is None else spelling.always),
         "family": name,
@@ -252,8 +263,9 @@ def written(config: LlamaConfig) -> dict[str, Any]:
         "rms_norm_eps": config.rms_norm_eps,
         **_written_rope(config),
         "hidden_act": "gelu_pytorch_tanh" if config.hidden_act == "gelu_tanh" else config.hidden_act,
-        "attention_dropout": 0.0,
-        **{name: getattr(config, name) for name in ("attention_bias", "mlp_bias") if name in family.may},
+        **dict.fromkeys(("attention_dropout", *family.dropouts), 0.0),
+        **{name: bool(getattr(config, name)) for name in ("attention_bias", "mlp_bias") if name in family.may},
+        **({"attention_out_bias": config.attention_bias is True} if family.out_bias else {}),
         **_written_layers(config, family),
         "tie_word_embeddings": config.tie_word_embeddings,
         "bos_token_id": config.bos_token_id,

@@ -57,4 +57,14 @@ PRESETS = {
         eos_token_ids=(32000,),
         pad_token_id=32000,
     ),
+    "seed-oss-36b": LlamaConfig(
+        *(155136, 5120, 27648, 64, 80, 8, 128),
+        family="seed_oss",
+        attention_bias="qkv",
+        max_position_embeddings=524288,
+        rope_theta=1e7,
+        bos_token_id=0,
+        eos_token_ids=(2,),
+        pad_token_id=1,
+    ),
 }

@@ -122,6 +122,14 @@ FAMILY_VARIANTS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "smollm3, windows": {"model_type": "smollm3", "no_rope_layers": [0, 1, 0], "pad_token_id": None, **WINDOWS},
+    "seed_oss": {"model_type": "seed_oss", "head_dim": 32},
+    "seed_oss, biases": {"model_type": "seed_oss", "attention_out_bias": True, "mlp_bias": True, "head_dim": 16},
+    "seed_oss, no biases": {
+        "model_type": "seed_oss",
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        "head_dim": 16,
+    },
 }
 ALL_VARIANTS = VARIANTS | FAMILY_VARIANTS
 

@@ -95,6 +95,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
     ({"architectures": [], "model_type": "gemma"}, "gemma"),
     ({"architectures": ["MistralForCausalLM"], "attention_bias": True}, "attention_bias.*mistral"),
+    (
+        {"architectures": ["SeedOssForCausalLM"], "attention_bias": False, "attention_out_bias": True},
+        "a bias of o alone",
+    ),
     ({"architectures": ["Qwen2ForCausalLM"], "layer_types": ["chunked_attention"]}, "layer_types"),
     ({"architectures": 7}, "architectures"),
     ({"num_key_value_heads": 3}, "num_kv_heads"),

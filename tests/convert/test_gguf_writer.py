@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from support_gguf import Kind
 
 import headshare_jax as hs
 from headshare_jax import HeadshareError, Llama, LlamaConfig, RopeScaling, parameters
+from headshare_jax.convert import gguf_settings, keys
 from headshare_jax.convert.gguf_header import GgufHeader, read_header
 from headshare_jax.sharing.source import WeightSource, assemble, stored_shape
 from headshare_jax.sharing.view import DenseView
@@ -43,6 +45,8 @@ MODELS: dict[str, LlamaConfig] = {
     "qwen3": replace(BASE, family="qwen3", qk_norm=True, head_dim=32),
     "phi3": replace(BASE, family="phi3", partial_rotary_factor=0.75, rope_scaling=LONG),
     "smollm3": replace(BASE, family="smollm3", num_layers=4, nope_layers=(3,)),
+    "seed_oss": replace(BASE, family="seed_oss", attention_bias="qkv"),
+    "seed_oss, no biases": replace(BASE, family="seed_oss", tie_word_embeddings=True),
 }
 
 
@@ -88,6 +92,15 @@ def test_gguf_to_native_to_gguf_keeps_every_bit(tmp_path: Path, name: str, dtype
     assert read_header(again).tensors.keys() == read_header(first).tensors.keys()
     kinds = {"float32": Kind.F32, "float16": Kind.F16, "bfloat16": Kind.BF16}
     assert {tensor.kind for tensor in read_header(again).tensors.values()} == {Kind.F32, kinds[dtype]}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tensors_have_the_names_that_llama_cpp_reads(name: str) -> None:
+    architecture = gguf_settings.architecture_of(MODELS[name])
+    of_name = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}
+    known = {gguf.TENSOR_NAMES[kind] for kind in gguf.MODEL_TENSORS[of_name[architecture]]}
+    written = keys.tensors(keys.GGUF[architecture], MODELS[name])
+    assert {re.sub(r"^blk\.\d+", "blk.{bid}", tensor.rpartition(".")[0]) for tensor in written} <= known
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -316,6 +329,7 @@ def test_rope_factors_are_carried_exactly(tmp_path: Path) -> None:
         (replace(BASE, rope_scaling=RopeScaling("dynamic", 2.0)), {}, "does not compute dynamic rotary scaling"),
         (replace(MODELS["smollm3"], nope_layers=(0,)), {}, "does not compute these layers without rotary"),
         (replace(MODELS["qwen3"], attention_bias=True), {}, "does not compute these attention biases"),
+        (replace(MODELS["seed_oss"], attention_bias=True), {}, "does not compute these attention biases"),
     ],
     ids=str,
 )  # fmt: skip
