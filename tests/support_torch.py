@@ -1,4 +1,4 @@
-"""PostShare's objective written a second time, in PyTorch on transformers' LlamaForCausalLM."""
+"""PostShare's objective written a second time, in PyTorch on transformers' models."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +14,9 @@ Weights = dict[str, torch.Tensor]
 
 _LAYER_WEIGHTS = {
     "attn_norm_ld": "input_layernorm.weight",
+    "o_bias_ld": "self_attn.o_proj.bias",
+    "q_norm_lh": "self_attn.q_norm.weight",
+    "k_norm_lh": "self_attn.k_norm.weight",
     "mlp_norm_ld": "post_attention_layernorm.weight",
     "gate_ldf": "mlp.gate_proj.weight",
     "up_ldf": "mlp.up_proj.weight",
@@ -34,11 +37,15 @@ def hf_weights(config: LlamaConfig, sharing: SharingMap | None, params: Mapping[
     rows = {projection: pool_index(config, projection, sharing).tolist() for projection in "qkvo"}
     for layer in range(config.num_layers):
         place = f"model.layers.{layer}"
-        for name, theirs in _LAYER_WEIGHTS.items():
-            weights[f"{place}.{theirs}"] = params[name][layer].T if "norm" not in name else params[name][layer]
+        for name in params.keys() & _LAYER_WEIGHTS:
+            value = params[name][layer]
+            weights[f"{place}.{_LAYER_WEIGHTS[name]}"] = value.T if value.ndim == 2 else value
         for projection in "qkv":
             heads = [_row(params[f"{projection}_pool_pdh"], row).T for row in rows[projection][layer]]
             weights[f"{place}.self_attn.{projection}_proj.weight"] = torch.cat(heads)
+            if config.attention_bias:
+                bias = params[f"{projection}_bias_ph"]
+                weights[f"{place}.self_attn.{projection}_proj.bias"] = bias[rows[projection][layer]].flatten()
         heads = [_row(params["o_pool_phd"], row) for row in rows["o"][layer]]
         weights[f"{place}.self_attn.o_proj.weight"] = torch.cat(heads).T
     return weights

@@ -94,7 +94,7 @@ def drop_map(result: MatchResult, ratio: float) -> SharingMap:
 
     Examples:
       >>> hs.drop_map(scores, ratio=0.4).summary()
-      "2 of 6 units are dropped"
+      '2 of 6 units are dropped'
     """
     count = receiver_count(ratio, result.value.size)
     if result.drop_score is None:
