@@ -100,6 +100,10 @@ def check_output(dst: str | Path | None, to: str, *, quantize: str | None = None
             raise HeadshareError(f"A GGUF model is one file; give the output {dst} a name that ends in .gguf.")
     elif quantize is not None:
         raise HeadshareError(f"quantize is for the format gguf; leave it out for {to}.", option="quantize")
+    elif dst is not None and Path(dst).suffix == gguf_writer.ENDING:
+        raise HeadshareError(
+            f"The format {to} is a folder; give the output {dst} another name, or write gguf.", option="to"
+        )
     if dst is not None:
         atomic.check_output(Path(dst), folder=to != "gguf", overwrite=overwrite)
 

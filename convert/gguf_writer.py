@@ -48,9 +48,9 @@ def types() -> list[str]:
 
 def check_type(quantize: str | None) -> None:
     """Raises HeadshareError unless a type is None or one of `types()`."""
-    if quantize is None or quantize in types():
+    if quantize is None or quantize.lower() in types():
         return
-    if f"MOSTLY_{quantize.upper()}" in gguf.LlamaFileType.__members__:
+    if {f"MOSTLY_{quantize.upper()}", f"MOSTLY_{quantize.upper()}_M"} & gguf.LlamaFileType.__members__.keys():
         raise HeadshareError(
             f"{quantize} cannot be written here; write f16, and make it with llama.cpp's own tool: "
             f"llama-quantize model-f16.gguf model-{quantize}.gguf {quantize.upper()}",
@@ -117,7 +117,7 @@ def write(
 
 
 def _tell_limits(config: LlamaConfig, architecture: str) -> None:
-    if any(window is not None for window in config.windows):
+    if config.sliding_window is not None and config.sliding_window < config.max_position_embeddings:
         logger.warning(
             "llama.cpp's architecture %s has no sliding window: past %s tokens it computes something else.",
             architecture,
@@ -261,6 +261,7 @@ def _carried(tokenizer_from: "Path | PreTrainedTokenizerBase | None", config: Ll
     if isinstance(tokenizer_from, Path):
         tokenizer_from = tokenizer.load(tokenizer_from) if tokenizer.is_in(tokenizer_from) else None
     if tokenizer_from is None:
+        logger.warning("No tokenizer was found, so the GGUF file has none: programs can run it on token ids alone.")
         return {"tokenizer.ggml.model": _typed("no_vocab")}
     values = gguf_vocabulary.metadata(tokenizer_from, config)
     # An empty list has no type there.

@@ -100,8 +100,8 @@ class Share(Command):
             yield fit_table(result["fit"])
         yield ledger_table(result["ledger"])
         yield NOT_SAVED
-        if self.to == "hf":
-            yield "A plain checkpoint holds every head, also those that share: on disk it is at its full size."
+        if self.to in ("hf", "gguf") and result["receivers"]:
+            yield "The output holds every head, also those that share: on disk it is at its full size."
 
 
 def fit_table(record: dict[str, Any]) -> Table:

@@ -10,7 +10,10 @@ import numpy as np
 from headshare_jax.parameters import PARAMETERS, PROJECTIONS, parameter_names, slice_shape
 from headshare_jax.sharing.source import WeightSource, stored_shape
 
-NOT_SAVED = "The key/value cache and the FLOPs per token are those of the dense model: a map saves weights only."
+NOT_SAVED = (
+    "The key/value cache and the FLOPs per token are those of the dense model: a map saves weights only. "
+    "(llama.cpp leaves dropped heads out of both.)"
+)
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ def test_a_setting_that_was_changed_counts(tmp_path: Path, caplog: pytest.LogCap
     assert "llama.context_length" in caplog.text
 
 
-@pytest.mark.parametrize("quantize", ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1"])
+@pytest.mark.parametrize("quantize", ["Q8_0", "q4_0", "q4_1", "q5_0", "q5_1"])
 def test_quantised_values_are_those_of_the_gguf_package(tmp_path: Path, quantize: str) -> None:
     config = replace(BASE, tie_word_embeddings=True)
     model = random_model(config)
@@ -324,6 +324,7 @@ def test_rope_factors_are_carried_exactly(tmp_path: Path) -> None:
         (replace(BASE, intermediate_size=80), {"quantize": "q8_0"}, r"ffn_down.weight has rows of 80 values.* 32"),
         (BASE, {"quantize": "tq1_0"}, "in blocks of 256, cannot hold"),
         (BASE, {"quantize": "q4_k_m"}, r"llama-quantize model-f16.gguf model-q4_k_m.gguf Q4_K_M"),
+        (BASE, {"quantize": "Q4_K"}, r"llama-quantize model-f16.gguf model-Q4_K.gguf Q4_K"),
         (BASE, {"quantize": "q3"}, "'q3' is not one of f32, f16, q4_0"),
         (replace(BASE, hidden_act="gelu"), {}, "does not compute the activation gelu"),
         (replace(BASE, rope_scaling=RopeScaling("dynamic", 2.0)), {}, "does not compute dynamic rotary scaling"),
@@ -346,6 +347,8 @@ def test_the_output_is_a_file(tmp_path: Path) -> None:
     model = tiny_model()
     with pytest.raises(HeadshareError, match=r"give the output .* a name that ends in \.gguf"):
         hs.save(model, tmp_path / "model", to="gguf")
+    with pytest.raises(HeadshareError, match=r"is a folder; give the output .*model\.gguf another name"):
+        hs.save(model, tmp_path / "model.gguf", to="hf")
     with pytest.raises(HeadshareError, match="quantize is for the format gguf"):
         hs.save(model, tmp_path / "model", to="hf", quantize="q8_0")
     write(model, tmp_path / "model.gguf")
