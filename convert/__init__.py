@@ -141,14 +141,13 @@ def save(
     Examples:
       >>> hs.save(shared, "my-llama-compact", to="hf-compact", tokenizer_from="my-llama")
     """
-    check_output(None, to, quantize=quantize)
+    check_output(dst, to, quantize=quantize, overwrite=overwrite)
     if isinstance(tokenizer_from, (str, Path)):
         tokenizer_from = locate(tokenizer_from)
     beside = tokenizer_from if isinstance(tokenizer_from, Path) else None
     license = None if beside is None else card.license_of(beside)
     told = ({} if license is None else {"license": license}) | dict(provenance or {})
     if to == "gguf":
-        check_output(dst, to, overwrite=overwrite)
         with atomic.new_file(Path(dst), overwrite=overwrite) as file:
             gguf_writer.write(
                 source, file, name=Path(dst).stem, quantize=quantize,
