@@ -264,8 +264,7 @@ def _carried(tokenizer_from: "Path | PreTrainedTokenizerBase | None", config: Ll
         logger.warning("No tokenizer was found, so the GGUF file has none: programs can run it on token ids alone.")
         return {"tokenizer.ggml.model": _typed("no_vocab")}
     values = gguf_vocabulary.metadata(tokenizer_from, config)
-    # An empty list has no type there.
-    return {name: _typed(value) for name, value in values.items() if value != []}
+    return {name: _typed(value) for name, value in values.items()}
 
 
 def _describe(source: WeightSource, metadata: dict[str, Stored], dropped: bool) -> None:
@@ -283,7 +282,8 @@ def _describe(source: WeightSource, metadata: dict[str, Stored], dropped: bool) 
 
 def _typed(value: Any) -> Stored:
     if isinstance(value, list):
-        item = gguf.GGUFValueType.INT32 if type(value[0]) is int else _TYPES[type(value[0])]
+        first = type(next(iter(value), ""))
+        item = gguf.GGUFValueType.INT32 if first is int else _TYPES[first]
         return value, gguf.GGUFValueType.ARRAY, item
     fits = type(value) is not int or 0 <= value < 2**32
     return value, _TYPES[type(value)] if fits else gguf.GGUFValueType.INT64, None
@@ -292,6 +292,7 @@ def _typed(value: Any) -> Stored:
 def _write(path: Path, architecture: str, metadata: Mapping[str, Stored], weights: _Weights) -> None:
     writer = gguf.GGUFWriter(path, architecture)
     for name, (value, kind, item) in metadata.items():
+        # The package takes a list's type from its first item.
         if value != []:
             writer.add_key_value(name, value, kind, item)
     for name, shape in weights.shapes.items():

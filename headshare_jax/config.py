@@ -191,7 +191,7 @@ class LlamaConfig:
         values = asdict(self)
         if values["rope_scaling"] is not None:
             values["rope_scaling"] = _without_defaults(values["rope_scaling"], RopeScaling, _ROPE_SINCE_0_1)
-        return _without_defaults(values, LlamaConfig, ("family", *_OF_FAMILIES[2:-1]))
+        return _without_defaults(values, LlamaConfig, _SINCE_0_1)
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
@@ -252,15 +252,9 @@ def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
 # What the annotations of a configuration's fields ask for.
 _CHECKS = {kind: _checks(kind) for kind in (RopeScaling, LlamaConfig)}
 _DEFAULTS = {field.name: field.default for field in fields_of(LlamaConfig)}
-# Fields in which families differ; the first two and the last are as old as the first version.
-_OF_FAMILIES = (
-    "attention_bias",
-    "mlp_bias",
-    "qk_norm",
-    "partial_rotary_factor",
-    "nope_layers",
-    "sliding_window",
-    "full_attention_layers",
-    "normalize_head",
-)
+# Fields that the first version did not have.
+_KINDS = ("qk_norm", "partial_rotary_factor", "nope_layers", "sliding_window", "full_attention_layers")
+_SINCE_0_1 = ("family", *_KINDS)
+# Fields in which families differ.
+_OF_FAMILIES = ("attention_bias", "mlp_bias", *_KINDS, "normalize_head")
 _ROPE_SINCE_0_1 = ("beta_fast", "beta_slow", "truncate", "attention_factor", "short_factor", "long_factor")

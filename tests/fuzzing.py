@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import headshare_jax
 from headshare_jax import HeadshareError, parameters
+from headshare_jax.convert.gguf_header import read_header
 from headshare_jax.sharing.source import assemble
 
 
@@ -26,3 +27,11 @@ def open_or_refuse(path: Path) -> None:
         source = headshare_jax.open_checkpoint(path)
         for name in parameters.parameter_names(source.config):
             assemble(source, name)
+
+
+def damage_gguf_header(good: Path, path: Path, data: st.DataObject) -> None:
+    """Writes a GGUF file with its header damaged, and opens or refuses it."""
+    content = good.read_bytes()
+    header = min(tensor.offset for tensor in read_header(good).tensors.values())
+    path.write_bytes(damaged(content[:header], data) + content[header:])
+    open_or_refuse(path)

@@ -12,6 +12,7 @@ import pytest
 import transformers
 
 from headshare_jax import Llama, LlamaConfig, SharingMap, parameters
+from headshare_jax.model.cache import KVCache
 from headshare_jax.sharing.source import stored_shape
 from headshare_jax.sharing.tie import DROPPED
 
@@ -186,7 +187,11 @@ def hf_logits(model: Any, tokens: np.ndarray, **inputs: Any) -> np.ndarray:
 
 def tiny_model(seed: int = 0, dtype: str = "float32", **overrides: Any) -> Llama:
     """A dense model with all parameters random, made without transformers; overrides as for `tiny_hf_model`."""
-    config = LlamaConfig.from_hf(hf_config(**overrides).to_dict())
+    return random_model(LlamaConfig.from_hf(hf_config(**overrides).to_dict()), seed, dtype)
+
+
+def random_model(config: LlamaConfig, seed: int = 0, dtype: str = "float32") -> Llama:
+    """A dense model with all parameters random."""
     rng = np.random.default_rng(seed)
 
     def draw(name: str) -> jax.Array:
@@ -199,6 +204,32 @@ def tiny_model(seed: int = 0, dtype: str = "float32", **overrides: Any) -> Llama
 def jax_logits(model: Llama, tokens: np.ndarray, **inputs: Any) -> np.ndarray:
     """Logits of a jitted model, float32 [B, T, V]."""
     return np.asarray(_forward(model, jnp.asarray(tokens), **{name: jnp.asarray(x) for name, x in inputs.items()}))
+
+
+def logits_in_pieces(
+    model: Llama, rows: np.ndarray, lengths: tuple[int, ...], cache: KVCache, pieces: Sequence[tuple[int, int]]
+) -> tuple[np.ndarray, KVCache]:
+    """Logits [B, T, V] by the cache, and the cache: of each prompt's last token, and of pieces of what follows it.
+
+    Args:
+      model: dense or shared.
+      rows: tokens [B, T].
+      lengths: tokens of every row's prompt, at most 40; all 0 for no prompts.
+      cache: empty.
+      pieces: first and last place behind the prompt, one after the other.
+    """
+    logits = np.zeros((*rows.shape, model.config.vocab_size), np.float32)
+    if any(lengths):
+        padded = np.where(np.arange(40) < np.array(lengths)[:, None], rows[:, :40], 5)
+        features, cache = jax.jit(Llama.prefill)(model, padded[:, : max(lengths)], jnp.asarray(lengths), cache)
+        for row, length in enumerate(lengths):
+            logits[row, length - 1] = np.asarray(model.logits(features))[row]
+    for begin, end in pieces:
+        piece = np.stack([row[length + begin : length + end] for row, length in zip(rows, lengths, strict=True)])
+        features, cache = jax.jit(Llama.extend)(model, jnp.asarray(piece), cache)
+        for row, length in enumerate(lengths):
+            logits[row, length + begin : length + end] = np.asarray(model.logits(features))[row]
+    return logits, cache
 
 
 @jax.jit

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from fuzzing import damaged, open_or_refuse
+from fuzzing import damage_gguf_header
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import hf_logits, jax_logits, random_tokens, tiny_hf_model
@@ -19,7 +19,6 @@ from support_gguf import Kind, adjacent_pairs, gguf_name, write_gguf
 
 import headshare_jax
 from headshare_jax import HeadshareError, LlamaConfig, RopeScaling, parameters
-from headshare_jax.convert.gguf_header import read_header
 from headshare_jax.rope import inverse_frequencies
 from headshare_jax.sharing.source import assemble
 
@@ -339,8 +338,4 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_damaged_header_never_gives_another_error(
     tmp_path_factory: pytest.TempPathFactory, pristine: Path, data: st.DataObject
 ) -> None:
-    content = pristine.read_bytes()
-    header = min(tensor.offset for tensor in read_header(pristine).tensors.values())
-    path = tmp_path_factory.mktemp("fuzz") / "model.gguf"
-    path.write_bytes(damaged(content[:header], data) + content[header:])
-    open_or_refuse(path)
+    damage_gguf_header(pristine, tmp_path_factory.mktemp("fuzz") / "model.gguf", data)

@@ -8,20 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from fuzzing import damaged, open_or_refuse
+from fuzzing import damage_gguf_header
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import jax_logits, random_tokens, sharing_by_hand, tiny_model
+from support import jax_logits, random_model, random_tokens, sharing_by_hand, tiny_model
 from support_gguf import Kind
 
 import headshare_jax as hs
-from headshare_jax import HeadshareError, Llama, LlamaConfig, RopeScaling, parameters
+from headshare_jax import HeadshareError, LlamaConfig, RopeScaling, parameters
 from headshare_jax.convert import gguf_settings, keys
 from headshare_jax.convert.gguf_header import GgufHeader, read_header
-from headshare_jax.sharing.source import WeightSource, assemble, stored_shape
+from headshare_jax.sharing.source import WeightSource, assemble
 from headshare_jax.sharing.view import DenseView
 
 LONG = RopeScaling(
@@ -50,17 +49,6 @@ MODELS: dict[str, LlamaConfig] = {
 }
 
 
-def random_model(config: LlamaConfig, dtype: str = "float32") -> Llama:
-    rng = np.random.default_rng(0)
-    values = {
-        name: rng.uniform(0.5, 1.5, stored_shape(config, name))
-        if "norm" in name
-        else rng.normal(0, 0.08, stored_shape(config, name))
-        for name in parameters.parameter_names(config)
-    }
-    return Llama(config, {name: jnp.asarray(value, dtype) for name, value in values.items()})
-
-
 def write(source: WeightSource, path: Path, **options: Any) -> Path:
     hs.save(source, path, to="gguf", overwrite=True, **options)
     return path
@@ -82,7 +70,7 @@ def contents(path: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_gguf_to_native_to_gguf_keeps_every_bit(tmp_path: Path, name: str, dtype: str) -> None:
-    model = random_model(MODELS[name], dtype)
+    model = random_model(MODELS[name], dtype=dtype)
     first = write(model, tmp_path / "first.gguf")
     source = hs.open_checkpoint(first)
     check_same(source, model)
@@ -372,7 +360,7 @@ def test_a_normalised_head_is_written_normalised(tmp_path: Path) -> None:
     seed=st.integers(0, 2**16),
 )
 def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, name: str, dtype: str, seed: int) -> None:
-    model = random_model(MODELS[name], dtype)
+    model = random_model(MODELS[name], dtype=dtype)
     rng = np.random.default_rng(seed)
     units = model.config.num_units
     dropped = rng.permutation(units)[: rng.integers(0, units)].tolist() if model.config.family == "llama" else []
@@ -394,11 +382,7 @@ def pruned_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_damaged_header_never_gives_another_error(
     tmp_path_factory: pytest.TempPathFactory, pruned_file: Path, data: st.DataObject
 ) -> None:
-    content = pruned_file.read_bytes()
-    header = min(tensor.offset for tensor in read_header(pruned_file).tensors.values())
-    path = tmp_path_factory.mktemp("fuzz") / "model.gguf"
-    path.write_bytes(damaged(content[:header], data) + content[header:])
-    open_or_refuse(path)
+    damage_gguf_header(pruned_file, tmp_path_factory.mktemp("fuzz") / "model.gguf", data)
 
 
 @pytest.fixture(autouse=True)

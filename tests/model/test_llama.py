@@ -15,6 +15,7 @@ from support import (
     compilations,
     hf_logits,
     jax_logits,
+    logits_in_pieces,
     random_tokens,
     saved_hf_model,
     sharing_by_hand,
@@ -119,17 +120,7 @@ def test_padding_on_the_left_changes_nothing() -> None:
 def test_prompts_and_pieces_equal_one_pass(prompts: tuple[int, int] | None) -> None:
     model, lengths = tiny_model(**VARIANTS["llama3"], attention_bias=True), prompts or (0, 0)
     rows, cache = random_tokens((2, 70)), model.empty_cache(2, slots=max(lengths) + 40)
-    logits = np.zeros((2, 70, model.config.vocab_size), np.float32)
-    if prompts:
-        padded = np.where(np.arange(40) < np.array(lengths)[:, None], rows[:, :40], 5)
-        features, cache = jax.jit(Llama.prefill)(model, padded[:, : max(lengths)], jnp.asarray(lengths), cache)
-        for row, length in enumerate(lengths):
-            logits[row, length - 1] = np.asarray(model.logits(features))[row]
-    for begin, end in ((0, 33), (33, 34), (34, 36)):
-        piece = np.stack([row[length + begin : length + end] for row, length in zip(rows, lengths, strict=True)])
-        features, cache = jax.jit(Llama.extend)(model, jnp.asarray(piece), cache)
-        for row, length in enumerate(lengths):
-            logits[row, length + begin : length + end] = np.asarray(model.logits(features))[row]
+    logits, cache = logits_in_pieces(model, rows, lengths, cache, [(0, 33), (33, 34), (34, 36)])
     assert int(cache.length) == max(lengths) + 36
     for row, length in enumerate(lengths):
         compared = slice(max(length - 1, 0), length + 36)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import jax_logits, random_tokens, tiny_model
+from support import jax_logits, logits_in_pieces, random_tokens, tiny_model
 
 from headshare_jax import Llama, generate, parameters
 from headshare_jax.model import llama
@@ -47,17 +47,7 @@ def test_prompts_and_pieces_equal_one_pass(prompts: tuple[int, int] | None, kind
     model, lengths = windowed(**KINDS[kind]), prompts or (0, 0)
     rows, cache = random_tokens((2, 70)), model.empty_cache(2, slots=max(lengths) + 40)
     assert cache.k_lbskh.shape[2] == (WINDOW if kind == "alike" else max(lengths) + 40)
-    logits = np.zeros((2, 70, model.config.vocab_size), np.float32)
-    if prompts:
-        padded = np.where(np.arange(40) < np.array(lengths)[:, None], rows[:, :40], 5)
-        features, cache = jax.jit(Llama.prefill)(model, padded[:, : max(lengths)], jnp.asarray(lengths), cache)
-        for row, length in enumerate(lengths):
-            logits[row, length - 1] = np.asarray(model.logits(features))[row]
-    for begin, end in ((0, 23), (23, 24), (24, 36)):
-        piece = np.stack([row[length + begin : length + end] for row, length in zip(rows, lengths, strict=True)])
-        features, cache = jax.jit(Llama.extend)(model, jnp.asarray(piece), cache)
-        for row, length in enumerate(lengths):
-            logits[row, length + begin : length + end] = np.asarray(model.logits(features))[row]
+    logits, _ = logits_in_pieces(model, rows, lengths, cache, [(0, 23), (23, 24), (24, 36)])
     for row, length in enumerate(lengths):
         compared = slice(max(length - 1, 0), length + 36)
         assert error(logits[row, compared], jax_logits(model, rows[row : row + 1, : length + 36])[0, compared]) < 2e-6
