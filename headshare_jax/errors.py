@@ -1,4 +1,4 @@
-"""The one exception that bad input raises, and what pydantic refuses in its words."""
+"""What bad input raises, what may go well later, and what pydantic refuses in its words."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +19,10 @@ class HeadshareError(ValueError):
     def __init__(self, message: str, *, option: str | tuple[str, ...] = ()):
         super().__init__(message)
         self.options = (option,) if isinstance(option, str) else option
+
+
+class TryAgain(HeadshareError):
+    """What the same call can do later: a lock that another process holds, a hub that is not reached. Exit code 75."""
 
 
 @contextmanager
