@@ -14,6 +14,7 @@ from headshare_jax.config import LlamaConfig, RopeScaling
 from headshare_jax.convert import open_checkpoint, save
 from headshare_jax.convert.journal_folder import JournalFolder
 from headshare_jax.errors import HeadshareError
+from headshare_jax.evaluate.agreement import Agreement, agreement
 from headshare_jax.evaluate.perplexity import Perplexity, perplexity
 from headshare_jax.fit.refit import BlockFit, RefitReport, RefitSettings, refit
 from headshare_jax.loading import load, load_tokenizer
@@ -31,6 +32,7 @@ from headshare_jax.sharing.source import WeightSource, fingerprint
 from headshare_jax.sharing.view import SharedView
 
 __all__ = [
+    "Agreement",
     "BlockFit",
     "Compressed",
     "FunctionalSettings",
@@ -48,6 +50,7 @@ __all__ = [
     "SharedView",
     "SharingMap",
     "WeightSource",
+    "agreement",
     "budget_map",
     "calibration_windows",
     "compress",

@@ -21,7 +21,7 @@ class HeadshareError(ValueError):
         self.options = (option,) if isinstance(option, str) else option
 
 
-class TryAgain(HeadshareError):
+class TryAgain(HeadshareError):  # noqa: N818 -- what to do, as the command says it
     """What the same call can do later: a lock that another process holds, a hub that is not reached. Exit code 75."""
 
 

@@ -1,0 +1,177 @@
+"""How far one model's predictions are from another's on a text, with neither model ever whole in memory."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from headshare_jax.calibration import streams
+from headshare_jax.calibration.fisher import output_head
+from headshare_jax.errors import HeadshareError
+from headshare_jax.model.layer import rms_norm
+from headshare_jax.output_head import head_logits
+from headshare_jax.sharing.source import WeightSource
+
+# Tokens whose logits are in memory at a time.
+_HEAD_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two models' predictions on the same windows of text; every token but a window's first is predicted.
+
+    Attributes:
+      before: perplexity of the model that is compared with, such as the dense one.
+      after: perplexity of the other.
+      ratio_error: standard error of `ratio` over windows; None for a single window.
+      kl: mean Kullback-Leibler divergence of the predictions, in nats per token, from the first model's to the other's.
+      same_choice: part of the tokens for which both find the same token most likely.
+      windows, seq_len: windows of text, and tokens in each.
+    """
+
+    before: float
+    after: float
+    ratio_error: float | None
+    kl: float
+    same_choice: float
+    windows: int
+    seq_len: int
+
+    @property
+    def ratio(self) -> float:
+        """`after` divided by `before`."""
+        return self.after / self.before
+
+    def __str__(self) -> str:
+        error = "" if self.ratio_error is None else f" ± {self.ratio_error:.3f}"
+        return (
+            f"perplexity {_digits(self.before)} -> {_digits(self.after)} ({_digits(self.ratio)}x{error}), "
+            f"KL {self.kl:.3f} nats, the same first choice in {self.same_choice:.1%}"
+        )
+
+
+def agreement(
+    first: WeightSource,
+    second: WeightSource,
+    windows_wt: np.ndarray,
+    *,
+    batch_tokens: int = 2048,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Agreement:
+    """Compares the predictions of two models with the same vocabulary.
+
+    One layer's weights are in memory at a time, and both output heads; hidden states lie in temporary files.
+
+    Args:
+      first: the model to compare with, such as the dense one.
+      second: the other, such as a `SharedView` of it.
+      windows_wt: int32 [W, T], the text in windows of at least two tokens.
+      batch_tokens: tokens run at a time on a device.
+      progress: called with the steps done and in all.
+
+    Raises:
+      HeadshareError: vocabularies of different sizes, too few tokens, one outside the vocabulary, predictions that are
+        not finite, or no room for the hidden states.
+
+    Examples:
+      >>> found = hs.agreement(model, shared, windows)
+      >>> found.ratio > 1, found.windows
+      (True, 12)
+    """
+    vocab_size = first.config.vocab_size
+    if second.config.vocab_size != vocab_size:
+        raise HeadshareError(
+            f"Models with vocabularies of {vocab_size} and {second.config.vocab_size} tokens do not predict the same "
+            "things; compare two with one vocabulary."
+        )
+    if windows_wt.ndim != 2 or windows_wt.shape[0] < 1 or windows_wt.shape[1] < 2:
+        raise HeadshareError(f"Models are compared on windows of at least two tokens, not {list(windows_wt.shape)}.")
+    if windows_wt.min() < 0 or windows_wt.max() >= vocab_size:
+        raise HeadshareError(f"The text holds a token outside the models' vocabulary of {vocab_size}.")
+    windows, seq_len = windows_wt.shape
+    layers = [model.config.num_layers for model in (first, second)]
+    total = sum(layers) + windows
+    with (
+        _final_states(first, windows_wt, batch_tokens, lambda done: progress(done, total)) as first_wtd,
+        _final_states(second, windows_wt, batch_tokens, lambda done: progress(layers[0] + done, total)) as second_wtd,
+    ):
+        heads = (_head(first), _head(second))
+        sums_wc = np.empty((windows, 4))
+        for window in range(windows):
+            target_t = jnp.asarray(windows_wt[window, 1:], jnp.int32)
+            states = tuple(jnp.asarray(x_wtd[window, :-1]) for x_wtd in (first_wtd, second_wtd))
+            sums_wc[window] = _compared(heads, states, target_t)
+            progress(sum(layers) + window + 1, total)
+    return _agreement(sums_wc / (seq_len - 1), windows, seq_len)
+
+
+@contextmanager
+def _final_states(
+    source: WeightSource, windows_wt: np.ndarray, batch_tokens: int, progress: Callable[[int], None]
+) -> Iterator[np.ndarray]:
+    """The residual stream behind the last layer, normalised: float32 [W, T, D]."""
+    config, mesh = source.config, streams.calibration_mesh()
+    parts = list(streams.batches(slice(0, len(windows_wt)), batch_tokens, windows_wt.shape[1], mesh.size))
+    norm_d = jnp.asarray(source.read("final_norm_d"), jnp.float32)
+    with streams.on_disk(streams.embedded(source, windows_wt)) as x_wtd:
+        for layer in range(config.num_layers):
+            weights = streams.layer_weights(source, layer, mesh)
+            for part in parts:
+                x_wtd[part] = streams.through_layer(config, weights, streams.cut(x_wtd[part], mesh))
+            progress(layer + 1)
+        for part in parts:
+            x_wtd[part] = rms_norm(jnp.asarray(x_wtd[part]), norm_d, config.rms_norm_eps)
+        yield x_wtd
+
+
+def _head(source: WeightSource) -> jax.Array:
+    return jnp.asarray(output_head(source), jnp.float32)
+
+
+@jax.jit
+def _compared(heads: tuple[jax.Array, ...], states: tuple[jax.Array, ...], target_t: jax.Array) -> jax.Array:
+    """Sums over a window's tokens, float32 [4]: both models' losses, the divergence, and the equal first choices."""
+
+    def of_token(token: tuple[tuple[jax.Array, ...], jax.Array]) -> jax.Array:
+        rows, target = token
+        first_v, second_v = (jax.nn.log_softmax(head_logits(row, head)) for row, head in zip(rows, heads, strict=True))
+        divergence = jnp.sum(jnp.exp(first_v) * (first_v - second_v))
+        same = jnp.argmax(first_v) == jnp.argmax(second_v)
+        return jnp.stack([-first_v[target], -second_v[target], divergence, same.astype(jnp.float32)])
+
+    with jax.default_matmul_precision("highest"):
+        return jnp.sum(jax.lax.map(of_token, (states, target_t), batch_size=_HEAD_TOKENS), axis=0)
+
+
+def _agreement(means_wc: np.ndarray, windows: int, seq_len: int) -> Agreement:
+    """The figures from every window's means."""
+    wrong = np.flatnonzero(~np.isfinite(means_wc).all(axis=0))
+    if len(wrong):
+        what = ("first model's", "other model's", "two models'", "two models'")[wrong[0]]
+        raise HeadshareError(f"The {what} predictions on this text are not finite; check its weights.")
+    before, after, kl, same = (float(mean) for mean in means_wc.mean(axis=0))
+    difference_w = means_wc[:, 1] - means_wc[:, 0]
+    error = float(difference_w.std(ddof=1)) / math.sqrt(windows) if windows > 1 else None
+    ratio = _exp(after - before)
+    return Agreement(
+        before=_exp(before),
+        after=_exp(after),
+        ratio_error=None if error is None else ratio * error,
+        kl=max(kl, 0.0),
+        same_choice=same,
+        windows=windows,
+        seq_len=seq_len,
+    )
+
+
+def _exp(value: float) -> float:
+    return math.exp(min(value, 700.0))
+
+
+def _digits(value: float) -> str:
+    """Three decimals of small numbers, fewer of large ones."""
+    return f"{value:,.3f}" if value < 100 else f"{value:,.0f}"
