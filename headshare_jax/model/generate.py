@@ -137,7 +137,7 @@ def _continued(
         jnp.asarray(stops, jnp.int32),
         room=new,
         sampling=sampling,
-        reading=_to_decode(model, len(prompts)),
+        reading=reading_to_decode(model, len(prompts)),
     )
     return [row[:length].tolist() for row, length in zip(np.asarray(out_bt), np.asarray(length_b), strict=True)]
 
@@ -149,7 +149,8 @@ def _before_long_factors(config: LlamaConfig, length: int) -> int:
     return sys.maxsize if original is None or original < length else original - length + 1
 
 
-def _to_decode(model: Llama, batch: int) -> Reading:
+def reading_to_decode(model: Llama, batch: int) -> Reading:
+    """How weights are best read where tokens are added one at a time to a batch of rows."""
     reading, device = choose(model.config, model.device, batch), model.device
     if device is None or device.platform != "cpu":
         return reading
