@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Union
 import numpy as np
 
 from headshare_jax import convert
+from headshare_jax.calibration.overlap import TextRuns
 from headshare_jax.calibration.windows import calibration_windows, tokens_digest
 from headshare_jax.convert import text as texts
 from headshare_jax.convert import tokenizer as tokenizers
@@ -79,8 +80,10 @@ class CalibrationText:
     windows_wt: np.ndarray
 
     def to_json(self) -> dict[str, Any]:
-        """What identifies the text and its windows, as plain data."""
-        return {"name": self.name, "digest": self.digest, "windows": list(self.windows_wt.shape)}
+        """What identifies the text and its windows, as plain data; `runs` tell whether another text was in them."""
+        shape = list(self.windows_wt.shape)
+        runs = TextRuns.of(self.windows_wt).to_json()
+        return {"name": self.name, "digest": self.digest, "windows": shape, "runs": runs}
 
 
 def calibration_text(

@@ -5,10 +5,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import RenderableType
 from rich.table import Table
 
 from headshare_jax import convert
+from headshare_jax.calibration.overlap import Overlap, TextRuns
 from headshare_jax.cli.command import Command, ComputeDtype, Source
 from headshare_jax.convert import text
 from headshare_jax.errors import HeadshareError
@@ -60,13 +62,15 @@ class Evaluate(Command):
         path = convert.locate(self.src)
         content = None if self.text is None else text.read(self.text, field=self.text_field)
         tokenizer = load_tokenizer(path)
-        model = load(path, compute_dtype=self.compute_dtype)
+        source = convert.open_checkpoint(path)
+        model = load(source, compute_dtype=self.compute_dtype)
         result: dict[str, Any] = {"compute_dtype": self.compute_dtype}
         if content is not None:
+            tokens = np.asarray(tokenizer(content, verbose=False).input_ids, np.int32)
             with progress("perplexity") as step:
                 found = perplexity(
                     model,
-                    tokenizer(content, verbose=False).input_ids,
+                    tokens,
                     seq_len=self.seq_len,
                     stride=self.stride,
                     max_windows=self.max_windows,
@@ -75,6 +79,10 @@ class Evaluate(Command):
                     progress=step,
                 )
             result |= asdict(found) | {"protocol": found.protocol, "text": self.text}
+            calibration = TextRuns.in_provenance(getattr(source, "provenance", {}))
+            if calibration is not None:
+                covered = (found.windows - 1) * found.stride + found.seq_len
+                result["overlap"] = asdict(calibration.overlap(tokens[:covered], found.seq_len))
         if self.tasks is not None:
             with progress("tasks") as step:
                 result["tasks"] = harness.run_tasks(
@@ -92,6 +100,8 @@ class Evaluate(Command):
         if self.text is not None:
             yield f"token perplexity {result['token_perplexity']:.3f}, word perplexity {result['word_perplexity']:.3f}"
             yield f"protocol: {result['protocol']}; computed in {result['compute_dtype']}"
+            if "overlap" in result:
+                yield Overlap(**result["overlap"]).sentence()
             if result["seq_len"] < self.seq_len:
                 yield f"The text is shorter than --seq-len {self.seq_len}, so it is one window by itself."
         if self.tasks is not None:

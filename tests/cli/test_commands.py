@@ -66,6 +66,24 @@ def test_eval_reports_what_perplexity_gives(headshare: Any, model: Path, text: P
     assert "perplexity" in headshare("eval", model, "--text", text, "--max-windows", 1, "--seq-len", 64)
 
 
+def test_eval_tells_what_of_a_text_the_model_was_fitted_to(headshare: Any, model: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    fitted_to, other = ("".join(rng.choice(list("abcdefgh "), 1000)) for _ in range(2))
+    (tmp_path / "text.txt").write_text(fitted_to)
+    calibrate = ("--calibrate", tmp_path / "text.txt", "--calibrate-tokens", 640, "--seq-len", 64)
+    headshare("share", model, tmp_path / "shared", "--ratio", 0.4, "--method", "refit", *calibrate)
+    for content, seen, said in (
+        # Cut elsewhere, too: 400 characters are ahead of it.
+        (other[:400] + fitted_to, 10, "10 of 21 windows"),
+        (other, 0, "None of the 15 windows was in the text that the model was fitted to."),
+    ):
+        (tmp_path / "judged.txt").write_text(content)
+        args = ("eval", tmp_path / "shared", "--text", tmp_path / "judged.txt", "--seq-len", 64)
+        assert headshare(*args, "--json")["overlap"]["seen"] == seen
+        assert said in " ".join(headshare(*args).split())
+    assert "overlap" not in headshare("eval", model, *args[2:], "--json")
+
+
 def test_eval_tells_that_a_text_is_shorter_than_a_window(headshare: Any, model: Path, text: Path) -> None:
     text.write_text("A short text.")
     printed = " ".join(headshare("eval", model, "--text", text, "--seq-len", 64).split())
