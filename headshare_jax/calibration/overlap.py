@@ -33,9 +33,10 @@ class Overlap:
         """What a reader has to know of it."""
         if not self.share:
             return f"None of the {self.windows} windows was in {other}."
+        runs = f"{_percent(self.share)} of all runs of {RUN} tokens"
         return (
-            f"{self.seen} of {self.windows} windows ({_percent(self.share)} of all runs of {RUN} tokens) were in {other}, "
-            "which flatters it: on other text it does worse."
+            f"{self.seen} of {self.windows} windows ({runs}) were in {other}, "
+            "so that the figure is better than on other text."
         )
 
 
@@ -95,8 +96,8 @@ class TextRuns:
         found = known & np.isin(hashes, self.hashes)
         window = np.arange(len(hashes)) // max(seq_len, 1)
         known_w, found_w = (np.bincount(window[each], minlength=windows) for each in (known, found))
-        seen = np.count_nonzero((known_w > 0) & (2 * found_w >= known_w)) / max(np.count_nonzero(known_w), 1)
-        share = np.count_nonzero(found) / max(np.count_nonzero(known), 1)
+        seen = np.count_nonzero((known_w > 0) & (2 * found_w >= known_w)) / (np.count_nonzero(known_w) or 1)
+        share = np.count_nonzero(found) / (np.count_nonzero(known) or 1)
         return Overlap(windows, round(windows * seen), share)
 
 
