@@ -137,12 +137,12 @@ class _Source:
         for short, name in SPECIAL.items():
             id = getattr(tokenizer, f"{short}_token_id")
             id = beside[short] if id is None else id
-            if id is not None and id < config.vocab_size:
+            if id is not None and 0 <= id < config.vocab_size:
                 ids[name] = id
         first, last = self.around()
         # llama.cpp begins and ends texts with these two only.
         ids |= ({"bos": first} if first is not None else {}) | ({"eos": last} if last is not None else {})
-        more = [id for id in config.eos_token_ids if id != ids.get("eos")]
+        more = [id for id in config.eos_token_ids if id >= 0 and id != ids.get("eos")]
         ids |= dict(zip(("eot", "eom"), more, strict=False))
         adds = {"add_bos_token": first is not None} | ({"add_eos_token": True} if last is not None else {})
         return {f"{name}_token_id": id for name, id in ids.items()} | adds

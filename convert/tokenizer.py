@@ -4,10 +4,12 @@ import json
 import logging
 import shutil
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headshare_jax.convert import compact, gguf_tokenizer, huggingface, native
+from headshare_jax.convert import compact, confined, gguf_tokenizer, huggingface, native
 from headshare_jax.convert.gguf_header import read_header
 from headshare_jax.errors import HeadshareError
 
@@ -29,6 +31,9 @@ FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+
+# No file of a tokenizer is larger; the largest known have 40 MB.
+_MOST_BYTES = 2**27
 
 
 def load(path: Path) -> "PreTrainedTokenizerBase":
@@ -52,10 +57,35 @@ def is_in(path: Path) -> bool:
 def _load_folder(path: Path) -> "PreTrainedTokenizerBase":
     if not is_in(path):
         raise HeadshareError(f"{path} carries no tokenizer; put its tokenizer.json (or tokenizer.model) there.")
+    for name in FILES:
+        if (path / name).is_file() and (path / name).stat().st_size > _MOST_BYTES:
+            raise HeadshareError(f"{path / name} is larger than {_MOST_BYTES // 2**20} MiB, which is no tokenizer's.")
+    if (path / "tokenizer.json").is_file():
+        confined.ask(f"The tokenizer of {path}", "check_tokenizer", path=str(path / "tokenizer.json"))
+    with _explained(f"The tokenizer of {path} cannot be read"):
+        tokenizer = _read(path)
+    if not isinstance(tokenizer.model_max_length, (int, float)):
+        raise HeadshareError(
+            f"model_max_length in the tokenizer_config.json of {path} must be a number, not "
+            f"{tokenizer.model_max_length!r:.99}."
+        )
+    encode(tokenizer, "a")
+    return tokenizer
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Raises whatever goes wrong with a tokenizer as a HeadshareError; damage shows itself in any way."""
     try:
-        return _read(path)
-    except Exception as error:  # transformers lets a damaged file show itself in any way
-        raise HeadshareError(f"The tokenizer of {path} cannot be read: {error}") from error
+        yield
+    except HeadshareError:
+        raise
+    except BaseException as error:
+        # A panic of the tokenizers library is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        said = " ".join(str(error).split())[:300].removesuffix(".") or type(error).__name__
+        raise HeadshareError(f"{what}: {said}.") from error
 
 
 def _read(path: Path) -> "PreTrainedTokenizerBase":
@@ -119,8 +149,58 @@ def carry(source: "Path | PreTrainedTokenizerBase", folder: Path) -> None:
         logger.warning("%s The output is left without one.", error)
 
 
+def encode(tokenizer: "PreTrainedTokenizerBase", text: str, *, special: bool = True) -> list[int]:
+    """Token ids of a text.
+
+    Args:
+      tokenizer: any.
+      text: what to encode.
+      special: with the tokens that the tokenizer puts before and after a text.
+
+    Raises:
+      HeadshareError: the tokenizer fails at it, or it is no Unicode text.
+    """
+    with _explained("The text cannot be tokenized"):
+        ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
+    if max(ids, default=0) >= 2**31:
+        raise HeadshareError(f"The tokenizer gives the token id {max(ids)}, which no vocabulary has.")
+    return ids
+
+
+def encode_each(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
+    """Token ids of texts, without special tokens; raises HeadshareError as `encode`."""
+    with _explained("The text cannot be tokenized"):
+        ids: list[list[int]] = tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        ).input_ids
+    return ids
+
+
+def decode(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
+    """The text of token ids, without special tokens; raises HeadshareError where the tokenizer fails at it."""
+    with _explained("The tokens cannot be decoded"):
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def chat(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, str]]) -> list[int]:
+    """Token ids of a chat in the tokenizer's template, up to where the answer begins.
+
+    Args:
+      tokenizer: one with a chat template.
+      messages: with `role` (`system`, `user` or `assistant`) and `content` each.
+
+    Raises:
+      HeadshareError: the template fails, or takes more than `confined.MEMORY` or `confined.SECONDS`.
+    """
+    with _explained("The chat template of the tokenizer cannot be used"):
+        template = tokenizer.get_chat_template()
+        special = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    text = confined.ask(
+        "The chat template of the tokenizer", "render", template=template, messages=list(messages), special=special
+    )
+    return encode(tokenizer, text, special=False)
+
+
 def chat_message(tokenizer: "PreTrainedTokenizerBase", message: str) -> list[int]:
     """Token ids of one user message in the tokenizer's chat template, up to where the answer begins."""
-    messages = [{"role": "user", "content": message}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+    return chat(tokenizer, [{"role": "user", "content": message}])

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from headshare_jax import hf_config
 from headshare_jax.errors import HeadshareError, one_sentence
 from headshare_jax.families import FAMILIES
-from headshare_jax.hf_config import Count, Positive
+from headshare_jax.hf_config import Count, Positive, TokenId
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,9 @@ class LlamaConfig:
     sliding_window: Count | None = None
     full_attention_layers: tuple[int, ...] = ()
     normalize_head: bool = False
-    bos_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int | None = None
+    bos_token_id: TokenId | None = None
+    eos_token_ids: tuple[TokenId, ...] = ()
+    pad_token_id: TokenId | None = None
 
     def __post_init__(self) -> None:
         with one_sentence("a model configuration"):

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 # No count in a file or in memory can be larger.
 Count = Annotated[int, Field(gt=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# Of which -1 stands for none in some; what is beyond a vocabulary is met nowhere.
+TokenId = Annotated[int, Field(ge=-1, lt=2**31)]
 
 # Fields that change nothing about the function the model computes.
 _NEUTRAL = (
@@ -124,13 +126,13 @@ class _Model(_Fields):
     layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
     no_rope_layers: list[int] | None = None
     no_rope_layer_interval: Annotated[int, Field(ge=0)] = 0
-    bos_token_id: int | None = None
+    bos_token_id: TokenId | None = None
     eos_token_ids: Annotated[
-        tuple[int, ...],
+        tuple[TokenId, ...],
         BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else (value,)),
         Field(alias="eos_token_id"),
     ] = ()
-    pad_token_id: int | None = None
+    pad_token_id: TokenId | None = None
 
     def biases(self, family: Family) -> bool | Literal["qkv"]:
         """Which projections of attention have a bias, as `LlamaConfig` says it."""

@@ -105,10 +105,10 @@ def calibration_text(
     if isinstance(text, np.ndarray):
         windows_wt = calibration_windows(text, count // seq_len, seq_len, vocab_size)
         return CalibrationText("token ids", tokens_digest(windows_wt), windows_wt)
-    encode, corpus = _tokenizer(tokenizer), texts.open_corpus(str(text))
+    loaded, corpus = _tokenizer(tokenizer), texts.open_corpus(str(text))
     tokens: list[int] = []
     for piece in corpus.pieces():
-        tokens += encode(piece.text, verbose=False).input_ids
+        tokens += tokenizers.encode(loaded, piece.text)
         if len(tokens) >= count:
             break
     return CalibrationText(
@@ -128,7 +128,7 @@ def text_tokens(text: Text, tokenizer: AnyTokenizer | None, *, field: str = "tex
     """
     if isinstance(text, np.ndarray):
         return text
-    return np.asarray(_tokenizer(tokenizer)(texts.read(str(text), field=field), verbose=False).input_ids, np.int32)
+    return np.asarray(tokenizers.encode(_tokenizer(tokenizer), texts.read(str(text), field=field)), np.int32)
 
 
 def _tokenizer(given: AnyTokenizer | None) -> "PreTrainedTokenizerBase":

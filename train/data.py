@@ -17,6 +17,7 @@ import numpy as np
 
 from headshare_jax.convert import text
 from headshare_jax.convert.atomic import new_directory
+from headshare_jax.convert.tokenizer import encode_each
 from headshare_jax.convert.tokenizer import save as save_tokenizer
 from headshare_jax.errors import HeadshareError
 
@@ -168,7 +169,7 @@ def _encoded(
 
     def encode(batch: list[tuple[int, text.Piece]]) -> tuple[np.ndarray, int]:
         texts = [piece.text for _, piece in batch]
-        rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+        rows = encode_each(tokenizer, texts)
         rows = [row + end * piece.last for row, (_, piece) in zip(rows, batch, strict=True)]
         documents = np.repeat([number for number, _ in batch], [len(row) for row in rows])
         return np.stack([np.concatenate([np.array(row, np.int64) for row in rows]), documents]), batch[-1][1].done

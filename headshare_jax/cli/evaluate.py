@@ -13,6 +13,7 @@ from headshare_jax import convert
 from headshare_jax.calibration.overlap import Overlap, TextRuns
 from headshare_jax.cli.command import Command, ComputeDtype, Source
 from headshare_jax.convert import text
+from headshare_jax.convert.tokenizer import encode
 from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluate.perplexity import perplexity
 from headshare_jax.loading import load, load_tokenizer
@@ -66,7 +67,7 @@ class Evaluate(Command):
         model = load(source, compute_dtype=self.compute_dtype)
         result: dict[str, Any] = {"compute_dtype": self.compute_dtype}
         if content is not None:
-            tokens = np.asarray(tokenizer(content, verbose=False).input_ids, np.int32)
+            tokens = np.asarray(encode(tokenizer, content), np.int32)
             with progress("perplexity") as step:
                 found = perplexity(
                     model,

@@ -14,7 +14,7 @@ from rich.text import Text
 from headshare_jax import convert
 from headshare_jax.cli.command import Command, ComputeDtype, Source
 from headshare_jax.convert.cache import cache_directory
-from headshare_jax.convert.tokenizer import chat_message
+from headshare_jax.convert.tokenizer import chat_message, decode, encode
 from headshare_jax.errors import HeadshareError
 from headshare_jax.loading import load, load_tokenizer
 from headshare_jax.model.generate import Sampling, generate
@@ -63,7 +63,7 @@ class Generate(Command):
         tokenizer = load_tokenizer(path)
         if self.chat and tokenizer.chat_template is None:
             raise HeadshareError(f"The tokenizer of {self.src} has no chat template; leave --chat out.")
-        prompts = [chat_message(tokenizer, text) if self.chat else tokenizer(text).input_ids for text in self.prompt]
+        prompts = [chat_message(tokenizer, text) if self.chat else encode(tokenizer, text) for text in self.prompt]
         if not prompts or not all(prompts):
             raise HeadshareError("Every prompt must hold at least one token; give --prompt a text.")
         say(f"loading {self.src}")
@@ -79,7 +79,7 @@ class Generate(Command):
             answers = generate(model, prompts, max_new_tokens=self.max_new_tokens, sampling=sampling, seed=self.seed)
         return {
             "results": [
-                {"prompt": prompt, "text": tokenizer.decode(answer, skip_special_tokens=True), "tokens": answer}
+                {"prompt": prompt, "text": decode(tokenizer, answer), "tokens": answer}
                 for prompt, answer in zip(self.prompt, answers, strict=True)
             ]
         }

@@ -16,6 +16,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from headshare_jax.convert.tokenizer import decode, encode
 from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluate.perplexity import next_token_scores
 from headshare_jax.model.generate import Sampling, generate
@@ -134,8 +135,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return self.eot_token_id if first is None else int(first)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        ids: list[int] = self.tokenizer(string, add_special_tokens=bool(add_special_tokens), verbose=False).input_ids
-        return ids
+        return encode(self.tokenizer, string, special=bool(add_special_tokens))
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         windows, owners = [], []
@@ -159,7 +159,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             sampling = Sampling(settings["temperature"], settings.get("top_k"), settings.get("top_p", 1.0))
             stops = [self.eot_token_id, *self.model.config.eos_token_ids]
             (tokens,) = generate(self.model, [prompt], max_new_tokens=new, sampling=sampling, stop_tokens=stops)
-            answer = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+            answer = decode(self.tokenizer, tokens)
             for end in filter(None, settings["until"]):
                 answer = answer.split(end)[0]
             answers.append(answer)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny_cli_model
 import tokenizers
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from support import saved_hf_model, tiny_hf_model
 from support_gguf import write_gguf
@@ -180,6 +180,8 @@ def joined_greedily(text: str, metadata: dict[str, Any]) -> list[int]:
 
 @given(text=st.one_of(st.text(), st.lists(st.sampled_from(WORDS)).map(" ".join)))
 def test_a_sentencepiece_tokenizer_joins_by_score(pieces: dict[str, Any], sentencepiece_loaded: Any, text: str) -> None:
+    # These are found whole.
+    assume(not any(special in text for special in ("<s>", "</s>", "<think>")))
     ids = sentencepiece_loaded(text).input_ids
     assert ids == [1, *joined_greedily(("\u2581" + text).replace(" ", "\u2581") if text else "", pieces)]
     assert sentencepiece_loaded.decode(ids, skip_special_tokens=True) == text.replace("\u2581", " ")
@@ -280,7 +282,7 @@ def test_tokenizer_files_are_carried_unchanged(tmp_path: Path, byte_level: token
 
 def test_a_damaged_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(HeadshareError, match=r"The tokenizer of .* cannot be read"):
+    with pytest.raises(HeadshareError, match=r"The tokenizer of .* cannot be used: EOF"):
         tokenizer.load(tmp_path)
 
 
