@@ -32,7 +32,7 @@ class Sweep(Command):
 
     Attributes:
       output: Folder of the report.
-      text: Text to measure perplexity on, which no method sees; as for eval.
+      text: Text to measure perplexity on, other than --calibrate; as for eval.
       ratios: Sharing ratios, with commas between.
       budgets: Parts of the attention parameters to keep, with commas between.
       max_windows: Measure on the first windows of the text only.
@@ -84,6 +84,7 @@ class Sweep(Command):
             "output": str(self.output),
             "page": str(self.output / PAGE),
             "points": [{name: point.get(name) for name in (*COLUMNS, "amount", "reason")} for point in points],
+            "overlap": record["overlap"],
             "protocol": record["protocol"],
         }
 
@@ -102,6 +103,8 @@ class Sweep(Command):
             if row["perplexity"] is None:
                 yield f"{row['method']}, {row['amount']}: {row['reason']}"
         yield f"text: {self.text}; {result['protocol']}"
+        if result["overlap"] is not None:
+            yield result["overlap"]["sentence"]
         yield f"written: {result['page']}; {DATA} and {TABLE} beside it"
 
     def _settings(self) -> MethodSettings:

@@ -9,7 +9,7 @@ from matplotlib.path import Path as Curve
 from matplotlib.ticker import MultipleLocator
 
 from headshare_jax.report.picture import Picture, drawn
-from headshare_jax.report.style import BASELINE, DONOR, FAINT, RECEIVER
+from headshare_jax.report.style import DONOR, FAINT, GREY, RECEIVER
 from headshare_jax.sharing.map import SharingMap
 
 
@@ -29,7 +29,7 @@ def draw_map(sharing: SharingMap) -> Picture:
         ("own weights", ~receives & ~gives & ~dropped, FAINT, "o", 4.5),
         ("donor", gives, *DONOR, 7),
         ("receiver", receives, *RECEIVER, 6),
-        ("dropped", dropped, *BASELINE, 6.5),
+        ("dropped", dropped, *GREY, 6.5),
     ]
     kinds = [kind for kind in kinds if kind[1].any()]
     width = max(3.7, 0.8 + 0.225 * layers)

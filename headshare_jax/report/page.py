@@ -9,15 +9,12 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from headshare_jax.report.curves import LOG_FROM, draw_perplexity, method_styles
+from headshare_jax.report.curves import draw_perplexity, method_styles
 from headshare_jax.report.heatmap import draw_scores
 from headshare_jax.report.map import draw_map
 from headshare_jax.sharing.ledger import megabytes
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.scores import MatchResult
-
-# Up to this ratio to the dense perplexity, points are drawn a second time if others are far above.
-_NEAR = 2
 
 
 def page(record: dict[str, Any], scores: Sequence[MatchResult]) -> str:
@@ -28,7 +25,7 @@ def page(record: dict[str, Any], scores: Sequence[MatchResult]) -> str:
       scores: match results to draw; those drawn at random, or without all pairs, are left out.
     """
     points = record["points"]
-    styles, best, near = method_styles(points), _best(points), _near(points)
+    styles, best = method_styles(points), _best(points)
     shown = {result.match: result for result in scores if result.scores is not None and result.match != "random"}
     maps = [
         (point, draw_map(SharingMap.from_json(json.dumps(point["map"]))).svg(f"map {place}"))
@@ -42,11 +39,14 @@ def page(record: dict[str, Any], scores: Sequence[MatchResult]) -> str:
         record=record,
         dense=points[0],
         best=best,
-        curves=draw_perplexity(points, styles).svg("curves"),
-        near=draw_perplexity(near, styles).svg("near") if near else None,
-        near_limit=_NEAR,
+        charts=[
+            {"name": name, "svg": draw_perplexity([points[0], *drawn], styles).svg(f"curves {name}")}
+            for name in ("ratio", "budget")
+            if (drawn := [point for point in points[1:] if point[name] is not None and "attention_bytes" in point])
+        ],
+        undrawn=[point for point in points if "attention_bytes" not in point],
         maps=maps,
-        # The best point of the middle amount.
+        # The middle one.
         shown=best[(len(best) - 1) // 2] if best else None,
         scores=[
             {
@@ -66,19 +66,13 @@ def _brief(value: float) -> str:
 
 
 def _best(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The point with the lowest perplexity of every amount."""
+    """The points to which no other is preferable, in bytes and perplexity, from the largest on."""
     measured = [point for point in points[1:] if point["perplexity"] is not None]
-    return [
-        min((point for point in measured if point["amount"] == amount), key=lambda point: point["perplexity"])
-        for amount in dict.fromkeys(point["amount"] for point in measured)
-    ]
-
-
-def _near(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The points that lie near the dense model, if there are some and others hide them; none otherwise."""
-    measured = [point for point in points if point["perplexity"] is not None]
-    near = [point for point in measured if point["relative"] <= _NEAR]
-    return near if len(near) > 1 and any(point["relative"] > LOG_FROM for point in measured) else []
+    best: list[dict[str, Any]] = []
+    for point in sorted(measured, key=lambda point: (point["attention_bytes"], point["perplexity"])):
+        if not best or point["perplexity"] < best[-1]["perplexity"]:
+            best.append(point)
+    return best[::-1]
 
 
 def _score_name(match: str | None) -> str:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-INK, FAINT, GRID = "#222222", "#c9c9c9", "#e9e9e9"
+INK, FAINT, GRID, STRIP = "#222222", "#c9c9c9", "#e9e9e9", "#f3f3f3"
 # Colours that readers with any kind of colour vision can tell apart, dark enough to write in; each with its own symbol.
 SERIES = (
     ("#0072b2", "o"),
@@ -12,7 +12,8 @@ SERIES = (
     ("#5b4fa0", "*"),
     ("#7a6200", "P"),
 )
-BASELINE = ("#6b6b6b", "X")
+GREY = ("#6b6b6b", "X")
+BASELINES = {"random": GREY, "random-refit": ("#8a6d5a", "v")}
 DONOR, RECEIVER = SERIES[:2]
 
 # Matplotlib's settings while a picture is drawn and written.

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from headshare_jax import convert
+from headshare_jax.calibration.overlap import TextRuns
 from headshare_jax.calibration.windows import tokens_digest
 from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluate.perplexity import perplexity
@@ -106,18 +108,39 @@ class Measurements:
         return {
             "format": "headshare-sweep",
             "version": 1,
-            "model": {"name": model.rstrip("/").rpartition("/")[2], "source": model} | self.source.config.to_json(),
+            "model": {"name": _name(model), "source": model} | self.source.config.to_json(),
             "units": self.source.config.num_units,
             "fingerprint": self.identity["model"],
             "text": {"name": text, "sha256": self.identity["held-out text"]},
             "calibration": None if self.calibration is None else self.calibration.to_json(),
             "settings": self.identity["settings"],
+            "overlap": self._overlap(),
             "protocol": points[0]["protocol"],
             "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}
             | {"python": platform.python_version()},
             "methods": {name: METHODS[name].summary for name in METHODS if name in {p["method"] for p in points}},
-            "points": points,
+            "points": [points[0], *(point | {"command": self._command(point, model)} for point in points[1:])],
         }
+
+    def _overlap(self) -> dict[str, Any] | None:
+        """What of the held-out text was in the calibration text."""
+        if self.windows_wt is None:
+            return None
+        found = TextRuns.of(self.windows_wt).overlap(self.held_out, **self.held_out_windows)
+        return asdict(found) | {"sentence": found.sentence("the text that methods were calibrated on")}
+
+    def _command(self, point: dict[str, Any], model: str) -> str:
+        """What makes the model of a point."""
+        method, amount = METHODS[point["method"]], "ratio" if point["budget"] is None else "budget"
+        options = {"method": method.name, amount: f"{point[amount]:g}"}
+        options |= {name: str(value) for name, value in self.settings.given.items() if name in method.uses}
+        if method.needs_text and self.calibration is not None:
+            windows, seq_len = self.calibration.windows_wt.shape
+            options |= {
+                "calibrate": self.calibration.name, "calibrate-tokens": str(windows * seq_len), "seq-len": str(seq_len)
+            }  # fmt: skip
+        words = [word for name, value in options.items() for word in (f"--{name}", value)]
+        return shlex.join(["headshare", "share", model, f"{_name(model)}-{method.name}-{point[amount]:g}", *words])
 
     def scored(self, method: Method, tell: Tell = lambda text: None) -> MatchResult:
         """The scores of a method, which it may have in common with others."""
@@ -157,6 +180,10 @@ class Measurements:
             "attention_bytes": sum(row.stored * row.bytes_per_parameter for row in sizes.rows if row.part in "qkvo"),
             "ledger": sizes.to_json(),
         }
+
+
+def _name(model: str) -> str:
+    return model.rstrip("/").rpartition("/")[2]
 
 
 def _label(amount: Amount) -> str:

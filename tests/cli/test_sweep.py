@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -299,6 +300,39 @@ def test_pointing_shows_the_pair(workplace: Path, browser: Chrome) -> None:
     assert told == f"receiver 2.0, donor 1.1: score {scores[4, 3]:.4f}"
 
 
+def test_the_best_for_a_budget_is_a_command_that_makes_it(
+    workplace: Path, tmp_path: Path, browser: Chrome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(browser, workplace / "report" / PAGE, 390)
+    choice = Select(browser.find_element(By.ID, "choice"))
+    choice.select_by_index(len(choice.options) - 1)
+    (section,) = (each for each in browser.find_elements(By.CLASS_NAME, "choice") if each.is_displayed())
+    command = shlex.split(section.find_element(By.TAG_NAME, "code").text)
+    section.find_element(By.TAG_NAME, "button").click()
+    assert section.find_element(By.TAG_NAME, "button").text == "Copied"
+    (point,) = (p for p in data(workplace / "report")["points"][1:] if shlex.split(p["command"]) == command)
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(command[1:]) == 0
+    model = hs.load(tmp_path / command[3])
+    assert hs.ledger(model).stored == point["parameters"]
+    tokens = hs.load_tokenizer(workplace / "model")(HELD_OUT).input_ids
+    measured = hs.perplexity(model, tokens, seq_len=WINDOW)
+    assert measured.token_perplexity == pytest.approx(point["perplexity"], rel=1e-5)
+
+
+def test_the_page_says_what_of_the_text_methods_saw(workplace: Path, tmp_path: Path, browser: Chrome) -> None:
+    opened(browser, workplace / "report" / PAGE, 1200)
+    assert "None of the" in browser.find_element(By.TAG_NAME, "main").text
+    assert not browser.find_elements(By.CLASS_NAME, "warning")
+    (tmp_path / "seen.txt").write_text(CALIBRATION[9:])
+    command = arguments(workplace, text=tmp_path / "seen.txt", ratios="0.2", methods="refit")
+    assert cli.run([*command, "-o", str(tmp_path / "report")]) == 0
+    opened(browser, tmp_path / "report" / PAGE, 1200)
+    said = browser.find_element(By.CLASS_NAME, "warning").text
+    assert "were in the text that methods were calibrated on" in said
+    assert data(tmp_path / "report")["overlap"]["sentence"] == said
+
+
 def test_choosing_a_point_shows_its_map_and_ledger(workplace: Path, browser: Chrome) -> None:
     opened(browser, workplace / "report" / PAGE, 1200)
     points = [point for point in data(workplace / "report")["points"] if "map" in point]
@@ -327,7 +361,8 @@ def test_without_scripts_the_page_shows_everything(workplace: Path, browser: Chr
     try:
         opened(browser, workplace / "report" / PAGE, 1200)
         sections = browser.find_elements(By.TAG_NAME, "section")
-        assert len(sections) == 3 + 2
+        # Choices for budgets, maps and scores.
+        assert len(sections) == len(browser.find_elements(By.CLASS_NAME, "choice")) + 3 + 2
         assert all(each.is_displayed() and each.find_element(By.TAG_NAME, "h3").is_displayed() for each in sections)
         assert not any(each.is_displayed() for each in browser.find_elements(By.TAG_NAME, "select"))
     finally:

@@ -40,6 +40,7 @@ POINTS = [
     point("fitted", 8_000_000, 22.0),
     point("fitted", 6_000_000, None),
     point("random", 8_000_000, 95.0),
+    point("random", 6_000_000, None),
 ]
 
 
@@ -48,6 +49,7 @@ def drawings() -> dict[str, Picture]:
         "map": draw_map(sharing()),
         "scores": draw_scores(matched()),
         "curves": draw_perplexity(POINTS, method_styles(POINTS)),
+        "far": draw_perplexity(POINTS[:2], method_styles(POINTS)),
         "dense": draw_perplexity(POINTS[:1], {}),
         "training": draw_training([{"step": step, "lm_loss": 1 / step, "dense_perplexity": 9.0} for step in (1, 2, 3)]),
     }
@@ -74,7 +76,10 @@ def test_letters_stay_letters() -> None:
     assert sharing().summary() in " ".join(texts["map"])
     assert {"donor", "receiver", "dropped", "own weights"} <= set(texts["map"])
     assert {"score (qk)", "best donor"} <= set(texts["scores"])
-    assert {"direct", "fitted", "random", "dense: 20.0", "perplexity (log scale)"} <= set(texts["curves"])
+    assert {"fitted", "dense: 20.0", "perplexity"} <= set(texts["curves"])
+    # What lies beyond the edge stands there with its figure.
+    assert {"direct 4.5\u00d7", "random 4.8\u00d7", "random not finite", "fitted not finite"} <= set(texts["curves"])
+    assert {"direct", "dense: 20.0", "perplexity (log scale)"} <= set(texts["far"])
     assert {"loss per token", "held-out perplexity", "dense perplexity"} <= set(texts["training"])
 
 
