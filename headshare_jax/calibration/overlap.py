@@ -34,10 +34,7 @@ class Overlap:
         if not self.share:
             return f"None of the {self.windows} windows was in {other}."
         runs = f"{_percent(self.share)} of all runs of {RUN} tokens"
-        return (
-            f"{self.seen} of {self.windows} windows ({runs}) were in {other}, "
-            "so that the figure is better than on other text."
-        )
+        return f"{self.seen} of {self.windows} windows ({runs}) were in {other}; on other text, figures are worse."
 
 
 @dataclass(frozen=True)

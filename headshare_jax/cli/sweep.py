@@ -61,6 +61,9 @@ class Sweep(Command):
             raise HeadshareError(f"{self.output} exists already; choose another name, or go on there with --resume.")
         check_output(self.output, folder=True, overwrite=self.resume)
         chosen, amounts = self._checked_methods(), self._checked_amounts()
+        pairs = [
+            (method, amount) for method in chosen for amount in amounts if amount.ratio is None or not method.by_budget
+        ]
         path = convert.locate(self.src)
         source = convert.open_checkpoint(path)
         if source.sharing is not None:
@@ -77,7 +80,7 @@ class Sweep(Command):
             seq_len=self.seq_len, max_windows=self.max_windows,
         )  # fmt: skip
         with progress_with_text() as show:
-            points = run.points([(method, amount) for method in chosen for amount in amounts], show)
+            points = run.points(pairs, show)
         record = run.record(points, model=self.src, text=self.text)
         run.folder.write_results(record, [run.scored(method) for method in chosen])
         return {
@@ -118,6 +121,9 @@ class Sweep(Command):
                 check_tie(value)
             if not any(setting in method.uses for method in chosen):
                 raise HeadshareError(f"None of the methods {', '.join(names)} has a use for {setting}.", option=setting)
+        budgeted = [method.name for method in chosen if method.by_budget]
+        if budgeted and not self.budgets and self.methods != tuple(METHODS):
+            raise HeadshareError(f"The method {budgeted[0]} needs a budget, not a ratio: give --budgets.")
         needy = [method.name for method in chosen if method.needs_text]
         if needy and self.calibrate is None:
             raise HeadshareError(f"The methods {', '.join(needy)} need a text: --calibrate TEXT.")

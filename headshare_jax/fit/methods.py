@@ -172,6 +172,11 @@ class Method:
     refits: bool = False
 
     @property
+    def by_budget(self) -> bool:
+        """Whether it takes a budget only, and no ratio."""
+        return self.choose is within_budget
+
+    @property
     def needs_text(self) -> bool:
         """Whether it needs calibration text, to score or to refit."""
         return self.refits or self.scores is functional_scores

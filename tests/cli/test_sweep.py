@@ -208,6 +208,7 @@ def test_bad_input_is_refused_before_anything_is_made(
         (arguments(workplace, ratios="0.1"), "none of 6 units"),
         (arguments(workplace, ratios="1.5"), "below 1"),
         (arguments(workplace, methods="best"), "direct, refit"),
+        (arguments(workplace, methods="direct,plan"), "plan needs a budget"),
         (arguments(workplace, tie="vk"), "tie"),
         (arguments(workplace, src=tmp_path / "shared"), "already shares"),
         (arguments(workplace, text=workplace / "absent.txt"), "absent.txt"),
