@@ -79,7 +79,7 @@ class CompactCheckpoint(TensorCheckpoint):
 
         def read_rows(rows: np.ndarray) -> np.ndarray:
             cut = keys.Cut(0, [slice(row, row + 1) for row in rows.tolist()])
-            return keys.decode(POOLS, self.config, name, self.reader.read(self._infos[pool], pool, cut))
+            return keys.decode(POOLS, self.config, name, self.values(pool, cut))
 
         return read_heads(self, name, layer, heads, read_rows)
 

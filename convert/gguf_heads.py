@@ -17,6 +17,7 @@ from headshare_jax.convert.gguf_settings import OWN_MAP
 from headshare_jax.convert.tensor_files import TensorCheckpoint
 from headshare_jax.errors import HeadshareError
 from headshare_jax.parameters import PARAMETERS, slice_shape
+from headshare_jax.sharing import finite
 from headshare_jax.sharing.map import DROPPED, SharingMap
 from headshare_jax.sharing.view import View
 
@@ -94,7 +95,8 @@ class DeciCheckpoint(TensorCheckpoint):
         if kept_n is None:
             if name == "attn_norm_ld" and not self.kept_lu[layer].any():
                 ones = np.ones(self.config.hidden_size)
-                return np.asarray(self.norms.get(layer, ones), self.dtype(name))
+                norm = np.asarray(self.norms.get(layer, ones), self.dtype(name))
+                return finite.check_weights(norm, NORM.format(layer=layer), self.path)
             return super().read(name, layer)
         wanted_n = np.arange(len(kept_n)) if heads is None else np.asarray(heads, int)
         values = np.zeros((len(wanted_n), *slice_shape(self.config, name)[1:]), self.dtype(name))

@@ -14,6 +14,7 @@ from headshare_jax.convert import keys
 from headshare_jax.convert.gguf_header import GgufHeader, GgufTensor
 from headshare_jax.convert.tensor_files import TensorInfo
 from headshare_jax.errors import HeadshareError
+from headshare_jax.sharing import finite
 
 Kind = gguf.GGMLQuantizationType
 
@@ -24,6 +25,8 @@ PLAIN: dict[Kind, np.dtype[Any]] = {
 }
 # Tensors are dequantised and quantised in pieces of about this size.
 _PIECE_BYTES = 2**20
+# Of values up to this size every type has finite scales.
+_LARGE = 2.0**14
 
 
 class GgufReader:
@@ -110,15 +113,37 @@ def can_quantise(kind: Kind) -> bool:
     return True
 
 
-def quantised(values: np.ndarray, kind: Kind) -> np.ndarray:
-    """A tensor as a type stores it; peak memory is the tensor, the result and one piece."""
+def quantised(values: np.ndarray, kind: Kind, name: str) -> np.ndarray:
+    """A tensor as a type stores it; peak memory is the tensor, the result and one piece.
+
+    Raises:
+      HeadshareError: it makes NaN or infinities of some values; `name` is the tensor's.
+    """
     if kind in PLAIN:
-        return values.astype(PLAIN[kind], copy=False)
+        with np.errstate(over="ignore"):
+            plain = values.astype(PLAIN[kind], copy=False)
+        if not finite.is_finite(plain):
+            raise _does_not_fit(name, kind, finite.said(plain))
+        return plain
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     rows = values.reshape(-1, values.shape[-1])
     stored = np.empty((len(rows), rows.shape[1] // block * block_bytes), np.uint8)
     step = max(1, _PIECE_BYTES // (4 * rows.shape[1]))
     for start in range(0, len(rows), step):
         piece = np.ascontiguousarray(rows[start : start + step], np.float32)
-        stored[start : start + step] = gguf.quantize(piece, kind)
+        with np.errstate(over="ignore", invalid="ignore"):
+            stored[start : start + step] = gguf.quantize(piece, kind)
+            # Scales and least values are float16.
+            if max(piece.max(), -piece.min()) > _LARGE:
+                back = gguf.dequantize(stored[start : start + step], kind)
+                if not finite.is_finite(back):
+                    raise _does_not_fit(name, kind, finite.said(back))
     return stored
+
+
+def _does_not_fit(name: str, kind: Kind, said: str) -> HeadshareError:
+    return HeadshareError(
+        f"{name} does not fit {kind.name.lower()}, which makes {said} of it; choose a type of larger range, such as "
+        "bf16 or f32.",
+        option="quantize",
+    )

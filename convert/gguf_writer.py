@@ -194,7 +194,7 @@ class _Weights:
         values, kind = self._values(name), self.kinds[name]
         if self._origin is not None and kind == self._origin.kinds.get(name) and self._unchanged(name, values):
             return self._origin.stored(name)
-        return quantised(values, kind)
+        return quantised(values, kind, name)
 
     def _values(self, name: str) -> np.ndarray:
         values = self._rope.get(name)

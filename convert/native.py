@@ -24,6 +24,7 @@ from headshare_jax import parameters
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.parameters import PARAMETERS, PROJECTIONS, index_name
+from headshare_jax.sharing import finite
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.source import WeightSource, pool_index, read_heads, stored_layers, stored_shape
 
@@ -75,10 +76,13 @@ class NativeCheckpoint:
     def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
         array = self._arrays[name]
         if layer is None:
-            return self._values(array, name)
+            return self._weights(array, name, layer)
         if PARAMETERS[name].pool is None:
-            return self._values(array[layer], name)
-        return read_heads(self, name, layer, heads, lambda rows: self._values(array[rows], name))
+            return self._weights(array[layer], name, layer)
+        return read_heads(self, name, layer, heads, lambda rows: self._weights(array[rows], name, layer))
+
+    def _weights(self, array: ts.TensorStore, name: str, layer: int | None) -> np.ndarray:
+        return finite.check_weights(self._values(array, name), finite.slice_name(name, layer), self.path)
 
     def _values(self, array: ts.TensorStore, name: str) -> np.ndarray:
         try:

@@ -10,6 +10,7 @@ import numpy as np
 from headshare_jax.config import LlamaConfig
 from headshare_jax.convert import keys
 from headshare_jax.errors import HeadshareError
+from headshare_jax.sharing import finite
 from headshare_jax.sharing.map import SharingMap
 
 
@@ -71,8 +72,16 @@ class TensorCheckpoint:
 
     def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
         tensor = self.table[name].name(layer)
-        part = self.reader.read(self._infos[tensor], tensor, keys.cut(self.table, self.config, name, heads))
+        part = self.values(tensor, keys.cut(self.table, self.config, name, heads))
         return keys.decode(self.table, self.config, name, part)
+
+    def values(self, tensor: str, cut: keys.Cut | None = None) -> np.ndarray:
+        """A tensor's values, or those of a cut of it; raises HeadshareError if one that is read is not finite."""
+        found = self.reader.read(self._infos[tensor], tensor, cut)
+        if not finite.is_finite(found):
+            # How many there are in all of it tells more than those of some heads.
+            finite.check_weights(self.reader.read(self._infos[tensor], tensor), tensor, self._infos[tensor].file)
+        return found
 
     def _expected(self) -> dict[str, keys.Tensor]:
         """Every tensor that the configuration asks for, unless its sizes are beyond any file."""
@@ -91,7 +100,7 @@ class TensorCheckpoint:
         head, embed = self.table["head_vd"].template, self.table["embed_vd"].template
         if not self.config.tie_word_embeddings or head not in self._infos:
             return []
-        same = np.array_equal(self.reader.read(self._infos[head], head), self.reader.read(self._infos[embed], embed))
+        same = np.array_equal(self.values(head), self.values(embed))
         return [] if same else [f"{head} differs from {embed} although tie_word_embeddings is true"]
 
 

@@ -21,6 +21,7 @@ from headshare_jax.calibration.streams import BLOCKS, OUTPUT, Weights
 from headshare_jax.errors import HeadshareError
 from headshare_jax.fit.moments import Moments, batch_moments
 from headshare_jax.model.llama import Llama
+from headshare_jax.sharing import finite
 from headshare_jax.sharing.source import WeightSource, pool_index, stored_shape
 from headshare_jax.sharing.view import ReplacedView
 
@@ -221,7 +222,7 @@ class _Walk:
 
     def enter(self, layer: int, compressed: Weights | None) -> None:
         """Goes on to a layer; `compressed` are its weights in the compressed model, None where they are the dense's."""
-        self.dense = streams.layer_weights(self.source, layer, self.mesh)
+        self.layer, self.dense = layer, streams.layer_weights(self.source, layer, self.mesh)
         if compressed is None:
             return
         self.compressed = compressed
@@ -253,6 +254,8 @@ class _Walk:
             gram, cross, energy = (np.asarray(value, np.float64) for value in sums)
             total += Moments(gram, cross, energy, x_btd.shape[0] * x_btd.shape[1])
             self.x_wtd[part] = after_btd
+        what = f"Sums over the calibration text in the {block} of layer {self.layer}"
+        finite.check_computed(what, total.gram, total.cross, total.energy)
         return total
 
 
@@ -309,8 +312,15 @@ def _fit_block(
     change, fit = _fit(fit_to, held_out, _free_rows(shared, layer, block), layer, block, settings)
     step = {_FIT: np.frombuffer(json.dumps(asdict(fit)).encode(), np.uint8)}
     if fit.drift is not None:
-        before = shared.read(OUTPUT[block], layer)
-        step[_WEIGHT] = (before.astype(np.float64) + change.reshape(before.shape)).astype(before.dtype)
+        before, name = shared.read(OUTPUT[block], layer), finite.slice_name(OUTPUT[block], layer)
+        with np.errstate(over="ignore"):
+            fitted = (before.astype(np.float64) + change.reshape(before.shape)).astype(before.dtype)
+        if not finite.is_finite(fitted):
+            raise HeadshareError(
+                f"The refit of {name} does not fit {before.dtype}, which makes {finite.said(fitted)} of it; convert the "
+                "model to float32 or bfloat16 first."
+            )
+        step[_WEIGHT] = fitted
     return step
 
 

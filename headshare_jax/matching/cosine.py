@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_limits
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.parameters import PROJECTIONS, pool_name, slice_shape
+from headshare_jax.sharing import finite
 from headshare_jax.sharing.scores import MatchResult, best_donors
 from headshare_jax.sharing.source import WeightSource, fingerprint
 
@@ -102,6 +103,7 @@ def magnitudes(source: WeightSource, *, progress: Callable[[int, int], None] = l
         weights = [source.read(pool_name(projection), layer) for projection in PROJECTIONS]
         squares = [np.square(np.asarray(value, np.float32)).reshape(shape[1], -1).sum(axis=1) for value in weights]
         norms[layer] = np.sqrt(np.sum(squares, axis=0))
+        _check_squares(layer, norms[layer])
         progress(layer + 1, config.num_layers)
     nobody = np.full(shape, -1, np.int32)
     return MatchResult(
@@ -154,8 +156,14 @@ def cosine_scores(
             gram[within, column * units : (column + len(columns)) * units] = _products(rows, columns)
             progress(done := done + 1, total)
         columns = rows
+    for layer, squares in enumerate(np.diagonal(gram).reshape(-1, units)):
+        _check_squares(layer, squares)
     norm = np.sqrt(np.diagonal(gram))
     return gram / np.maximum(norm[:, None] * norm[None, :], np.finfo(np.float32).tiny)
+
+
+def _check_squares(layer: int, squares: np.ndarray) -> None:
+    finite.check_computed(f"Sums of squares of the heads' weights in layer {layer}", squares)
 
 
 def _products(rows: list[Parts], columns: list[Parts] | None = None) -> np.ndarray:

@@ -22,6 +22,7 @@ from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.matching.elimination import TINY, dropped_solution, pair_residuals, regular_inverse, shared_solution
 from headshare_jax.parameters import PARAMETERS, layered_names
+from headshare_jax.sharing import finite
 from headshare_jax.sharing.scores import MatchResult, best_donors
 from headshare_jax.sharing.source import WeightSource, fingerprint
 
@@ -181,6 +182,7 @@ class _LayerScorer:
         # Flat indices of the layer's units.
         self.own = np.arange(self.layer * self.units, (self.layer + 1) * self.units)
         self.parts = self._batches(slice(0, len(x_wtd)))
+        finite.check_computed(f"Gradients of the model's predictions by layer {self.layer}", gradients_wtd)
         g_md = gradients_wtd.reshape(-1, config.hidden_size)
         metric_dd = np.asarray(g_md.T @ g_md, np.float64) / max(np.sum(np.square(g_md)), TINY)
         o_id = np.asarray(streams.output_weight(near[self.layer], "attention"), np.float64)
@@ -243,6 +245,7 @@ class _LayerScorer:
             gradient_btd = streams.cut(self.gradients_wtd[part], self.mesh)
             more = _squares(self.config, weights, candidates, x_btd, gradient_btd, unit_c, solution_cij, shared_c)
             total += np.asarray(more, np.float64)
+        finite.check_computed(f"Costs of the units of layer {self.layer}", total)
         costs = total / (2 * self.x_wtd[..., 0].size)
         return costs[: self.units], costs[self.units :]
 
@@ -256,6 +259,7 @@ class _LayerScorer:
             of_batch = batch_sums(self.config, self.near[self.layer], candidates, x_btd)
             for sums, more in zip(total, of_batch, strict=True):
                 sums += np.asarray(more, np.float64)
+        finite.check_computed(f"Sums over the calibration text in the attention of layer {self.layer}", *total)
         return total
 
     def _candidates(self, receivers: np.ndarray, donors: np.ndarray, tie: str) -> Weights:

@@ -9,6 +9,7 @@ import numpy as np
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.parameters import PARAMETERS, layered_names, slice_shape
+from headshare_jax.sharing import finite
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.source import WeightSource, fingerprint
 from headshare_jax.sharing.tie import DROPPED
@@ -151,7 +152,18 @@ class CastView(View):
         return self._dtype
 
     def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
-        return self.base.read(name, layer, heads).astype(self._dtype, copy=False)
+        values = self.base.read(name, layer, heads)
+        with np.errstate(over="ignore"):
+            rounded = values.astype(self._dtype, copy=False)
+        if rounded is not values and not finite.is_finite(rounded):
+            where = finite.slice_name(name, layer)
+            largest = np.abs(finite.check_weights(values, where, "the model").astype(np.float32)).max()
+            raise HeadshareError(
+                f"{where} does not fit {self._dtype}, which makes {finite.said(rounded)} of it (the largest is "
+                f"{largest:.3g}); choose a type of larger range.",
+                option="dtype",
+            )
+        return rounded
 
 
 def cast(source: WeightSource, dtype: str | None) -> WeightSource:
