@@ -117,7 +117,7 @@ def quantised(values: np.ndarray, kind: Kind, name: str) -> np.ndarray:
     """A tensor as a type stores it; peak memory is the tensor, the result and one piece.
 
     Raises:
-      HeadshareError: it makes NaN or infinities of some values; `name` is the tensor's.
+      NotFinite: it makes NaN or infinities of some values; `name` is the tensor's.
     """
     if kind in PLAIN:
         with np.errstate(over="ignore"):
@@ -141,8 +141,8 @@ def quantised(values: np.ndarray, kind: Kind, name: str) -> np.ndarray:
     return stored
 
 
-def _does_not_fit(name: str, kind: Kind, said: str) -> HeadshareError:
-    return HeadshareError(
+def _does_not_fit(name: str, kind: Kind, said: str) -> finite.NotFinite:
+    return finite.NotFinite(
         f"{name} does not fit {kind.name.lower()}, which makes {said} of it; choose a type of larger range, such as "
         "bf16 or f32.",
         option="quantize",

@@ -14,6 +14,7 @@ from headshare_jax.calibration.fisher import output_head
 from headshare_jax.errors import HeadshareError
 from headshare_jax.model.layer import rms_norm
 from headshare_jax.output_head import head_logits
+from headshare_jax.sharing.finite import NotFinite
 from headshare_jax.sharing.source import WeightSource
 
 # Tokens whose logits are in memory at a time.
@@ -152,7 +153,7 @@ def _agreement(means_wc: np.ndarray, windows: int, seq_len: int) -> Agreement:
     wrong = np.flatnonzero(~np.isfinite(means_wc).all(axis=0))
     if len(wrong):
         what = ("first model's", "other model's", "two models'", "two models'")[wrong[0]]
-        raise HeadshareError(f"The {what} predictions on this text are not finite; check its weights.")
+        raise NotFinite(f"The {what} predictions on this text are not finite; check its weights.")
     before, after, kl, same = (float(mean) for mean in means_wc.mean(axis=0))
     difference_w = means_wc[:, 1] - means_wc[:, 0]
     error = float(difference_w.std(ddof=1)) / math.sqrt(windows) if windows > 1 else None

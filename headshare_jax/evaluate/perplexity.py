@@ -10,6 +10,7 @@ import numpy as np
 
 from headshare_jax.errors import HeadshareError
 from headshare_jax.model.llama import Llama
+from headshare_jax.sharing import finite
 
 # Tokens whose logits are in memory at a time.
 _HEAD_TOKENS = 256
@@ -79,6 +80,7 @@ def perplexity(
     Raises:
       HeadshareError: fewer than two tokens, one outside the vocabulary, or an impossible window, stride, number of
         windows or batch size.
+      NotFinite: predictions that are NaN or infinite. A perplexity of finite ones that is beyond any float is infinite.
 
     Examples:
       >>> measured = hs.perplexity(model, tokens, seq_len=64, max_windows=4)
@@ -113,6 +115,12 @@ def perplexity(
         nll_bt = np.asarray(next_token_scores(model, jnp.asarray(tokens_bt))[0], np.float64)
         # Column t holds the loss of the window's token t + 1.
         counted_bt = np.arange(1, seq_len)[None, :] >= first_scored_b[:, None]
+        wrong = int(np.count_nonzero(~np.isfinite(nll_bt[counted_bt])))
+        if wrong:
+            raise finite.NotFinite(
+                f"The model's perplexity is not finite: {wrong} of {counted_bt.sum()} predictions are NaN or infinite "
+                f"in the windows from token {starts_b[0]} on; {finite.CAUSE}"
+            )
         total += float(nll_bt[counted_bt].sum())
         scored += int(counted_bt.sum())
         progress(begin + len(starts_b), len(starts))

@@ -316,9 +316,9 @@ def _fit_block(
         with np.errstate(over="ignore"):
             fitted = (before.astype(np.float64) + change.reshape(before.shape)).astype(before.dtype)
         if not finite.is_finite(fitted):
-            raise HeadshareError(
-                f"The refit of {name} does not fit {before.dtype}, which makes {finite.said(fitted)} of it; convert the "
-                "model to float32 or bfloat16 first."
+            raise finite.NotFinite(
+                f"The refit of {name} does not fit {before.dtype}, which makes {finite.said(fitted)} of it; convert "
+                "the model to float32 or bfloat16 first."
             )
         step[_WEIGHT] = fitted
     return step

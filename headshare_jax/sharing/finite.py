@@ -4,6 +4,15 @@ import numpy as np
 
 from headshare_jax.errors import HeadshareError
 
+
+class NotFinite(HeadshareError):  # noqa: N818 (what it says is what is)
+    """Weights, or what is computed with them, hold NaN or infinities."""
+
+
+# What makes computed values so, where weights are finite.
+CAUSE = (
+    "the model's weights are too large to compute with, as of one that is damaged or was badly trained or converted."
+)
 # By the bytes of a number: signed and unsigned integers of its size.
 _INTEGERS = {2: (np.int16, np.uint16), 4: (np.int32, np.uint32)}
 
@@ -44,17 +53,14 @@ def check_weights(values: np.ndarray, name: str, place: object) -> np.ndarray:
       place: the file or folder that they lie in, or another name of the model.
 
     Raises:
-      HeadshareError: some are NaN or infinite; it says how many.
+      NotFinite: there are NaN or infinities; it says how many.
     """
     if not is_finite(values):
-        raise HeadshareError(f"{name} in {place} holds {said(values)}: the model is damaged; get or make it again.")
+        raise NotFinite(f"{name} in {place} holds {said(values)}: the model is damaged; get or make it again.")
     return values
 
 
 def check_computed(what: str, *values: np.ndarray) -> None:
-    """Raises HeadshareError, which says what they are, if some computed values are NaN or infinite."""
+    """Raises NotFinite, which says what they are, if some computed values are NaN or infinite."""
     if not all(np.isfinite(array).all() for array in values):
-        raise HeadshareError(
-            f"{what} are NaN or infinite: the model's weights, which are finite, are too large to compute with; it is "
-            "damaged, or was badly trained or converted."
-        )
+        raise NotFinite(f"{what} are NaN or infinite: {CAUSE}")

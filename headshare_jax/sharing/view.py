@@ -158,7 +158,7 @@ class CastView(View):
         if rounded is not values and not finite.is_finite(rounded):
             where = finite.slice_name(name, layer)
             largest = np.abs(finite.check_weights(values, where, "the model").astype(np.float32)).max()
-            raise HeadshareError(
+            raise finite.NotFinite(
                 f"{where} does not fit {self._dtype}, which makes {finite.said(rounded)} of it (the largest is "
                 f"{largest:.3g}); choose a type of larger range.",
                 option="dtype",

@@ -23,6 +23,7 @@ from headshare_jax.fit.methods import METHODS, Amount, Method, MethodSettings, S
 from headshare_jax.loading import CalibrationText
 from headshare_jax.model.llama import Llama
 from headshare_jax.report.progress import Show
+from headshare_jax.sharing.finite import NotFinite
 from headshare_jax.sharing.ledger import ledger
 from headshare_jax.sharing.scores import MatchResult
 from headshare_jax.sharing.source import fingerprint
@@ -157,10 +158,14 @@ class Measurements:
             sharing = methods.choose(method, scores, amount, self.source.config, self.settings)
         except HeadshareError as error:
             return {"perplexity": None, "reason": str(error)}
-        model, fit = methods.apply(
-            method, self.source, sharing, self.windows_wt, check_source=False, progress=_counted(tell, "sharing")
-        )
-        return self._measured(Llama.of(model), tell) | {
+        try:
+            model, fit = methods.apply(
+                method, self.source, sharing, self.windows_wt, check_source=False, progress=_counted(tell, "sharing")
+            )
+            measured = self._measured(Llama.of(model), tell)
+        except NotFinite as error:
+            return {"perplexity": None, "reason": str(error)}
+        return measured | {
             "map": json.loads(sharing.to_json()),
             "fit": None if fit is None else asdict(fit),
         }
