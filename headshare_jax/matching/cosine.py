@@ -101,7 +101,8 @@ def magnitudes(source: WeightSource, *, progress: Callable[[int, int], None] = l
     norms = np.zeros(shape, np.float32)
     for layer in range(config.num_layers):
         weights = [source.read(pool_name(projection), layer) for projection in PROJECTIONS]
-        squares = [np.square(np.asarray(value, np.float32)).reshape(shape[1], -1).sum(axis=1) for value in weights]
+        with np.errstate(over="ignore"):
+            squares = [np.square(np.asarray(value, np.float32)).reshape(shape[1], -1).sum(axis=1) for value in weights]
         norms[layer] = np.sqrt(np.sum(squares, axis=0))
         _check_squares(layer, norms[layer])
         progress(layer + 1, config.num_layers)
@@ -186,10 +187,11 @@ def _products(rows: list[Parts], columns: list[Parts] | None = None) -> np.ndarr
         for part, start in pieces:
             for chunk, block in zip(chunks, blocks, strict=True):
                 _fill(chunk, [parts[part][:, start : start + depth * TILE_FEATURES] for parts in block])
-            for tile in range(heights[0]):
-                donors = chunks[1] if columns else chunks[0][:, : tile + own]
-                products[tile, : donors.shape[1]] += (chunks[0][:, tile, None] @ donors.mT).sum(axis=0)
-            squares += np.vecdot(chunks[0], chunks[0]).sum(axis=0)
+            with np.errstate(over="ignore", invalid="ignore"):
+                for tile in range(heights[0]):
+                    donors = chunks[1] if columns else chunks[0][:, : tile + own]
+                    products[tile, : donors.shape[1]] += (chunks[0][:, tile, None] @ donors.mT).sum(axis=0)
+                squares += np.vecdot(chunks[0], chunks[0]).sum(axis=0)
         return products, squares
 
     lengths = [features.shape[1] for features in blocks[0][0]]

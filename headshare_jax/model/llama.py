@@ -28,6 +28,7 @@ from headshare_jax.model.reading import PER_HEAD_TOKENS, Gathered, Layer, OneByO
 from headshare_jax.output_head import head_logits, normalized_rows
 from headshare_jax.parameters import PARAMETERS, PROJECTIONS, index_name, parameter_names
 from headshare_jax.rope import rotary_angles
+from headshare_jax.sharing import finite
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.source import WeightSource, pool_index, read_heads, stored_shape
 
@@ -309,11 +310,13 @@ class Llama(nnx.Module):
     def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
         """One layer's slice of a parameter on the host, as `WeightSource` has it."""
         value = self.array(name)
-        if layer is None:
-            return np.asarray(value)
-        if PARAMETERS[name].pool is None:
-            return np.asarray(value[layer])
-        return read_heads(self, name, layer, heads, lambda rows: np.asarray(value[rows]))
+
+        def on_host(part: jax.Array) -> np.ndarray:
+            return finite.check_weights(np.asarray(part), finite.slice_name(name, layer), "the model")
+
+        if layer is None or PARAMETERS[name].pool is None:
+            return on_host(value if layer is None else value[layer])
+        return read_heads(self, name, layer, heads, lambda rows: on_host(value[rows]))
 
     def _stacks(self) -> Stacks:
         names = parameter_names(self.config)
