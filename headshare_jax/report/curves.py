@@ -110,7 +110,7 @@ def _scale(axes: Axes, x: Sequence[float], y: Sequence[float]) -> None:
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     lowest, highest = np.log(min(y)) if log else min(y), np.log(max(y)) if log else max(y)
     room = 0.1 * ((highest - lowest) or abs(lowest))
-    axes.set_ylim(*(np.exp if log else np.asarray)([lowest - room, highest + room]))
+    axes.set_ylim(*(np.exp if log else np.asarray)([lowest - room, highest + 1.6 * room]))
     axes.set_xlim(*_limits(x))
     # The room may reach below nothing.
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}" if value >= 0 else "")

@@ -66,13 +66,14 @@ def _brief(value: float) -> str:
 
 
 def _best(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The points to which no other is preferable, in bytes and perplexity, from the largest on."""
+    """The points with the lowest perplexity that keep no more than those of every amount, from the largest on."""
     measured = [point for point in points[1:] if point["perplexity"] is not None]
-    best: list[dict[str, Any]] = []
-    for point in sorted(measured, key=lambda point: (point["attention_bytes"], point["perplexity"])):
-        if not best or point["perplexity"] < best[-1]["perplexity"]:
-            best.append(point)
-    return best[::-1]
+    best = []
+    for amount in {point["amount"] for point in measured}:
+        limit = max(point["attention_bytes"] for point in measured if point["amount"] == amount)
+        within = [point for point in measured if point["attention_bytes"] <= limit]
+        best.append(min(within, key=lambda point: (point["perplexity"], point["attention_bytes"])))
+    return [point for point in sorted(measured, key=lambda point: -point["attention_bytes"]) if point in best]
 
 
 def _score_name(match: str | None) -> str:

@@ -141,7 +141,15 @@ class Measurements:
                 "calibrate": self.calibration.name, "calibrate-tokens": str(windows * seq_len), "seq-len": str(seq_len)
             }  # fmt: skip
         words = [word for name, value in options.items() for word in (f"--{name}", value)]
-        return shlex.join(["headshare", "share", model, f"{_name(model)}-{method.name}-{point[amount]:g}", *words])
+        return shlex.join(
+            [
+                "headshare",
+                "share",
+                model,
+                f"{_name(model).removesuffix('.gguf')}-{method.name}-{point[amount]:g}",
+                *words,
+            ]
+        )
 
     def scored(self, method: Method, tell: Tell = lambda text: None) -> MatchResult:
         """The scores of a method, which it may have in common with others."""
