@@ -13,6 +13,7 @@ from headshare_jax.convert import (
     atomic,
     card,
     compact,
+    generation_config,
     gguf_file,
     gguf_writer,
     huggingface,
@@ -22,7 +23,7 @@ from headshare_jax.convert import (
 )
 from headshare_jax.convert.tensor_files import TensorCheckpoint
 from headshare_jax.errors import HeadshareError
-from headshare_jax.sharing.source import WeightSource
+from headshare_jax.sharing.source import WeightSource, path_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -127,7 +128,7 @@ def save(
       to: `native` (a shared model stays small), `hf` (the family's own class, a shared model at its full size),
         `hf-compact` (a shared model stays small, and runs so in PyTorch with `trust_remote_code=True`) or `gguf` (for
         llama.cpp: dropped heads are left out, a model that shares is at its full size). Those of `hf` have its map and
-        a model card beside it.
+        a model card beside it. How the model is meant to be sampled (`generation_config.json`) is carried along.
       tokenizer_from: tokenizer to carry along, or the name of the checkpoint that has it.
       quantize: for `gguf`, the type of matrices, such as `q8_0`; by default each keeps its own.
       overwrite: replace an existing output.
@@ -147,15 +148,16 @@ def save(
     beside = tokenizer_from if isinstance(tokenizer_from, Path) else None
     license = None if beside is None else card.license_of(beside)
     told = ({} if license is None else {"license": license}) | dict(provenance or {})
+    files = tuple(filter(None, (path_of(source), beside)))
+    generation: dict[str, Any] = next(filter(None, map(generation_config.read, files)), {})
     if to == "gguf":
         with atomic.new_file(Path(dst), overwrite=overwrite) as file:
             gguf_writer.write(
                 source, file, name=Path(dst).stem, quantize=quantize,
-                tokenizer_from=tokenizer_from, provenance=told, documents=documents,
+                tokenizer_from=tokenizer_from, provenance=told, documents=documents, generation=generation,
             )  # fmt: skip
         return
-    files = (getattr(source, "path", None), beside)
-    with atomic.new_directory(Path(dst), overwrite=overwrite, keep=tuple(filter(None, files))) as folder:
+    with atomic.new_directory(Path(dst), overwrite=overwrite, keep=files) as folder:
         if tokenizer_from is not None:
             tokenizer.carry(tokenizer_from, folder)
         if to == "native":
@@ -165,5 +167,7 @@ def save(
             if source.sharing is not None:
                 (folder / MAP_FILE).write_text(source.sharing.to_json())
             (folder / card.NAME).write_text(card.card(source, to, Path(dst).name, told, list(documents or ())))
+        if generation:
+            generation_config.carry(generation, folder, source.config)
         for name, document in (documents or {}).items():
             (folder / name).write_text(document)

@@ -76,7 +76,7 @@ def _heads_of(units_u: np.ndarray, config: LlamaConfig, name: str) -> np.ndarray
     return None if pool is None else np.repeat(units_u, config.heads_per_unit if pool in "qo" else 1)
 
 
-@dataclass
+@dataclass(repr=False)
 class DeciCheckpoint(TensorCheckpoint):
     """A file of architecture `deci`, as a `WeightSource`; heads that it leaves out read as zeros.
 

@@ -13,7 +13,15 @@ import gguf
 import numpy as np
 
 from headshare_jax.config import LlamaConfig
-from headshare_jax.convert import gguf_heads, gguf_settings, gguf_vocabulary, huggingface, keys, tokenizer
+from headshare_jax.convert import (
+    generation_config,
+    gguf_heads,
+    gguf_settings,
+    gguf_vocabulary,
+    huggingface,
+    keys,
+    tokenizer,
+)
 from headshare_jax.convert.gguf_header import read_header
 from headshare_jax.convert.gguf_tensors import PLAIN, GgufReader, Kind, can_quantise, quantised
 from headshare_jax.errors import HeadshareError
@@ -68,6 +76,7 @@ def write(
     tokenizer_from: "Path | PreTrainedTokenizerBase | None" = None,
     provenance: Mapping[str, Any] | None = None,
     documents: Mapping[str, str] | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a source as one file; peak memory is a few copies of its largest tensor.
 
@@ -82,6 +91,7 @@ def write(
         that of the GGUF file that it comes from.
       tokenizer_from: what has the tokenizer; a GGUF file's general metadata is carried too.
       provenance, documents: kept in the metadata.
+      generation: fields of a `generation_config.json`; what GGUF has keys for is kept.
 
     Raises:
       HeadshareError: an architecture that llama.cpp does not have, a tokenizer that GGUF cannot hold, or rows that are
@@ -109,6 +119,7 @@ def write(
         {} if kept_lu is None else _norms(source, kept_lu),
         _own(source, config, told, documents or {}),
         _token_ids(config),
+        generation_config.gguf_keys(generation or {}),
     ):
         metadata |= {key: _typed(value) for key, value in values.items()}
     metadata |= _carried(tokenizer_from, config)

@@ -25,6 +25,7 @@ from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.parameters import PARAMETERS, PROJECTIONS, index_name
 from headshare_jax.sharing import finite
+from headshare_jax.sharing.ledger import described
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.source import WeightSource, pool_index, read_heads, stored_layers, stored_shape
 
@@ -69,6 +70,9 @@ class NativeCheckpoint:
         self._check_arrays()
         for projection in PROJECTIONS:
             self._check_index(projection)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({described(self)})"
 
     def dtype(self, name: str) -> np.dtype[Any]:
         return np.dtype(self._arrays[name].dtype.numpy_dtype)

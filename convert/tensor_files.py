@@ -11,6 +11,7 @@ from headshare_jax.config import LlamaConfig
 from headshare_jax.convert import keys
 from headshare_jax.errors import HeadshareError
 from headshare_jax.sharing import finite
+from headshare_jax.sharing.ledger import described
 from headshare_jax.sharing.map import SharingMap
 
 
@@ -33,7 +34,7 @@ class TensorReader(Protocol):
         """One tensor's values, or those of a cut of it; where the format allows, no others are read."""
 
 
-@dataclass
+@dataclass(repr=False)
 class TensorCheckpoint:
     """A dense checkpoint of named tensors, as a `WeightSource`.
 
@@ -64,6 +65,9 @@ class TensorCheckpoint:
         for tensor_name, tensor in expected.items():
             for name in tensor.parts:
                 self._by_parameter.setdefault(name, []).append(self._infos[tensor_name])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({described(self)})"
 
     def dtype(self, name: str) -> np.dtype[Any]:
         """The type that holds every layer's values of a parameter exactly."""

@@ -17,12 +17,14 @@ from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluate.agreement import Agreement, agreement
 from headshare_jax.evaluate.perplexity import Perplexity, perplexity
 from headshare_jax.fit.refit import BlockFit, RefitReport, RefitSettings, refit
+from headshare_jax.generation import generate, load_sampling, stream
 from headshare_jax.loading import load, load_tokenizer
 from headshare_jax.matching.cosine import match
 from headshare_jax.matching.functional import FunctionalSettings, match_functional
-from headshare_jax.model.generate import Sampling, generate
+from headshare_jax.model.generate import Sampling
 from headshare_jax.model.llama import Llama
 from headshare_jax.model.share import share, unshare
+from headshare_jax.model.stream import Conversation
 from headshare_jax.sharing.budget import budget_map
 from headshare_jax.sharing.choose import drop_map, sharing_map
 from headshare_jax.sharing.ledger import Ledger, ledger
@@ -35,6 +37,7 @@ __all__ = [
     "Agreement",
     "BlockFit",
     "Compressed",
+    "Conversation",
     "FunctionalSettings",
     "HeadshareError",
     "JournalFolder",
@@ -59,6 +62,7 @@ __all__ = [
     "generate",
     "ledger",
     "load",
+    "load_sampling",
     "load_tokenizer",
     "match",
     "match_functional",
@@ -68,6 +72,7 @@ __all__ = [
     "save",
     "share",
     "sharing_map",
+    "stream",
     "unshare",
 ]
 

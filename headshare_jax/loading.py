@@ -105,7 +105,7 @@ def calibration_text(
     if isinstance(text, np.ndarray):
         windows_wt = calibration_windows(text, count // seq_len, seq_len, vocab_size)
         return CalibrationText("token ids", tokens_digest(windows_wt), windows_wt)
-    loaded, corpus = _tokenizer(tokenizer), texts.open_corpus(str(text))
+    loaded, corpus = tokenizer_of(tokenizer), texts.open_corpus(str(text))
     tokens: list[int] = []
     for piece in corpus.pieces():
         tokens += tokenizers.encode(loaded, piece.text)
@@ -128,10 +128,11 @@ def text_tokens(text: Text, tokenizer: AnyTokenizer | None, *, field: str = "tex
     """
     if isinstance(text, np.ndarray):
         return text
-    return np.asarray(tokenizers.encode(_tokenizer(tokenizer), texts.read(str(text), field=field)), np.int32)
+    return np.asarray(tokenizers.encode(tokenizer_of(tokenizer), texts.read(str(text), field=field)), np.int32)
 
 
-def _tokenizer(given: AnyTokenizer | None) -> "PreTrainedTokenizerBase":
+def tokenizer_of(given: AnyTokenizer | None) -> "PreTrainedTokenizerBase":
+    """A tokenizer, or that of a model by name; raises HeadshareError where none is given."""
     if given is None:
         raise HeadshareError("A text needs the tokenizer of the model; give it, or token ids.", option="tokenizer")
     return load_tokenizer(given) if isinstance(given, (str, Path)) else given

@@ -25,6 +25,7 @@ from headshare_jax.model.reading import (
 
 # Prompts and answers are padded to multiples of this, so that nearby lengths share one compilation.
 BUCKET = 64
+MOST_NEW_TOKENS = 2**20
 
 
 @dataclass(frozen=True)
@@ -84,15 +85,8 @@ def generate(
       >>> text = tokenizer.batch_decode(answers)
     """
     sampling = sampling or Sampling()
-    lengths = [len(prompt) for prompt in prompts]
-    if not lengths or min(lengths) == 0:
-        raise HeadshareError("Generation needs at least one token in every prompt.")
-    if max_new_tokens < 1:
-        raise HeadshareError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
-    if not all(0 <= token < model.config.vocab_size for prompt in prompts for token in prompt):
-        raise HeadshareError(f"A prompt holds a token outside the vocabulary of {model.config.vocab_size}.")
-    stops = model.config.eos_token_ids if stop_tokens is None else tuple(stop_tokens)
-    before = min(max_new_tokens, _before_long_factors(model.config, max(lengths)))
+    stops = checked(model.config, prompts, max_new_tokens, stop_tokens)
+    before = min(max_new_tokens, before_long_factors(model.config, max(map(len, prompts))))
     answers = _continued(model, prompts, before, sampling, stops, seed)
     unfinished = [row for row, answer in enumerate(answers) if before == len(answer) < max_new_tokens]
     if unfinished:
@@ -106,6 +100,28 @@ def generate(
     return answers
 
 
+def checked(
+    config: LlamaConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_tokens: Sequence[int] | None
+) -> tuple[int, ...]:
+    """The stop tokens, by default the model's; raises HeadshareError for what cannot be continued."""
+    rows = [np.asarray(prompt) for prompt in prompts]
+    if not rows or any(row.ndim == 1 and row.size == 0 for row in rows):
+        raise HeadshareError("Generation needs at least one token in every prompt.")
+    for row in rows:
+        if row.ndim != 1 or row.dtype.kind not in "iuO":
+            raise HeadshareError("A prompt must be a list of token ids, which are whole numbers.")
+        if row.dtype.kind == "O" or row.min() < 0 or row.max() >= config.vocab_size:
+            raise HeadshareError(f"A prompt holds a token outside the vocabulary of {config.vocab_size}.")
+    if not isinstance(max_new_tokens, (int, np.integer)) or not 1 <= max_new_tokens <= MOST_NEW_TOKENS:
+        raise HeadshareError(
+            f"max_new_tokens must be a whole number from 1 to {MOST_NEW_TOKENS}, not {max_new_tokens!r:.99}.",
+            option="max_new_tokens",
+        )
+    stops = config.eos_token_ids if stop_tokens is None else stop_tokens
+    # No other token is ever drawn.
+    return tuple(token for token in stops if 0 <= token < config.vocab_size)
+
+
 def _continued(
     model: Llama,
     prompts: Sequence[Sequence[int]],
@@ -114,18 +130,8 @@ def _continued(
     stops: tuple[int, ...],
     seed: int,
 ) -> list[list[int]]:
-    lengths = [len(prompt) for prompt in prompts]
-    padded, new = _bucket(max(lengths)), _bucket(max_new_tokens)
-    tokens_bt = np.zeros((len(prompts), padded), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens_bt[row, : len(prompt)] = prompt
-    cache = model.empty_cache(len(prompts), padded + new)
     first_key, key = jax.random.split(jax.random.key(seed))
-    reading = choose_for_prompts(model.device, len(prompts), tokens_bt.size)
-    prompt_b = jnp.asarray(lengths, jnp.int32)
-    token_b, cache = prefill(
-        model, jnp.asarray(tokens_bt), prompt_b, cache, first_key, sampling=sampling, reading=reading
-    )
+    token_b, cache = read_prompts(model, prompts, max_new_tokens, first_key, sampling)
     if max_new_tokens == 1:
         return [[] if token in stops else [token] for token in token_b.tolist()]
     out_bt, length_b, _ = decode(
@@ -135,14 +141,29 @@ def _continued(
         key,
         jnp.int32(max_new_tokens),
         jnp.asarray(stops, jnp.int32),
-        room=new,
+        jnp.int32(0),
+        room=bucket(max_new_tokens),
         sampling=sampling,
         reading=reading_to_decode(model, len(prompts)),
     )
     return [row[:length].tolist() for row, length in zip(np.asarray(out_bt), np.asarray(length_b), strict=True)]
 
 
-def _before_long_factors(config: LlamaConfig, length: int) -> int:
+def read_prompts(
+    model: Llama, prompts: Sequence[Sequence[int]], max_new_tokens: int, key: jax.Array, sampling: Sampling
+) -> tuple[jax.Array, KVCache]:
+    """The first new token of every prompt, and a cache that holds the prompts and has room for the others."""
+    lengths = [len(prompt) for prompt in prompts]
+    tokens_bt = np.zeros((len(prompts), bucket(max(lengths))), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens_bt[row, : len(prompt)] = prompt
+    cache = model.empty_cache(len(prompts), tokens_bt.shape[1] + bucket(max_new_tokens))
+    reading = choose_for_prompts(model.device, len(prompts), tokens_bt.size)
+    prompt_b = jnp.asarray(lengths, jnp.int32)
+    return prefill(model, jnp.asarray(tokens_bt), prompt_b, cache, key, sampling=sampling, reading=reading)
+
+
+def before_long_factors(config: LlamaConfig, length: int) -> int:
     """Tokens that are added to prompts of at most some length before `longrope` goes over to its long factors."""
     scaling = config.rope_scaling
     original = scaling.original_max_position_embeddings if scaling and scaling.kind == "longrope" else None
@@ -158,7 +179,8 @@ def reading_to_decode(model: Llama, batch: int) -> Reading:
     return OwnMatrices(reading, unstacked({name: model.array(name) for name in STACKED_MATRICES}))
 
 
-def _bucket(length: int) -> int:
+def bucket(length: int) -> int:
+    """The length that something of a length is padded to."""
     return -(-length // BUCKET) * BUCKET
 
 
@@ -175,7 +197,7 @@ def prefill(
 ) -> tuple[jax.Array, KVCache]:
     """Reads the prompts, as `Llama.prefill` does, and draws the first new token of every row."""
     features_bd, cache = model.prefill(tokens_bt, prompt_b, cache, reading)
-    return _draw(model.logits(features_bd), key, sampling), cache
+    return draw(model.logits(features_bd), key, sampling), cache
 
 
 @partial(jax.jit, static_argnames=("room", "sampling"), donate_argnames="cache")
@@ -186,6 +208,7 @@ def decode(
     key: jax.Array,
     limit: jax.Array,
     stop_tokens: jax.Array,
+    before: jax.Array | None = None,
     *,
     room: int,
     sampling: Sampling,
@@ -195,11 +218,12 @@ def decode(
 
     Args:
       model: dense or shared.
-      token_b: int32 [B], the first new tokens.
-      cache: holds the prompts.
+      token_b: int32 [B], the first new tokens, or the last ones where others come before.
+      cache: holds everything before them.
       key: of the draws.
       limit: int32 scalar, most new tokens.
       stop_tokens: int32 [any number].
+      before: int32 scalar, new tokens that come before `token_b`; by default none. They count in no length.
       room: at least `limit`.
       sampling: how tokens are drawn.
       reading: as for `Llama.extend`.
@@ -214,8 +238,9 @@ def decode(
 
     def step(rows: _Rows) -> _Rows:
         features_btd, cache = model.extend(rows.token_b[:, None], rows.cache, reading)
-        draw_key = jax.random.fold_in(key, rows.filled - 1)
-        return placed(_draw(model.logits(features_btd[:, -1]), draw_key, sampling), rows, cache)
+        drawn = rows.filled - 1 if before is None else before + rows.filled - 1
+        draw_key = jax.random.fold_in(key, drawn)
+        return placed(draw(model.logits(features_btd[:, -1]), draw_key, sampling), rows, cache)
 
     def placed(token_b: jax.Array, rows: _Rows, cache: KVCache) -> _Rows:
         done_b = rows.done_b | jnp.any(token_b[:, None] == stop_tokens[None, :], axis=1)
@@ -241,7 +266,7 @@ class _Rows(NamedTuple):
     cache: KVCache
 
 
-def _draw(logits_bv: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+def draw(logits_bv: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     """The next token of every row, int32 [B]."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)

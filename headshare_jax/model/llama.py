@@ -29,6 +29,7 @@ from headshare_jax.output_head import head_logits, normalized_rows
 from headshare_jax.parameters import PARAMETERS, PROJECTIONS, index_name, parameter_names
 from headshare_jax.rope import rotary_angles
 from headshare_jax.sharing import finite
+from headshare_jax.sharing.ledger import described
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.source import WeightSource, pool_index, read_heads, stored_shape
 
@@ -119,6 +120,9 @@ class Llama(nnx.Module):
 
         keys = jax.random.split(key, len(names))
         return cls(config, {name: draw(name, key) for name, key in zip(names, keys, strict=True)}, **settings)
+
+    def __repr__(self) -> str:
+        return f"Llama({described(self)})"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -305,7 +309,7 @@ class Llama(nnx.Module):
 
     def dtype(self, name: str) -> np.dtype:
         """Stored type of a parameter."""
-        return np.dtype(self.array(name).dtype)
+        return np.dtype(getattr(self, name).dtype)
 
     def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
         """One layer's slice of a parameter on the host, as `WeightSource` has it."""

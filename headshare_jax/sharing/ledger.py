@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from headshare_jax.parameters import PARAMETERS, PROJECTIONS, parameter_names, slice_shape
-from headshare_jax.sharing.source import WeightSource, stored_shape
+from headshare_jax.sharing.source import WeightSource, path_of, stored_shape
 
 NOT_SAVED = (
     "The key/value cache and the FLOPs per token are those of the dense model: a map saves weights only. "
@@ -114,6 +114,35 @@ def ledger(source: WeightSource, *, path: Path | None = None) -> Ledger:
         live_bytes=getattr(source, "nbytes", None),
         disk_bytes=None if path is None else _disk_bytes(path),
     )
+
+
+def described(source: WeightSource) -> str:
+    """A model or a checkpoint in a line: its name, if it has one, its sizes, its type, and what its map shares."""
+    config, sharing, path = source.config, source.sharing, path_of(source)
+    names = parameter_names(config)
+    types = " and ".join(dict.fromkeys(str(source.dtype(name)) for name in names))
+    query_heads = "" if config.heads_per_unit == 1 else f"{config.num_heads} query and "
+    kind = "heads" if config.heads_per_unit == 1 else "key/value heads"
+    parts = [
+        path.name if path is not None else config.family,
+        f"{config.num_layers} layers",
+        f"width {config.hidden_size}",
+        f"{query_heads}{config.num_kv_heads} {kind} of {config.head_dim}",
+        f"{_short(sum(prod(stored_shape(config, name, sharing)) for name in names))} parameters",
+        types,
+    ]
+    if sharing is not None:
+        counts = {"shared": len(sharing.receivers), "dropped": int(sharing.dropped.sum())}
+        told = " and ".join(f"{count} {what}" for what, count in counts.items() if count) or "none shared"
+        parts.append(f"of {config.num_units} units {told}")
+    return ", ".join(parts)
+
+
+def _short(count: int) -> str:
+    for unit, name in ((10**9, "B"), (10**6, "M")):
+        if count >= unit:
+            return f"{count / unit:,.{2 if name == 'B' else 1}f} {name}"
+    return f"{count:,}"
 
 
 def _disk_bytes(path: Path) -> int:

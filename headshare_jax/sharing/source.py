@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -118,6 +119,13 @@ def stored_layers(source: WeightSource, name: str) -> Iterator[tuple[slice, np.n
             values = values[None] if projection is None else values
             yield slice(start, start + len(values)), values
             start += len(values)
+
+
+def path_of(source: WeightSource) -> Path | None:
+    """The file or folder of a checkpoint, or of the one that a view reads; None for a model in memory."""
+    while (base := getattr(source, "base", None)) is not None:
+        source = base
+    return getattr(source, "path", None)
 
 
 def assemble(source: WeightSource, name: str) -> np.ndarray:

@@ -10,6 +10,7 @@ from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.parameters import PARAMETERS, layered_names, slice_shape
 from headshare_jax.sharing import finite
+from headshare_jax.sharing.ledger import described
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.source import WeightSource, fingerprint
 from headshare_jax.sharing.tie import DROPPED
@@ -30,6 +31,9 @@ class View:
 
     def __init__(self, base: WeightSource):
         self.base = base
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({described(self)})"
 
     @property
     def config(self) -> LlamaConfig:
