@@ -32,7 +32,7 @@ def generate(
 def generate(
     model: Llama, prompts: Sequence[Sequence[int]], *, tokenizer: AnyTokenizer | None = None, **settings: Any
 ) -> list[list[int]]: ...
-def generate(
+def generate(  # type: ignore[misc]  # what settings are is said once
     model: Llama,
     prompts: str | Sequence[str] | Sequence[Sequence[int]],
     *,
