@@ -1,7 +1,7 @@
 """Reading and writing checkpoints: native, Hugging Face (plain and compact) and GGUF. Knows files, and no model.
 
-Public: `open_checkpoint`, `save`, `locate`, `FORMATS`; `text.open_corpus` (texts), `journal_folder.JournalFolder`,
-`map_file.read`, `tokenizer.load`. Names and layouts of tensors are in `keys`.
+Public: `open_checkpoint`, `save`, `verify`, `locate`, `FORMATS`; `text.open_corpus` (texts),
+`journal_folder.JournalFolder`, `map_file.read`, `tokenizer.load`. Names and layouts of tensors are in `keys`.
 """
 
 from collections.abc import Mapping
@@ -17,8 +17,11 @@ from headshare_jax.convert import (
     gguf_file,
     gguf_writer,
     huggingface,
+    integrity,
     map_file,
     native,
+    native_document,
+    native_writer,
     tokenizer,
 )
 from headshare_jax.convert.tensor_files import TensorCheckpoint
@@ -28,7 +31,7 @@ from headshare_jax.sharing.source import WeightSource, path_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["FORMATS", "MAP_FILE", "locate", "open_checkpoint", "save"]
+__all__ = ["FORMATS", "MAP_FILE", "locate", "open_checkpoint", "save", "verify"]
 
 Checkpoint = TensorCheckpoint | native.NativeCheckpoint
 
@@ -85,10 +88,37 @@ def open_checkpoint(src: str | Path) -> Checkpoint:
         return compact.open_directory(path)
     if (path / "config.json").is_file():
         return huggingface.open_directory(path)
+    if (path / native_document.WEIGHTS / "_METADATA").is_file():
+        raise HeadshareError(
+            f"{path} has weights but no {native_document.DOCUMENT}: it was written or copied only in part; "
+            "make it again."
+        )
     raise HeadshareError(
-        f"{path} holds no checkpoint: no {native.DOCUMENT} (native), no config.json (Hugging Face), and "
+        f"{path} holds no checkpoint: no {native_document.DOCUMENT} (native), no config.json (Hugging Face), and "
         f"{'more than one' if any(path.glob('*.gguf')) else 'no'} .gguf file."
     )
+
+
+def verify(src: str | Path, *, progress: integrity.Progress = lambda done, total: None) -> integrity.Verified:
+    """Reads a whole checkpoint and compares it with its checksums; only the native format carries any.
+
+    Args:
+      src: as for `open_checkpoint`.
+      progress: called with the pieces read and in all.
+
+    Raises:
+      HeadshareError: something is damaged, missing or one too many; all of it is named, up to ten places.
+
+    Examples:
+      >>> convert.verify("my-llama").checksums
+      True
+    """
+    path = locate(src)
+    if native.is_native(path):
+        return integrity.verify_native(path, progress)
+    source = open_checkpoint(path)
+    assert not isinstance(source, native.NativeCheckpoint)
+    return integrity.verify_tensors(source, progress)
 
 
 def check_output(dst: str | Path | None, to: str, *, quantize: str | None = None, overwrite: bool = False) -> None:
@@ -160,9 +190,7 @@ def save(
     with atomic.new_directory(Path(dst), overwrite=overwrite, keep=files) as folder:
         if tokenizer_from is not None:
             tokenizer.carry(tokenizer_from, folder)
-        if to == "native":
-            native.write(source, folder, provenance=told)
-        else:
+        if to != "native":
             (huggingface if to == "hf" else compact).write(source, folder)
             if source.sharing is not None:
                 (folder / MAP_FILE).write_text(source.sharing.to_json())
@@ -171,3 +199,6 @@ def save(
             generation_config.carry(generation, folder, source.config)
         for name, document in (documents or {}).items():
             (folder / name).write_text(document)
+        if to == "native":
+            # Last, for it answers for all that lies beside the weights.
+            native_writer.write(source, folder, provenance=told)

@@ -68,6 +68,14 @@ def read_header(path: Path) -> GgufHeader:
         raise HeadshareError(f"{path} is truncated, corrupt or no GGUF file ({error}); fetch it again.") from error
 
 
+# Name, shape, type and offset of a tensor, as they are stored.
+_Entry = tuple[str, tuple[int, ...], gguf.GGMLQuantizationType, int]
+
+
+def _aligned(offset: int, alignment: int) -> int:
+    return -(-offset // alignment) * alignment
+
+
 class _Parser:
     def __init__(self, path: Path, file: BinaryIO):
         self.path, self.file = path, file
@@ -100,13 +108,11 @@ class _Parser:
         entries = [self.tensor() for _ in range(tensor_count)]
         return GgufHeader(self.path, metadata, self.placed(entries, metadata), types)
 
-    def placed(
-        self, entries: list[tuple[str, tuple[int, ...], gguf.GGMLQuantizationType, int]], metadata: dict[str, Any]
-    ) -> dict[str, GgufTensor]:
+    def placed(self, entries: list[_Entry], metadata: dict[str, Any]) -> dict[str, GgufTensor]:
         alignment = metadata.get("general.alignment", _TENSOR_ALIGNMENT)
-        if not isinstance(alignment, int) or alignment < 1:
-            raise ValueError(f"its alignment is {alignment!r}")
-        start = -(-(self.size - self.left) // alignment) * alignment
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+            raise ValueError(f"its alignment is {alignment!r}, no power of two")
+        start = _aligned(self.size - self.left, alignment)
         tensors: dict[str, GgufTensor] = {}
         for name, shape, kind, offset in entries:
             block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
@@ -118,9 +124,24 @@ class _Parser:
             if name in tensors:
                 raise ValueError(f"the tensor {name} stands twice in it")
             tensors[name] = GgufTensor(shape, kind, start + offset, size)
+        self.check_places(tensors, start, alignment)
         return tensors
 
-    def tensor(self) -> tuple[str, tuple[int, ...], gguf.GGMLQuantizationType, int]:
+    def check_places(self, tensors: dict[str, GgufTensor], start: int, alignment: int) -> None:
+        """Raises ValueError unless tensors follow each other with no more between them than the alignment asks for."""
+        end, before = start, "the header"
+        for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].size)):
+            if tensor.offset % alignment:
+                raise ValueError(f"{name} begins at byte {tensor.offset}, no multiple of the alignment {alignment}")
+            if tensor.offset < end:
+                raise ValueError(f"{name} overlaps {before}")
+            if tensor.offset > _aligned(end, alignment):
+                raise ValueError(f"between {before} and {name} lie {tensor.offset - end} bytes that are no tensor's")
+            end, before = tensor.offset + tensor.size, name
+        if tensors and self.size > _aligned(end, alignment):
+            raise ValueError(f"after {before}, its last tensor, {self.size - end} bytes are left over")
+
+    def tensor(self) -> _Entry:
         name, axes = self.string(), self.number("I")
         if not 1 <= axes <= _MAX_AXES:
             raise ValueError(f"{name} has {axes} axes")

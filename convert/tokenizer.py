@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headshare_jax.convert import compact, confined, gguf_tokenizer, huggingface, native
+from headshare_jax.convert import compact, confined, gguf_tokenizer, native, native_document
 from headshare_jax.convert.gguf_header import read_header
+from headshare_jax.convert.native_document import TOKENIZER_FILES
 from headshare_jax.errors import HeadshareError
 
 if TYPE_CHECKING:
@@ -20,18 +21,6 @@ logger = logging.getLogger(__name__)
 
 # Classes that are no more than their tokenizer.json.
 _PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
-FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-
 # No file of a tokenizer is larger; the largest known have 40 MB.
 _MOST_BYTES = 2**27
 
@@ -57,9 +46,10 @@ def is_in(path: Path) -> bool:
 def _load_folder(path: Path) -> "PreTrainedTokenizerBase":
     if not is_in(path):
         raise HeadshareError(f"{path} carries no tokenizer; put its tokenizer.json (or tokenizer.model) there.")
-    for name in FILES:
+    for name in TOKENIZER_FILES:
         if (path / name).is_file() and (path / name).stat().st_size > _MOST_BYTES:
             raise HeadshareError(f"{path / name} is larger than {_MOST_BYTES // 2**20} MiB, which is no tokenizer's.")
+    native.check_files(path)
     if (path / "tokenizer.json").is_file():
         confined.ask(f"The tokenizer of {path}", "check_tokenizer", path=str(path / "tokenizer.json"))
     with _explained(f"The tokenizer of {path} cannot be read"):
@@ -107,7 +97,7 @@ def _read(path: Path) -> "PreTrainedTokenizerBase":
 def _family(path: Path) -> str | None:
     """The family of a checkpoint whose own configuration transformers does not know; it has a say in the class."""
     if native.is_native(path):
-        return str(huggingface.read_json(path / native.DOCUMENT)["config"].get("family", "llama"))
+        return str(native_document.read(path)["config"].get("family", "llama"))
     return compact.family(path)
 
 
@@ -136,7 +126,8 @@ def carry(source: "Path | PreTrainedTokenizerBase", folder: Path) -> None:
         save(source, folder)
         return
     if source.is_dir():
-        for name in FILES:
+        native.check_files(source)
+        for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
         return

@@ -1,6 +1,7 @@
 """What bad input raises, what may go well later, and what pydantic refuses in its words."""
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from pydantic import ValidationError
@@ -26,20 +27,30 @@ class TryAgain(HeadshareError):  # noqa: N818 -- what to do, as the command says
 
 
 @contextmanager
-def one_sentence(where: str) -> Iterator[None]:
-    """Raises the first thing that pydantic finds wrong as a HeadshareError, e.g. `seed in the map must be ...`."""
+def one_sentence(where: str, known: Collection[str] = ()) -> Iterator[None]:
+    """Raises the first thing that pydantic finds wrong as a HeadshareError, e.g. `seed in the map must be ...`.
+
+    Args:
+      where: what is read.
+      known: keys that a misspelt one may have meant.
+    """
     try:
         yield
     except ValidationError as error:
-        raise HeadshareError(_sentence(error, where)) from error
+        raise HeadshareError(_sentence(error, where, known)) from error
 
 
-def _sentence(error: ValidationError, where: str) -> str:
-    first = error.errors(include_url=False)[0]
+def _sentence(error: ValidationError, where: str, known: Collection[str]) -> str:
+    errors = error.errors(include_url=False)
+    # A misspelt key also leaves one missing.
+    first = next((found for found in errors if found["type"] == "extra_forbidden"), errors[0])
     key, said = ".".join(map(str, first["loc"])), first["msg"]
     subject = f"{key} in {where}" if key else where[:1].upper() + where[1:]
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
+        return f"{subject} is no known key{f'; did you mean {near[0]}?' if near else '.'}"
     if first["type"] == "missing":
         return f"{subject} is missing."
     if first["type"] == "json_invalid":

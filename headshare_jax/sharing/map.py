@@ -34,8 +34,8 @@ class SharingMap:
       source: fingerprint of the attention weights the map was made for, or None if unknown.
 
     Raises:
-      HeadshareError: the donors are out of range, dropped, or form a chain or a cycle; no unit keeps its weights; a tie
-        is not a subset of `qkvo`.
+      HeadshareError: the donors are no integers, out of range, dropped, or form a chain or a cycle; no unit keeps its
+        weights; a tie is not a subset of `qkvo`; `heads_per_unit` is below 1.
     """
 
     donor: np.ndarray
@@ -52,9 +52,12 @@ class SharingMap:
     source: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "donor", _frozen(np.asarray(self.donor, np.int32)))
+        object.__setattr__(self, "donor", _frozen(_whole(self.donor)))
         object.__setattr__(self, "score", _frozen(np.asarray(self.score, np.float64)))
         check_tie(self.tie)
+        heads = self.heads_per_unit
+        if not isinstance(heads, (int, np.integer)) or isinstance(heads, bool) or heads < 1:
+            raise HeadshareError(f"heads_per_unit of a map must be a whole number of at least 1, not {heads!r:.99}.")
         if self.donor.ndim != 2 or self.donor.shape != self.score.shape:
             raise HeadshareError("A sharing map needs donors and scores of the same shape [layers, units].")
         _check_donors(self.donor)
@@ -172,6 +175,15 @@ class SharingMap:
 
     def __hash__(self) -> int:
         return hash(self._key())
+
+
+def _whole(donor: np.ndarray) -> np.ndarray:
+    """Donors as int32; neither a fraction nor a number beyond int32 becomes another unit."""
+    donor = np.asarray(donor)
+    whole = donor.astype(np.int32)
+    if donor.dtype.kind not in "iu" or not np.array_equal(whole, donor):
+        raise HeadshareError("The donors of a map must be whole numbers, each the index of a unit or -1.")
+    return whole
 
 
 def _check_donors(donor: np.ndarray) -> None:

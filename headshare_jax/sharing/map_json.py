@@ -1,10 +1,11 @@
 """The JSON document of a sharing map: `text` writes it, `fields` reads and checks it."""
 
 import json
+from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from headshare_jax.errors import HeadshareError, one_sentence
 from headshare_jax.sharing.tie import DROPPED, check_tie
@@ -17,13 +18,17 @@ Whole = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 
 
-class _Model(BaseModel):
+class _Keys(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Model(_Keys):
     num_layers: Count
     units_per_layer: Count
     heads_per_unit: Count
 
 
-class _Dropped(BaseModel):
+class _Dropped(_Keys):
     layer: Whole
     unit: Whole
     score: float | None = None
@@ -35,14 +40,14 @@ class _Receiver(_Dropped):
     tie: Tie = ""
 
 
-class _Document(BaseModel):
+class _Document(_Keys):
     format: Literal["headshare-map"]
     version: Literal[1]
     model: _Model
     tie: Tie
     method: str
     match: str | None = None
-    chains: str
+    chains: Literal["resolve", "forbid"]
     ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
     budget: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Whole | None = None
@@ -51,6 +56,7 @@ class _Document(BaseModel):
     receivers: list[_Receiver]
 
 
+_KNOWN = {*_Document.model_fields, *_Model.model_fields, *_Receiver.model_fields}
 _SETTINGS = ("tie", "method", "match", "chains", "ratio", "budget", "seed", "source")
 
 
@@ -86,11 +92,12 @@ def fields(text: str) -> dict[str, Any]:
     """What a document says, as the fields of a `SharingMap`.
 
     Raises:
-      HeadshareError: not JSON, not such a document, values of other kinds, units out of range or named twice, a
-        receiver that is its own donor.
+      HeadshareError: not JSON, not such a document, unknown or repeated keys, values of other kinds, units out of
+        range or named twice, a receiver that is its own donor.
     """
-    with one_sentence("the map"):
+    with one_sentence("the map", _KNOWN):
         said = _Document.model_validate_json(text, strict=True)
+    json.loads(text, object_pairs_hook=_once)
     shape = (said.model.num_layers, said.model.units_per_layer)
     if shape[0] * shape[1] > 2**24:
         raise HeadshareError("The map claims {} layers of {} units, more than any model has.".format(*shape))
@@ -113,6 +120,13 @@ def fields(text: str) -> dict[str, Any]:
             unit_tie[place] = entry.tie or said.tie
     settings = {name: getattr(said, name) for name in _SETTINGS} | {"heads_per_unit": said.model.heads_per_unit}
     return {"donor": donor, "score": score, "unit_tie": unit_tie, **settings}
+
+
+def _once(pairs: list[tuple[str, Any]]) -> None:
+    """Refuses an object of JSON with a key that stands in it twice; readers would differ in which they take."""
+    for key, count in Counter(key for key, _ in pairs).items():
+        if count > 1:
+            raise HeadshareError(f"The map has the key {key} twice in one place.")
 
 
 def _place(layer: int, unit: int, shape: tuple[int, int]) -> tuple[int, int]:

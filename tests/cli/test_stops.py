@@ -20,7 +20,7 @@ main(["generate", sys.argv[1], "--prompt", "One", "--max-new-tokens", "100000"])
 # The first of its signals arrives in a destructor, where Python drops what a handler raises.
 STOPPED_AS_IT_WRITES = """
 import os, sys, time
-import headshare_jax.convert.native as native
+import headshare_jax.convert.native_writer as native_writer
 from headshare_jax.cli import main
 
 class Swallows:
@@ -33,7 +33,7 @@ def write(source, folder, *args, **kwargs):
     Swallows()
     time.sleep(60)
 
-native.write = write
+native_writer.write = write
 main(["convert", sys.argv[1], "out" + sys.argv[2], "--to", "native"])
 """
 

@@ -226,10 +226,11 @@ def test_a_checkpoint_can_replace_itself(tmp_path: Path, to: str) -> None:
 def test_a_checkpoint_that_cannot_be_read_to_its_end_is_not_replaced(tmp_path: Path) -> None:
     path = tmp_path / "model"
     save(open_checkpoint(saved_hf_model(tmp_path / "hf")), path)
-    (path / "weights" / "down_lfd" / "2.0.0").unlink()
+    source = open_checkpoint(path)
+    (path / "weights" / "down_lfd" / "c" / "0" / "0" / "0").unlink()
     before = content(path)
     with pytest.raises(HeadshareError, match="down_lfd is incomplete or corrupt"):
-        save(open_checkpoint(path), path, to="hf", overwrite=True)
+        save(source, path, to="hf", overwrite=True)
     assert content(path) == before
 
 

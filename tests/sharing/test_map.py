@@ -234,11 +234,42 @@ def receivers(*pairs: tuple[int, int, int, int]) -> dict[str, Any]:
         ({"model": {"num_layers": 0, "units_per_layer": 2, "heads_per_unit": 1}}, "num_layers"),
         ({"model": {"num_layers": 10**9, "units_per_layer": 10**9, "heads_per_unit": 1}}, "more than any model"),
         ({"model": [3, 2, 2]}, "model in the map must be an object"),
+        ({"droped": []}, r"^droped in the map is no known key; did you mean dropped\?"),
+        ({"comment": "mine"}, r"^comment in the map is no known key\.$"),
+        (
+            {"model": VALID["model"] | {"head_per_unit": 2}},
+            r"^model\.head_per_unit in the map is no known key; did you mean heads_per_unit",
+        ),
+        ({"receivers": [VALID["receivers"][0] | {"tei": "qk"}]}, r"^receivers\.0\.tei in the map.*did you mean tie\?"),
+        (
+            {"receivers": [{"layer": 1, "unit": 1, "doner": [0, 0]}]},
+            r"receivers\.0\.doner in the map.*did you mean donor",
+        ),
+        ({"dropped": [{"layer": 2, "unit": 1, "donor": [0, 0]}]}, r"dropped\.0\.donor in the map is no known key"),
+        ({"receivers": [{"layer": 1, "unit": 0, "donor": [0.0, 0]}]}, r"donor\.0 in the map must be a valid integer"),
+        ({"receivers": [{"layer": 1, "unit": 0, "donor": [True, 0]}]}, r"donor\.0 in the map must be a valid integer"),
+        ({"receivers": [{"layer": 1, "unit": 0, "donor": ["0", 0]}]}, r"donor\.0 in the map must be a valid integer"),
+        ({"receivers": [{"layer": 1, "unit": 0, "donor": [0, 0, 0]}]}, r"donor in the map"),
+        ({"receivers": [{"layer": 1, "unit": 0, "donor": [0, 10**30]}]}, r"donor\.1 in the map|names unit"),
+        ({"receivers": [{"layer": True, "unit": 0, "donor": [0, 0]}]}, "layer in the map must be a valid integer"),
+        (
+            {"model": VALID["model"] | {"heads_per_unit": 0}},
+            "heads_per_unit in the map must be greater than or equal to 1",
+        ),
+        ({"model": VALID["model"] | {"heads_per_unit": 2.0}}, "heads_per_unit in the map must be a valid integer"),
+        ({"chains": "resolved"}, "chains in the map must be 'resolve' or 'forbid'"),
     ],
 )
 def test_an_impossible_map_is_refused_with_its_reason(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(HeadshareError, match=reason):
         SharingMap.from_json(json.dumps(VALID | changes))
+
+
+@pytest.mark.parametrize("place", ['"tie": "qkv"', '"layer": 1'])
+def test_a_key_that_stands_twice_is_refused(place: str) -> None:
+    text = json.dumps(VALID).replace(place, f"{place}, {place.replace('1', '0')}", 1)
+    with pytest.raises(HeadshareError, match=f"The map has the key {json.loads('{' + place + '}').popitem()[0]} twice"):
+        SharingMap.from_json(text)
 
 
 @pytest.mark.parametrize(
@@ -301,11 +332,20 @@ def test_garbage_is_refused(text: str) -> None:
         ([[2, 1], [3, 3]], "chain"),
         ([[-1, 1], [0, 3]], r"drops unit 0\.0"),
         ([0, 1], "shape"),
+        ([[0.0, 1.0]], "whole numbers"),
+        ([[0, 2**32]], "whole numbers"),
+        ([[False, True]], "whole numbers"),
     ],
 )
 def test_a_map_made_by_hand_is_checked(donor: list[Any], reason: str) -> None:
     with pytest.raises(HeadshareError, match=reason):
         SharingMap(np.array(donor), np.zeros(np.shape(donor)), heads_per_unit=1)
+
+
+@pytest.mark.parametrize("heads", [0, -1, 2.0, True, "2"])
+def test_a_unit_has_at_least_one_head(heads: Any) -> None:
+    with pytest.raises(HeadshareError, match="heads_per_unit of a map must be a whole number of at least 1"):
+        SharingMap(np.array([[0, 1]]), np.zeros((1, 2)), heads_per_unit=heads)
 
 
 @pytest.mark.parametrize(

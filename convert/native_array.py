@@ -1,0 +1,217 @@
+"""One array of a native checkpoint: written shard by shard, read with every chunk's checksum verified."""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from headshare_jax.convert.native_document import checksum, named
+from headshare_jax.errors import HeadshareError
+
+# A file holds as many chunks as fit into so many bytes, or one.
+SHARD_BYTES = 64 * 2**20
+# What TensorStore raises, by the kind of damage.
+_UNREADABLE = (ValueError, OSError, RuntimeError, IndexError, KeyError, NotImplementedError, OverflowError)
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """An array that is read, part after part, only when its turn to be written comes.
+
+    Attributes:
+      shape, dtype: of all of it.
+      layered: there is a chunk for each row of its leading axis.
+      parts: rows of that axis and their values, in order.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    layered: bool
+    parts: Iterable[tuple[slice, np.ndarray]]
+
+
+def write(path: Path, value: Deferred) -> list[str]:
+    """Writes a sharded zarr array, uncompressed: weights do not compress, and a layer or a head can be read by itself.
+
+    Returns:
+      The checksum of every chunk.
+
+    Raises:
+      OSError, ValueError: the folder cannot be written to.
+    """
+    chunk, shard = layout(value)
+    array = ts.open(_spec(path, value, chunk, shard), create=True).result()
+    sums: list[str] = []
+    writes: deque[ts.WriteFutures] = deque()
+    try:
+        for start, values in _shards(value, shard):
+            sums += _checksums(values, chunk)
+            writes.append(array[start : start + len(values)].write(values, can_reference_source_data_indefinitely=True))
+            if len(writes) > 1:
+                writes.popleft().result()
+        for write in writes:
+            write.result()
+    finally:
+        # So that after an error none goes on behind the back of whoever cleans up.
+        for write in writes:
+            write.exception()
+    return sums
+
+
+def layout(value: Deferred) -> tuple[int, int]:
+    """Rows in a chunk and in a file."""
+    rows, row_bytes = value.shape[0], math.prod(value.shape[1:]) * value.dtype.itemsize
+    chunk = 1
+    if not value.layered:
+        # Equal chunks: a smaller last one would take a whole one's place on disk, with nothing to check the rest.
+        least = max(1, math.ceil(rows * row_bytes / SHARD_BYTES))
+        chunk = rows // next((count for count in range(least, 16 * least) if rows % count == 0), 1)
+    return chunk, min(max(1, SHARD_BYTES // (chunk * row_bytes)) * chunk, rows)
+
+
+def _spec(path: Path, value: Deferred, chunk: int, shard: int) -> dict[str, Any]:
+    values = {"name": "bytes", "configuration": {"endian": "little"}}
+    sharding = {
+        "chunk_shape": [chunk, *value.shape[1:]],
+        "codecs": [values],
+        "index_codecs": [values, {"name": "crc32c"}],
+    }
+    return {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": f"{path}/"},
+        "metadata": {
+            "shape": value.shape,
+            "data_type": value.dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard, *value.shape[1:]]}},
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        },
+        # A chunk of zeros must be there, so that a lost one can be told.
+        "store_data_equal_to_fill_value": True,
+    }
+
+
+def _shards(value: Deferred, shard: int) -> Iterator[tuple[int, np.ndarray]]:
+    """First rows and values of every shard, put together from the parts."""
+    total = value.shape[0]
+    start, filled, gathered = 0, 0, None
+    for rows, values in value.parts:
+        for first in _cuts(rows, shard):
+            piece = values[first.start - rows.start : first.stop - rows.start]
+            size = min(shard, total - start)
+            if len(piece) == size:
+                yield start, np.ascontiguousarray(piece, value.dtype)
+                start += size
+                continue
+            gathered = np.empty((size, *value.shape[1:]), value.dtype) if gathered is None else gathered
+            gathered[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            if filled == size:
+                yield start, gathered
+                start, filled, gathered = start + size, 0, None
+
+
+def _cuts(rows: slice, shard: int) -> Iterator[slice]:
+    """Rows cut where shards end."""
+    start = rows.start
+    while start < rows.stop:
+        stop = min(start - start % shard + shard, rows.stop)
+        yield slice(start, stop)
+        start = stop
+
+
+def _checksums(values: np.ndarray, chunk: int) -> list[str]:
+    return [checksum(values[start : start + chunk]) for start in range(0, len(values), chunk)]
+
+
+class StoredArray:
+    """An array on disk.
+
+    Args:
+      weights: the folder of arrays.
+      name: the array's.
+      sums: the checksum of every chunk, in order; None for a checkpoint of version 1, which has none.
+
+    Raises:
+      HeadshareError: it cannot be opened, or there are not as many checksums as fit its shape.
+    """
+
+    def __init__(self, weights: Path, name: str, sums: list[str] | None):
+        self.weights, self.name, self.sums = weights, name, sums
+        spec = {
+            "driver": "zarr" if sums is None else "zarr3",
+            "kvstore": {"driver": "file", "path": f"{weights.resolve() / name}/"},
+            # A lost chunk must be an error, never zeros.
+            "fill_missing_data_reads": False,
+        }
+        try:
+            self._array = ts.open(spec, open=True).result()
+        except _UNREADABLE as error:
+            raise HeadshareError(
+                f"{weights} has no readable array {name}; the copy is incomplete, make it again."
+            ) from error
+        self.shape: tuple[int, ...] = self._array.shape
+        self.type: str = self._array.dtype.name
+        if sums is not None and (not self.shape or not sums or self.shape[0] % len(sums)):
+            raise HeadshareError(f"The {len(sums)} checksums of {name} do not fit its shape {list(self.shape)}.")
+        layout: Any = self._array.chunk_layout
+        # Rows of the leading axis that are stored in a file, and in a chunk.
+        self._shard_rows: int = layout.write_chunk.shape[0]
+        self._chunk_rows: int = layout.read_chunk.shape[0] if sums is None else self.shape[0] // len(sums)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(self._array.dtype.numpy_dtype)
+
+    def read(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Some rows of the leading axis, in whole chunks.
+
+        Raises:
+          HeadshareError: they cannot be read, or a chunk does not have its checksum.
+        """
+        try:
+            values = np.asarray(self._array[rows].read().result())
+        except _UNREADABLE as error:
+            raise HeadshareError(
+                f"{self.weights / self.name} is incomplete or corrupt ({error}); copy or make it again."
+            ) from error
+        if changed := self._changed(values, rows):
+            raise HeadshareError(f"{self.weights.parent} is damaged: {named(changed)}; copy or make it again.")
+        return values
+
+    def damaged(self, rows: slice) -> list[str]:
+        """What of some rows, whole chunks, cannot be read or was changed."""
+        try:
+            return self._changed(np.asarray(self._array[rows].read().result()), rows)
+        except _UNREADABLE as error:
+            return [f"{self.weights.name}/{self.name} is incomplete or corrupt ({error})"]
+
+    def _changed(self, values: np.ndarray, rows: np.ndarray | slice) -> list[str]:
+        """The chunks that do not have their checksums."""
+        if self.sums is None:
+            return []
+        chunk = self._chunk_rows
+        starts = np.arange(self.shape[0])[rows][::chunk].tolist()
+        found = zip(starts, _checksums(np.ascontiguousarray(values), chunk), strict=True)
+        return [self._place(start) for start, digest in found if digest != self.sums[start // chunk]]
+
+    def _place(self, start: int) -> str:
+        """Where a chunk lies, in words."""
+        file = "/".join(map(str, ["c", start // self._shard_rows, *[0] * (len(self.shape) - 1)]))
+        stop = start + self._chunk_rows
+        which = f"row {start}" if stop - start == 1 else f"rows {start} to {stop - 1}"
+        return f"{which} of {self.name} in {self.weights.name}/{self.name}/{file}"
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks it is stored in."""
+        return -(-self.shape[0] // self._chunk_rows)
+
+    def shards(self) -> Iterator[slice]:
+        """Rows that lie in a file together."""
+        for start in range(0, self.shape[0], self._shard_rows):
+            yield slice(start, min(start + self._shard_rows, self.shape[0]))

@@ -1,0 +1,131 @@
+"""Writing the native format: an Orbax checkpoint, array after array, and `headshare.json` beside it."""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import type_handlers
+
+from headshare_jax import parameters
+from headshare_jax.convert import native_array, native_document
+from headshare_jax.convert.native_array import Deferred
+from headshare_jax.errors import HeadshareError
+from headshare_jax.parameters import PARAMETERS, PROJECTIONS, index_name
+from headshare_jax.sharing.source import WeightSource, pool_index, stored_layers, stored_shape
+
+
+def write(source: WeightSource, folder: Path, *, provenance: dict[str, Any] | None = None) -> None:
+    """Writes a source into an existing folder, each layer read once.
+
+    Peak memory is a few layers' slices of a parameter, or the largest parameter without layers and a few chunks.
+
+    Args:
+      source: a model or an opened checkpoint; a shared one stores each head once.
+      folder: a folder that holds no more than what shall lie beside the weights, such as a tokenizer.
+      provenance: plain data to keep in `headshare.json`, such as where the weights came from.
+
+    Raises:
+      OSError: the folder cannot be written to.
+    """
+    config, names = source.config, parameters.parameter_names(source.config)
+    tree = {name: _parameter(source, name) for name in names}
+    for projection in PROJECTIONS:
+        index = pool_index(config, projection, source.sharing)
+        tree[index_name(projection)] = Deferred(index.shape, index.dtype, False, [(slice(0, len(index)), index)])
+    sums = _store(tree, folder.resolve() / native_document.WEIGHTS)
+    document = {
+        "written_by": f"headshare-jax {version('headshare-jax')}",
+        "provenance": provenance or {},
+        "config": config.to_json(),
+        "parameters": {
+            name: {
+                "shape": stored_shape(config, name, source.sharing),
+                "dtype": str(source.dtype(name)),
+            }
+            for name in names
+        },
+        "sharing": None if source.sharing is None else json.loads(source.sharing.to_json()),
+        native_document.SUMS: {name: " ".join(sums[name]) for name in tree},
+    }
+    native_document.write(folder, document)
+
+
+def _parameter(source: WeightSource, name: str) -> Deferred:
+    def whole() -> Iterator[tuple[slice, Any]]:
+        yield slice(0, shape[0]), source.read(name)
+
+    shape, layered = stored_shape(source.config, name, source.sharing), PARAMETERS[name].layered
+    return Deferred(shape, source.dtype(name), layered, stored_layers(source, name) if layered else whole())
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Orbax would warn of each setting that is chosen here on purpose."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+@_without_warnings()
+def _store(tree: dict[str, Deferred], path: Path) -> dict[str, list[str]]:
+    """Writes arrays as an Orbax checkpoint, and gives the checksums of their chunks."""
+    arrays = _DeferredHandler()
+    registry = type_handlers.create_type_handler_registry((Deferred, arrays))
+    # One process writes all of it; in a distributed program the others do not come here, so it must not wait for them.
+    mine = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=mine, active_processes={mine}, barrier_sync_key_prefix="headshare"
+    )
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False, use_zarr3=True, type_handler_registry=registry, multiprocessing_options=alone
+    )
+    path.mkdir()
+    try:
+        # Without Orbax's Checkpointer, which adds times and a path of this machine.
+        handler.save(path, args=ocp.args.PyTreeSave(tree))
+        handler.finalize(path)
+    except ValueError as error:
+        # TensorStore tells the system's own reason only in its text.
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None or isinstance(error, HeadshareError):
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+    finally:
+        handler.close()
+    return arrays.sums
+
+
+class _DeferredHandler(type_handlers.NumpyHandler):  # type: ignore[misc]
+    """Writes deferred arrays one after another; Orbax's own handlers take all of them at once, each one whole.
+
+    Attributes:
+      sums: the checksums of every array's chunks, once it is written.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums: dict[str, list[str]] = {}
+
+    async def serialize(
+        self,
+        values: Sequence[Deferred],
+        infos: Sequence[type_handlers.ParamInfo],
+        args: Sequence[ocp.SaveArgs] | None = None,
+    ) -> Sequence[Future[Any]]:
+        for value, info in zip(values, infos, strict=True):
+            await info.await_path_creation()
+            self.sums[info.name] = native_array.write(Path(info.parent_dir) / info.name, value)
+        return []
