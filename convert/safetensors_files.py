@@ -45,7 +45,7 @@ class SafetensorsReader:
         for path in self.files:
             with _explained(path):
                 file = self._open(path)
-                problems += [f"{name} stands more than once in {path.name}" for name in _repeated(path)]
+                problems += _unseen(path)
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
                     part = file.get_slice(name)
                     if name in found:
@@ -70,10 +70,17 @@ def header(path: Path, **hooks: Any) -> tuple[int, Any]:
         return 8 + size, json.loads(file.read(size), **hooks)
 
 
-def _repeated(path: Path) -> list[str]:
-    """Names that a file's header has more than once; the `safetensors` package sees the last of each alone."""
-    _, names = header(path, object_pairs_hook=lambda pairs: [name for name, _ in pairs])
-    return [name for name, count in Counter(names).items() if count > 1]
+def _unseen(path: Path) -> Iterator[str]:
+    """What is wrong in a header that the `safetensors` package accepts: of a name's entries it sees the last alone, and
+    what it does not know in one it passes over."""
+    _, entries = header(path, object_pairs_hook=list)
+    for name, count in Counter(name for name, _ in entries).items():
+        if count > 1:
+            yield f"{name} stands more than once in {path.name}"
+    for name, entry in entries:
+        unknown = {key for key, _ in entry} - {"dtype", "shape", "data_offsets"}
+        if unknown and name != "__metadata__":
+            yield f"{name} in {path.name} has unknown fields ({', '.join(sorted(unknown))})"
 
 
 @contextmanager
