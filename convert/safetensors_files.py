@@ -41,7 +41,7 @@ class SafetensorsReader:
 
     def infos(self) -> tuple[dict[str, TensorInfo], list[str]]:
         found: dict[str, TensorInfo] = {}
-        problems = []
+        problems: list[str] = []
         for path in self.files:
             with _explained(path):
                 file = self._open(path)
