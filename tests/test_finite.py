@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny_cli_model
 from support import random_tokens, sharing_by_hand, tiny_model
+from support_native import replace_array
 
 import headshare_jax as hs
 from headshare_jax import HeadshareError, cli
@@ -106,9 +107,10 @@ def test_every_format_and_type_is_looked_at(format: str, dtype: str, tmp_path: P
     bad = np.array([np.nan], TYPES[("float32", "float16", "bfloat16").index(dtype)])
     match format:
         case "native":
-            # A chunk of a pool is a head, of any other array a layer.
-            place, name = next((path / "weights" / "gate_ldf").glob("1*")), "gate_ldf of layer 1"
-            at_byte(place, 0, bad)
+            name = "gate_ldf of layer 1"
+            values = np.stack([model.read("gate_ldf", layer) for layer in range(model.config.num_layers)])
+            values[1, 0, 0] = np.nan
+            replace_array(path, "gate_ldf", values)
         case "gguf":
             name = "blk.1.ffn_gate.weight"
             at_byte(path, read_header(path).tensors[name].offset, bad)

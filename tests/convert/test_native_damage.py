@@ -1,10 +1,8 @@
 """Native checkpoints that are damaged, edited, incomplete or forged are refused, and the place is named."""
 
-import json
 import os
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,11 @@ from fuzzing import damaged, open_or_refuse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import sharing_by_hand, tiny_model
+from support_native import forge, replace_array
 
 import headshare_jax
 from headshare_jax import HeadshareError, convert, parameters
-from headshare_jax.convert import native_array, native_document
+from headshare_jax.convert import native_document
 from headshare_jax.convert import tokenizer as tokenizers
 from headshare_jax.convert.native_document import DOCUMENT, WEIGHTS
 from headshare_jax.parameters import PROJECTIONS, index_name
@@ -232,23 +231,6 @@ def test_other_checkpoints_are_read_whole(tmp_path: Path, name: str) -> None:
 
 
 # Whatever has its checksums can still not fit together.
-
-
-def forge(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Changes a document, and has it sealed again."""
-    document = json.loads((folder / DOCUMENT).read_text())
-    (folder / DOCUMENT).unlink()
-    change(document)
-    native_document.write(folder, {key: document[key] for key in document if key not in ("files", "checksum")})
-
-
-def replace_array(folder: Path, name: str, value: np.ndarray) -> None:
-    path = folder / WEIGHTS / name
-    shutil.rmtree(path)
-    sums = native_array.write(
-        path, native_array.Deferred(value.shape, value.dtype, False, [(slice(0, len(value)), value)])
-    )
-    forge(folder, lambda document: document[native_document.SUMS].update({name: " ".join(sums)}))
 
 
 @pytest.mark.parametrize("name", ["gate_ldf", "v_pool_pdh", "o_index_ln"])
