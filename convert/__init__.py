@@ -1,10 +1,10 @@
 """Reading and writing checkpoints: native, Hugging Face (plain and compact) and GGUF. Knows files, and no model.
 
-Public: `open_checkpoint`, `save`, `verify`, `locate`, `FORMATS`; `text.open_corpus` (texts),
+Public: `open_checkpoint`, `save`, `verify`, `locate`, and what `outputs` has; `text.open_corpus` (texts),
 `journal_folder.JournalFolder`, `map_file.read`, `tokenizer.load`. Names and layouts of tensors are in `keys`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,18 +24,22 @@ from headshare_jax.convert import (
     native_writer,
     tokenizer,
 )
+from headshare_jax.convert.outputs import FORMATS, check_output, check_room, output_dtype, quantised_as
 from headshare_jax.convert.tensor_files import TensorCheckpoint
 from headshare_jax.errors import HeadshareError
 from headshare_jax.sharing.source import WeightSource, path_of
+from headshare_jax.sharing.view import WatchedView
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["FORMATS", "MAP_FILE", "locate", "open_checkpoint", "save", "verify"]
+__all__ = [
+    "FORMATS", "MAP_FILE", "check_output", "check_room", "locate", "open_checkpoint", "output_dtype", "quantised_as",
+    "save", "verify",
+]  # fmt: skip
 
 Checkpoint = TensorCheckpoint | native.NativeCheckpoint
 
-FORMATS = ("native", "hf", "hf-compact", "gguf")
 MAP_FILE = map_file.NAME
 
 
@@ -121,24 +125,6 @@ def verify(src: str | Path, *, progress: integrity.Progress = lambda done, total
     return integrity.verify_tensors(source, progress)
 
 
-def check_output(dst: str | Path | None, to: str, *, quantize: str | None = None, overwrite: bool = False) -> None:
-    """Raises HeadshareError unless the format is one of `FORMATS`, and `dst`, if given, can become such an output."""
-    if to not in FORMATS:
-        raise HeadshareError(f"The format {to!r} is not one of {', '.join(FORMATS)}.", option="to")
-    if to == "gguf":
-        gguf_writer.check_type(quantize)
-        if dst is not None and Path(dst).suffix != gguf_writer.ENDING:
-            raise HeadshareError(f"A GGUF model is one file; give the output {dst} a name that ends in .gguf.")
-    elif quantize is not None:
-        raise HeadshareError(f"quantize is for the format gguf; leave it out for {to}.", option="quantize")
-    elif dst is not None and Path(dst).suffix == gguf_writer.ENDING:
-        raise HeadshareError(
-            f"The format {to} is a folder; give the output {dst} another name, or write gguf.", option="to"
-        )
-    if dst is not None:
-        atomic.check_output(Path(dst), folder=to != "gguf", overwrite=overwrite)
-
-
 def save(
     source: WeightSource,
     dst: str | Path,
@@ -149,6 +135,7 @@ def save(
     overwrite: bool = False,
     provenance: dict[str, Any] | None = None,
     documents: Mapping[str, str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Writes a model; the output appears complete or not at all.
 
@@ -165,6 +152,7 @@ def save(
       provenance: plain data, such as the source's name, to keep in a native checkpoint's `headshare.json` or a GGUF
         file's metadata, or to tell in a model card.
       documents: texts to keep beside the weights, by file name; in a GGUF file, in its metadata.
+      progress: called with the slices of parameters that are read, and in all.
 
     Raises:
       HeadshareError: unknown format or type, an output that exists, or one that cannot be written.
@@ -179,6 +167,7 @@ def save(
     license = None if beside is None else card.license_of(beside)
     told = ({} if license is None else {"license": license}) | dict(provenance or {})
     files = tuple(filter(None, (path_of(source), beside)))
+    source = source if progress is None else WatchedView(source, progress)
     generation: dict[str, Any] = next(filter(None, map(generation_config.read, files)), {})
     if to == "gguf":
         with atomic.new_file(Path(dst), overwrite=overwrite) as file:

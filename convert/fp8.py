@@ -39,6 +39,8 @@ class Fp8Reader(SafetensorsReader):
     Products with the scales are in float32, and then rounded to the type of the model.
     """
 
+    quantised_as = "fp8"
+
     def __init__(self, files: list[Path], fields: Mapping[str, Any]):
         """Takes the files and the model's `config.json`."""
         super().__init__(files)

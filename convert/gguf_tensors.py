@@ -1,6 +1,7 @@
 """The tensors of GGUF files, one by one: dequantised, and quantised."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -45,6 +46,15 @@ class GgufReader:
     def kinds(self) -> dict[str, Kind]:
         """How each tensor is stored."""
         return {name: tensor.kind for name, tensor in self.header.tensors.items()}
+
+    @property
+    def quantised_as(self) -> str | None:
+        """The quantised type that most of the file's bytes are in; None if there is none."""
+        sizes: Counter[str] = Counter()
+        for tensor in self.header.tensors.values():
+            if tensor.kind not in PLAIN:
+                sizes[tensor.kind.name.lower()] += tensor.size
+        return sizes.most_common(1)[0][0] if sizes else None
 
     def stored(self, name: str) -> np.ndarray:
         """A tensor's bytes, uint8."""

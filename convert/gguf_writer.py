@@ -25,6 +25,7 @@ from headshare_jax.convert import (
 from headshare_jax.convert.gguf_header import read_header
 from headshare_jax.convert.gguf_tensors import PLAIN, GgufReader, Kind, can_quantise, quantised
 from headshare_jax.errors import HeadshareError
+from headshare_jax.sharing.ledger import ledger
 from headshare_jax.sharing.source import WeightSource
 from headshare_jax.sharing.view import CastView, View
 
@@ -125,6 +126,18 @@ def write(
     metadata |= _carried(tokenizer_from, config)
     _describe(source, metadata, kept_lu is not None)
     _write(path, architecture, metadata, weights)
+
+
+def expected_bytes(source: WeightSource, quantize: str | None) -> int:
+    """About how large a GGUF file of a source becomes."""
+    origin = _origin(source)
+    if quantize is None and origin is not None:
+        return sum(tensor.size for tensor in origin.header.tensors.values())
+    sizes = ledger(source)
+    if quantize is None:
+        return sizes.dense_bytes
+    block, block_bytes = gguf.GGML_QUANT_SIZES[Kind.__members__[quantize.upper()]]
+    return sizes.dense * block_bytes // block
 
 
 def _tell_limits(config: LlamaConfig, architecture: str) -> None:

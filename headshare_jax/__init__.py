@@ -8,8 +8,10 @@ from typing import Any
 if not (Path(__file__).parent / "convert").exists():
     __path__.append(str(Path(__file__).parents[1]))
 
+from headshare_jax.calibration.own_text import own_text
 from headshare_jax.calibration.windows import calibration_windows
-from headshare_jax.compression import Compressed, compress
+from headshare_jax.compression.compress import compress
+from headshare_jax.compression.record import Compressed
 from headshare_jax.config import LlamaConfig, RopeScaling
 from headshare_jax.convert import open_checkpoint, save
 from headshare_jax.convert.journal_folder import JournalFolder
@@ -67,6 +69,7 @@ __all__ = [
     "match",
     "match_functional",
     "open_checkpoint",
+    "own_text",
     "perplexity",
     "refit",
     "save",

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
+import jax
 import numpy as np
 
 from headshare_jax import convert
 from headshare_jax.calibration.overlap import TextRuns
-from headshare_jax.calibration.windows import calibration_windows, tokens_digest
+from headshare_jax.calibration.windows import calibration_windows, spread_windows, tokens_digest
 from headshare_jax.convert import text as texts
 from headshare_jax.convert import tokenizer as tokenizers
 from headshare_jax.errors import HeadshareError
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
 # A tokenizer, or the name of a model that carries one.
 AnyTokenizer = Union[str, Path, "PreTrainedTokenizerBase"]
+# Tokens that a method is calibrated on, unless others are asked for.
+CALIBRATION_TOKENS = 49152
+# Windows that models are measured on.
+MEASURED_WINDOWS = 16
 # A text by name, as for `convert.text.open_corpus`, or its token ids.
 Text = str | Path | np.ndarray
 
@@ -48,6 +53,13 @@ def load(
     return Llama.of(cast(source, dtype), compute_dtype=compute_dtype, remat=remat)
 
 
+def to_decode(source: WeightSource) -> Llama:
+    """A model in the type that decodes fastest: float32 on a CPU, which converts 16-bit weights for every token."""
+    if isinstance(source, Llama):
+        return source
+    return load(source, dtype="float32" if jax.default_backend() == "cpu" else None)
+
+
 def load_tokenizer(src: str | Path) -> "PreTrainedTokenizerBase":
     """Loads the tokenizer of a model.
 
@@ -73,11 +85,13 @@ class CalibrationText:
       name: as it was given.
       digest: of the whole text; of the windows, where it was given as tokens.
       windows_wt: int32 [W, T], its first windows.
+      held_out_wt: int32 [W', T], the windows after them, which no method sees; there may be none.
     """
 
     name: str
     digest: str
     windows_wt: np.ndarray
+    held_out_wt: np.ndarray
 
     def to_json(self) -> dict[str, Any]:
         """What identifies the text and its windows, as plain data; `runs` tell whether another text was in them."""
@@ -87,33 +101,58 @@ class CalibrationText:
 
 
 def calibration_text(
-    text: Text, tokenizer: AnyTokenizer | None, count: int, seq_len: int, vocab_size: int
+    text: Text,
+    tokenizer: AnyTokenizer | None,
+    count: int | None,
+    seq_len: int,
+    vocab_size: int,
+    *,
+    held_out: int = 0,
 ) -> CalibrationText:
     """Reads a calibration text, no further than its windows reach.
 
     Args:
       text: its name or its tokens.
       tokenizer: of the model; not needed for tokens.
-      count, seq_len: tokens in all, and in a window.
+      count: tokens to calibrate on; None for `CALIBRATION_TOKENS`, or what a shorter text has.
+      seq_len: tokens in a window.
       vocab_size: V.
+      held_out: windows to hold out after those; of a shorter text, what is left of it, or where `count` is None an
+        eighth of it.
 
     Raises:
       HeadshareError: no such text or tokenizer, or too short a text.
     """
     if seq_len < 2:
         raise HeadshareError(f"seq_len must be at least 2, not {seq_len}.")
+    wanted = CALIBRATION_TOKENS if count is None else count
+    most = wanted + held_out * seq_len
     if isinstance(text, np.ndarray):
-        windows_wt = calibration_windows(text, count // seq_len, seq_len, vocab_size)
-        return CalibrationText("token ids", tokens_digest(windows_wt), windows_wt)
-    loaded, corpus = tokenizer_of(tokenizer), texts.open_corpus(str(text))
+        tokens, name, digest = text[:most], "token ids", None
+    else:
+        corpus = texts.open_corpus(str(text))
+        tokens, name, digest = _first_tokens(corpus, tokenizer_of(tokenizer), most), str(text), corpus.digest()
+    windows, there = wanted // seq_len, len(tokens) // seq_len
+    if count is None and there < windows + held_out:
+        held_out = min(held_out, there // 8)
+        windows = min(windows, max(there - held_out, 1))
+    windows_wt = calibration_windows(tokens, windows, seq_len, vocab_size)
+    rest = np.asarray(tokens[windows * seq_len :])
+    held_out = min(held_out, len(rest) // seq_len)
+    held_out_wt = (
+        calibration_windows(rest, held_out, seq_len, vocab_size) if held_out else np.zeros((0, seq_len), np.int32)
+    )
+    return CalibrationText(name, digest or tokens_digest(windows_wt), windows_wt, held_out_wt)
+
+
+def _first_tokens(corpus: texts.Corpus, tokenizer: "PreTrainedTokenizerBase", count: int) -> np.ndarray:
+    """A corpus's first tokens, int32, at most so many; it is read no further."""
     tokens: list[int] = []
     for piece in corpus.pieces():
-        tokens += tokenizers.encode(loaded, piece.text)
+        tokens += tokenizers.encode(tokenizer, piece.text)
         if len(tokens) >= count:
             break
-    return CalibrationText(
-        str(text), corpus.digest(), calibration_windows(tokens, count // seq_len, seq_len, vocab_size)
-    )
+    return np.asarray(tokens[:count])
 
 
 def text_tokens(text: Text, tokenizer: AnyTokenizer | None, *, field: str = "text") -> np.ndarray:
@@ -129,6 +168,11 @@ def text_tokens(text: Text, tokenizer: AnyTokenizer | None, *, field: str = "tex
     if isinstance(text, np.ndarray):
         return text
     return np.asarray(tokenizers.encode(tokenizer_of(tokenizer), texts.read(str(text), field=field)), np.int32)
+
+
+def measured_windows(text: Text, tokenizer: AnyTokenizer | None, seq_len: int, vocab_size: int) -> np.ndarray:
+    """Windows of a text to measure models on, int32 [W, T]; raises what `text_tokens` and `spread_windows` do."""
+    return spread_windows(text_tokens(text, tokenizer), MEASURED_WINDOWS, seq_len, vocab_size)
 
 
 def tokenizer_of(given: AnyTokenizer | None) -> "PreTrainedTokenizerBase":

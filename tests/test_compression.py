@@ -12,10 +12,12 @@ from support import random_tokens, sharing_by_hand
 
 import headshare_jax as hs
 from headshare_jax import Compressed, HeadshareError, Llama, SharingMap, WeightSource, compress, parameters
-from headshare_jax.compression import FIT_FILE
+from headshare_jax.calibration.own_text import own_text
+from headshare_jax.compression.compress import FIT_FILE
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 20
-SMALL: dict[str, Any] = {"calibrate_tokens": 128, "seq_len": 32, "progress": False}
+SMALL: dict[str, Any] = {"calibrate_tokens": 128, "seq_len": 32, "progress": False, "evaluate": False}
+DIRECT: dict[str, Any] = {"method": "direct", "progress": False, "evaluate": False}
 FITTED: dict[str, Any] = {"method": "refit", "ratio": 0.4, "calibrate": "text.txt", **SMALL}
 
 
@@ -44,7 +46,7 @@ def fitted(made: Path, dense: Llama) -> Compressed:
     """The model in memory, refitted to the text."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(made)
-        return compress(dense, tokenizer="dense", evaluate="text.txt", **FITTED)
+        return compress(dense, tokenizer="dense", **FITTED | {"evaluate": "text.txt"})
 
 
 def assert_same_pairs(found: SharingMap | None, expected: SharingMap | None) -> None:
@@ -64,19 +66,23 @@ def assert_same_weights(found: WeightSource, expected: Llama) -> None:
 
 @pytest.mark.parametrize("to", ["native", "hf-compact"])
 def test_a_model_on_disk_is_matched_shared_and_written(folder: Path, tmp_path: Path, dense: Llama, to: str) -> None:
-    done = compress("dense", tmp_path / "small", to=to, ratio=0.4, tie="qk", match="v", progress=False)
+    done = compress("dense", tmp_path / "small", to=to, ratio=0.4, tie="qk", match="v", **DIRECT)
     assert_same_pairs(done.map, hs.sharing_map(hs.match(dense, "v"), 0.4, tie="qk"))
     expected = hs.share(dense, done.map)
     assert_same_weights(hs.load(tmp_path / "small"), expected)
     assert_same_weights(done.model, expected)
-    assert (done.path, done.fit, done.record, done.before) == (tmp_path / "small", None, None, None)
-    assert done.sizes.disk_bytes == sum(file.stat().st_size for file in done.path.rglob("*") if file.is_file())
+    assert (done.path, done.fit, done.record, done.quality) == (tmp_path / "small", None, None, None)
+    assert (
+        done.ledger.disk_bytes
+        == done.sizes.files[1]
+        == sum(file.stat().st_size for file in done.path.rglob("*") if file.is_file())
+    )
     assert hs.load_tokenizer(done.path)("fox").input_ids == hs.load_tokenizer("dense")("fox").input_ids
 
 
 def test_a_model_in_memory_becomes_another_with_its_settings(folder: Path) -> None:
     model = hs.load("dense", compute_dtype="bfloat16", remat="dots")
-    done = compress(model, ratio=0.4, progress=False)
+    done = compress(model, ratio=0.4, **DIRECT)
     assert isinstance(done.model, Llama)
     assert (done.model.compute_dtype, done.model.remat, done.path) == ("bfloat16", "dots", None)
     assert_same_weights(done.model, hs.share(model, done.map))
@@ -109,46 +115,90 @@ def test_texts_are_files_or_tokens_and_tokenizers_paths_or_objects(
 def test_a_map_that_exists_is_used(folder: Path, tmp_path: Path, dense: Llama, method: str) -> None:
     sharing = sharing_by_hand(dense, "qkvo", {2: 0, 5: 1})
     (tmp_path / "map.json").write_text(sharing.to_json())
-    text = {"calibrate": random_tokens((128,)), "method": "refit"} if method == "refit" else {}
+    text = {"calibrate": random_tokens((128,))} if method == "refit" else {"method": "direct"}
     maps: tuple[SharingMap | Path | str, ...] = (sharing, tmp_path / "map.json", str(tmp_path / "map.json"))
     for each in maps:
         done = compress("dense", map=each, **SMALL, **text)
         assert np.array_equal(done.map.donor, sharing.donor)
-        assert done.sizes.nominal_saving == hs.ledger(hs.share(dense, sharing)).nominal_saving
+        assert done.ledger.nominal_saving == hs.ledger(hs.share(dense, sharing)).nominal_saving
         assert (done.fit is not None) == (method == "refit")
 
 
 def test_a_budget_is_met(folder: Path) -> None:
     text = random_tokens((128,))
-    done = compress("dense", method="plan", budget=0.8, calibrate=text, **SMALL)
-    assert done.sizes.attention_stored <= 0.8 * done.sizes.attention_dense
+    done = compress("dense", budget=0.8, calibrate=text, **SMALL)
+    assert done.map.method == "plan"
+    assert done.ledger.attention_stored <= 0.8 * done.ledger.attention_dense
     done = compress("dense", method="drop", model_budget=0.9, calibrate=text, **SMALL)
-    assert done.sizes.stored <= 0.9 * done.sizes.dense
+    assert done.ledger.stored <= 0.9 * done.ledger.dense
 
 
-def test_perplexity_is_measured_before_and_after(folder: Path, dense: Llama, fitted: Compressed) -> None:
-    tokens = hs.load_tokenizer("dense")(TEXT).input_ids
+def test_both_models_are_measured_on_a_text(folder: Path, dense: Llama, fitted: Compressed) -> None:
+    tokens = np.asarray(hs.load_tokenizer("dense")(TEXT).input_ids, np.int32)
+    windows_wt = tokens[: len(tokens) // 32 * 32].reshape(-1, 32)
+    chosen_wt = windows_wt[np.linspace(0, len(windows_wt) - 1, 16).astype(int)]
     assert isinstance(fitted.model, Llama)
-    assert fitted.before == hs.perplexity(dense, tokens, seq_len=32)
-    assert fitted.after == hs.perplexity(fitted.model, tokens, seq_len=32)
-    assert fitted.before != fitted.after
+    assert fitted.quality == hs.agreement(dense, fitted.model, chosen_wt)
+    assert fitted.quality.ratio != 1
 
 
-def test_the_record_shows_itself(fitted: Compressed, folder: Path, tmp_path: Path) -> None:
-    assert fitted.before is not None
-    shown, sizes = repr(fitted), fitted.sizes
-    for told in (
-        f"refit: {fitted.map.summary()}", f"{sizes.dense:,} -> {sizes.stored:,}",
-        f"{sizes.attention_dense:,} -> {sizes.attention_stored:,}", f"{fitted.before.token_perplexity:.3f} -> ",
-    ):  # fmt: skip
-        assert told in shown
-    assert "written" not in shown
+def test_by_default_what_is_left_of_the_text_is_measured_on(folder: Path, dense: Llama, tmp_path: Path) -> None:
+    settings = FITTED | {"evaluate": True}
+    done = compress("dense", tmp_path / "small", **settings)
+    tokens = np.asarray(hs.load_tokenizer("dense")(TEXT).input_ids, np.int32)
+    left_wt = tokens[128 : 128 + 16 * 32].reshape(-1, 32)
+    assert done.quality == hs.agreement(dense, hs.open_checkpoint(tmp_path / "small"), left_wt)
+    assert done.measured_on == "what was not fitted to of text.txt"
+    del settings["calibrate_tokens"]
+    done = compress("dense", **settings)
+    assert done.calibration is not None
+    assert (len(done.calibration.windows_wt), len(done.calibration.held_out_wt)) == (25, 3)
+    done = compress("dense", **FITTED | {"evaluate": True, "calibrate": tokens[:128]})
+    assert done.quality is None
+    assert "name another to measure on" in str(done.summary)
+
+
+def test_without_a_text_the_model_writes_it(folder: Path, dense: Llama) -> None:
+    done = compress("dense", ratio=0.4, calibrate_tokens=128, seq_len=32, progress=False)
+    assert done.map.method == "fitted"
+    assert done.calibration is not None
+    assert done.calibration.windows_wt.shape == (4, 32)
+    written_wt = own_text(dense, 20, 32)
+    np.testing.assert_array_equal(done.calibration.windows_wt, written_wt[:4])
+    assert done.quality is not None
+    assert (done.quality.windows, done.measured_on) == (16, "text that the model wrote")
+    done = compress("dense", ratio=0.4, method="direct", seq_len=32, progress=False)
+    assert done.quality is not None
+    assert done.fit is None
+
+
+def test_what_was_quantised_becomes_bfloat16_or_what_is_asked_for(folder: Path, tmp_path: Path) -> None:
+    plain = tiny_cli_model.saved_without_torch(tmp_path / "plain", hidden_size=32, intermediate_size=64)
+    hs.save(hs.open_checkpoint(plain), tmp_path / "q8.gguf", to="gguf", quantize="q8_0", tokenizer_from=plain)
+    types = {}
+    for name, more in {"own": {}, "asked": {"dtype": "float16"}, "kept.gguf": {"to": "gguf"}}.items():
+        done = compress(tmp_path / "q8.gguf", tmp_path / name, ratio=0.4, **DIRECT, **more)
+        types[name] = (done.sizes.type, done.sizes.quantised, done.sizes.note is not None)
+    assert types == {
+        "own": ("bfloat16", ("q8_0", None), True),
+        "asked": ("float16", ("q8_0", None), True),
+        "kept.gguf": ("float32", ("q8_0", "q8_0"), False),
+    }
+
+
+def test_the_record_shows_itself_in_five_lines(fitted: Compressed, folder: Path, tmp_path: Path) -> None:
+    shown = repr(fitted).splitlines()
+    assert [line.partition(" ")[0] for line in shown] == ["in", "size:", "quality:", "took", "next:"]
+    assert fitted.map.summary() in shown[0]
+    assert f"{fitted.sizes.attention[0] / 1e6:.1f} MB -> {fitted.sizes.attention[1] / 1e6:.1f} MB" in shown[1]
+    assert str(fitted.quality) in shown[2]
     page = fitted._repr_html_()
-    assert page.count("<svg") == page.count("</table>") == 1
-    assert f"<td>parameters</td><td>{sizes.dense:,}</td><td>{sizes.stored:,}</td>" in page
-    done = compress("dense", tmp_path / "small", ratio=0.4, progress=False)
-    assert f"written to {tmp_path / 'small'}" in repr(done)
-    assert "perplexity" not in repr(done)
+    assert page.count("<svg") == 1
+    assert page.count("<br>") == 4
+    done = compress("dense", tmp_path / "small", ratio=0.4, **DIRECT)
+    shown = repr(done).splitlines()
+    assert shown[2] == "quality: not measured"
+    assert shown[4] == f"next: headshare chat {tmp_path / 'small'}"
 
 
 def test_what_was_computed_on_a_text_is_kept_in_the_work_folder(folder: Path, tmp_path: Path) -> None:
@@ -173,10 +223,10 @@ def test_what_was_computed_on_a_text_is_kept_in_the_work_folder(folder: Path, tm
 def test_progress_is_shown_on_standard_error_or_not_at_all(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("headshare_jax.report.progress.SECONDS_BETWEEN_LINES", 0.0)
-        compress("dense", ratio=0.4)
+        compress("dense", ratio=0.4, **DIRECT | {"progress": True})
         shown = capsys.readouterr()
-        compress("dense", ratio=0.4, progress=False)
-    assert "matching: 1 of 1" in shown.err
+        compress("dense", ratio=0.4, **DIRECT)
+    assert "%: matching 1 of 1" in shown.err
     assert shown.out == ""
     assert capsys.readouterr() == ("", "")
 
@@ -191,14 +241,14 @@ MAP = SharingMap(np.array([[0, 1], [2, 3], [4, 0]]), np.array([[np.nan] * 2, [np
         ({"ratio": 0.3, "budget": 0.9}, "Give only one of", ("ratio", "budget", "model_budget", "map")),
         ({"ratio": 0.3, "map": MAP}, "Give only one of", ("ratio", "budget", "model_budget", "map")),
         ({"ratio": 0.3, "method": "best"}, "must be one of direct, refit", ("method",)),
-        ({"ratio": 0.3, "method": "refit"}, "needs a text", ("calibrate",)),
-        ({"ratio": 0.3, "calibrate": "text.txt"}, "needs no text", ("calibrate",)),
-        ({"ratio": 0.3, "seed": -1, "match": "random"}, "must not be negative", None),
+        ({"ratio": 0.3, "method": "direct", "calibrate": "text.txt"}, "leave calibrate out", ("calibrate",)),
+        ({"ratio": 0.3, "seq_len": 10**6}, "context of 64", ("seq_len",)),
+        ({"ratio": 0.3, "method": "direct", "seed": -1, "match": "random"}, "must not be negative", None),
         ({"map": MAP, "tie": "qk"}, "has its pairs already; leave tie out", ("tie",)),
         ({"map": MAP, "method": "plan", "calibrate": "text.txt"}, "leave the map out", ("map",)),
         ({"map": "no-map.json"}, "no-map.json", None),
         ({"budget": 0.9, "method": "plan", "calibrate": "text.txt", "tie": "qk"}, "no use for tie", ("tie",)),
-        ({"ratio": 0.3, "work": "work"}, "keeps nothing to go on from", ("work",)),
+        ({"ratio": 0.3, "method": "direct", "work": "work"}, "leave work out", ("work",)),
         ({"ratio": 0.3, "fraction": 1}, "no such setting: .*fraction", ()),
         ({"ratio": 1.0}, "below 1", None),
         ({"ratio": 0.01}, "at least 0.1667", None),
@@ -211,6 +261,7 @@ MAP = SharingMap(np.array([[0, 1], [2, 3], [4, 0]]), np.array([[np.nan] * 2, [np
         ({"ratio": 0.3, "method": "refit", "calibrate": np.full(128, 10**6)}, "outside the model's vocabulary", None),
         ({"ratio": 0.3, "evaluate": "no-text.txt"}, "no-text.txt", None),
         ({"ratio": 0.3, "tokenizer": "no-model", "evaluate": "text.txt"}, "no-model", None),
+        ({"ratio": 0.3, "dtype": "int8"}, "not one of float32", ("dtype",)),
     ],
 )
 def test_what_does_not_go_together_is_refused(
@@ -224,17 +275,17 @@ def test_what_does_not_go_together_is_refused(
 
 
 def test_a_text_needs_a_tokenizer(dense: Llama, folder: Path) -> None:
-    for settings in (FITTED, {"ratio": 0.4, "evaluate": "text.txt", "progress": False}):
+    for settings in (FITTED, {"ratio": 0.4, **DIRECT, "evaluate": "text.txt"}):
         with pytest.raises(HeadshareError, match="needs the tokenizer") as refused:
             compress(dense, **settings)
         assert refused.value.options == ("tokenizer",)
 
 
 def test_an_output_is_replaced_only_if_asked_and_holds_no_work(folder: Path, tmp_path: Path) -> None:
-    compress("dense", tmp_path / "small", ratio=0.4, progress=False)
+    compress("dense", tmp_path / "small", ratio=0.4, **DIRECT)
     with pytest.raises(HeadshareError, match="exists"):
-        compress("dense", tmp_path / "small", ratio=0.2, progress=False)
-    done = compress("dense", tmp_path / "small", ratio=0.2, overwrite=True, progress=False)
+        compress("dense", tmp_path / "small", ratio=0.2, **DIRECT)
+    done = compress("dense", tmp_path / "small", ratio=0.2, overwrite=True, **DIRECT)
     assert hs.load(tmp_path / "small").sharing == done.map
     with pytest.raises(HeadshareError, match="lies in the output") as refused:
         compress("dense", tmp_path / "other", work=tmp_path / "other", **FITTED)
@@ -242,4 +293,4 @@ def test_an_output_is_replaced_only_if_asked_and_holds_no_work(folder: Path, tmp
     with pytest.raises(HeadshareError, match="does not exist"):
         compress("no-model", ratio=0.4, progress=False)
     with pytest.raises(HeadshareError, match="already shares heads"):
-        compress(tmp_path / "small", ratio=0.4, progress=False)
+        compress(tmp_path / "small", ratio=0.4, **DIRECT)

@@ -12,7 +12,8 @@ import headshare_jax as hs
 SPECIAL = ("<pad>", "<s>", "</s>")
 CHAT_TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
 
-
+# Options of `share` where neither fit nor figures matter.
+DIRECT = ("--method", "direct", "--no-eval")
 ALPHABET = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
 
 

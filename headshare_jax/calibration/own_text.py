@@ -48,6 +48,10 @@ def own_text(
 
     Raises:
       HeadshareError: no window, one too short for its beginning, or one beyond the context that the model reads.
+
+    Examples:
+      >>> hs.own_text(model, 4, 64).shape
+      (4, 64)
     """
     beginnings = beginnings or [[_first_token(model.config)]]
     length = len(beginnings[0])
@@ -56,11 +60,7 @@ def own_text(
             f"A model cannot write {count} windows of {seq_len} tokens that begin with {length}: windows need to be "
             "longer than their beginnings, and these of one length."
         )
-    if seq_len > (context := _context(model.config)):
-        raise HeadshareError(
-            f"The model's context has {context} tokens; it cannot write windows of {seq_len}, only shorter ones.",
-            option="seq_len",
-        )
+    check_window(model.config, seq_len)
     starts_wt = np.asarray([beginnings[window % len(beginnings)] for window in range(count)], np.int32)
     together = _windows_together(model.config, count, seq_len)
     batches = [starts_wt[begin : begin + together] for begin in range(0, count, together)]
@@ -75,6 +75,15 @@ def own_text(
 
         written.append(_continued(model, filled_bt, seq_len, sampling or Sampling(1.0), key, told)[: len(starts_bt)])
     return np.concatenate(written)
+
+
+def check_window(config: LlamaConfig, seq_len: int) -> None:
+    """Raises HeadshareError unless a model can write windows of so many tokens."""
+    if not 2 <= seq_len <= (most := context(config)):
+        raise HeadshareError(
+            f"A model with a context of {most} tokens writes windows of 2 to {most}, not {seq_len}.",
+            option="seq_len",
+        )
 
 
 def _continued(
@@ -109,7 +118,7 @@ def _first_token(config: LlamaConfig) -> int:
     return config.bos_token_id if config.bos_token_id is not None else (*config.eos_token_ids, 0)[0]
 
 
-def _context(config: LlamaConfig) -> int:
+def context(config: LlamaConfig) -> int:
     """Positions up to which all keys turn by the same factors."""
     scaling = config.rope_scaling
     original = scaling.original_max_position_embeddings if scaling and scaling.kind == "longrope" else None

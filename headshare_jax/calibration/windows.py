@@ -41,6 +41,18 @@ def calibration_windows(tokens: Sequence[int] | np.ndarray, count: int, seq_len:
     return windows.astype(np.int32)
 
 
+def spread_windows(tokens: Sequence[int] | np.ndarray, most: int, seq_len: int, vocab_size: int) -> np.ndarray:
+    """At most so many windows from all over a text, evenly spread, int32 [W, seq_len]; a shorter text is one window.
+
+    Raises:
+      HeadshareError: fewer than two tokens, or one outside the vocabulary.
+    """
+    tokens = np.asarray(tokens)
+    seq_len = min(seq_len, tokens.size)
+    there = calibration_windows(tokens, max(1, tokens.size // max(seq_len, 1)), seq_len, vocab_size)
+    return there[np.linspace(0, len(there) - 1, min(most, len(there))).astype(int)]
+
+
 def tokens_digest(tokens: np.ndarray) -> str:
     """SHA-256 of token ids, int32 [...], as a model reads them: of how they are cut, too."""
     return f"sha256:{hashlib.sha256(json.dumps(tokens.shape).encode() + tokens.tobytes()).hexdigest()}"

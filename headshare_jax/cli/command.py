@@ -21,6 +21,13 @@ Destination = Annotated[
     tyro.conf.arg(metavar="DST", help="Folder to make for the new model; a .gguf file for the format gguf."),
 ]
 Overwrite = Annotated[bool, tyro.conf.arg(help="Replace outputs that exist.")]
+StoredDtype = Annotated[
+    str | None,
+    tyro.conf.arg(
+        help="Type to store: float32, bfloat16 or float16; by default the source's own, or bfloat16 where that is "
+        "quantised."
+    ),
+]
 ComputeDtype = Annotated[str, tyro.conf.arg(help="Type to compute in: float32 or bfloat16.")]
 
 

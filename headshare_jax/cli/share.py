@@ -7,27 +7,24 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import RenderableType
-from rich.table import Table
 
-from headshare_jax.cli.command import Command, Destination, Overwrite, Source
-from headshare_jax.cli.inspect import ledger_table
-from headshare_jax.cli.sharing import Calibrate, CalibrateTokens, MatchFunction, Seed, SeqLen, Tie
-from headshare_jax.compression import compress
+from headshare_jax.cli.command import Command, Destination, Overwrite, Source, StoredDtype
+from headshare_jax.cli.sharing import Calibrate, MatchFunction, MeasuredText, NoEval, Seed, Tie
+from headshare_jax.compression.compress import compress
 from headshare_jax.convert.atomic import check_output, new_file
 from headshare_jax.fit.methods import METHODS
 from headshare_jax.report.map import draw_map
 from headshare_jax.report.picture import check_name
-from headshare_jax.sharing.ledger import NOT_SAVED
 
 # Options that are not arguments of `compress`, as all others are.
-_OWN = ("json", "save_map", "plot")
+_OWN = ("json", "save_map", "plot", "text", "no_eval")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share(Command):
-    """Let the most similar heads share weights, without training.
+    """Make a model smaller without training: let heads share weights, or drop them, and fit the rest to make up for it.
 
-    Example: headshare share SmolLM2-135M.gguf smollm2-shared --ratio 0.3
+    Example: headshare share SmolLM2-135M.gguf smollm2-small --ratio 0.1 --calibrate text.txt
 
     Attributes:
       ratio: Sharing ratio in [0, 1): the part of all units that become receivers.
@@ -51,17 +48,29 @@ class Share(Command):
     model_budget: float | None = None
     map: Path | None = None
     method: Annotated[
-        str, tyro.conf.arg(help="; ".join(f"{method.name}: {method.summary}" for method in METHODS.values()) + ".")
-    ] = "direct"
+        str | None,
+        tyro.conf.arg(
+            help="By default fitted for a ratio, plan for a budget, refit for a map. "
+            + "; ".join(f"{method.name}: {method.summary}" for method in METHODS.values())
+            + "."
+        ),
+    ] = None
     calibrate: Calibrate = None
-    calibrate_tokens: CalibrateTokens = 12288
-    seq_len: SeqLen = 512
+    calibrate_tokens: Annotated[
+        int | None, tyro.conf.arg(help="Tokens of that text to use, from its start; 49,152, or all of a shorter one.")
+    ] = None
+    seq_len: Annotated[
+        int | None, tyro.conf.arg(help="Tokens in a window of text; 512, or what a shorter context has.")
+    ] = None
+    text: MeasuredText = None
+    no_eval: NoEval = False
     match: MatchFunction = None
     seed: Seed = None
     tie: Tie = None
     chains: str | None = None
     within_shards: int | None = None
     to: str = "native"
+    dtype: StoredDtype = None
     quantize: str | None = None
     work: Path | None = None
     save_map: Path | None = None
@@ -69,13 +78,14 @@ class Share(Command):
     overwrite: Overwrite = False
 
     def run(self) -> dict[str, Any]:
-        if self.calibrate is None:
-            self.refuse("calibrate_tokens", "seq_len", without="--calibrate")
+        if self.no_eval:
+            self.refuse("text", without="an evaluation")
         for output in filter(None, (self.save_map, self.plot)):
             check_output(output, folder=False, overwrite=self.overwrite)
         if self.plot is not None:
             check_name(self.plot)
-        done = compress(**{field.name: getattr(self, field.name) for field in fields(self) if field.name not in _OWN})
+        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _OWN}
+        done = compress(**given, evaluate=self.text or not self.no_eval)
         if self.save_map is not None:
             with new_file(self.save_map, overwrite=self.overwrite) as path:
                 path.write_text(done.map.to_json())
@@ -90,26 +100,11 @@ class Share(Command):
             "dropped": int(done.map.dropped.sum()),
             "units": done.map.donor.size,
             **{name: getattr(done.map, name) for name in ("ratio", "budget", "tie", "method", "match")},
+            **done.summary.to_json(),
             "fit": done.record,
-            "ledger": done.sizes.to_json(),
+            "ledger": done.ledger.to_json(),
+            "lines": str(done.summary).splitlines(),
         }
 
     def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
-        yield f"{result['output']}: {result['summary']}"
-        if result["fit"] is not None:
-            yield fit_table(result["fit"])
-        yield ledger_table(result["ledger"])
-        yield NOT_SAVED
-        if self.to in ("hf", "gguf") and result["receivers"]:
-            yield "The output holds every head, also those that share: on disk it is at its full size."
-
-
-def fit_table(record: dict[str, Any]) -> Table:
-    """Errors of every layer that was fitted, before and after."""
-    title = f"distance from the dense model, {record['windows']} x {record['seq_len']} tokens of {record['calibrate']}"
-    table = Table("layer", "block", "rows fitted", "before", "after", "held out: before", "after", title=title)
-    for fit in record["blocks"]:
-        errors = [fit[name] for name in ("error_before", "error_after", "held_out_before", "held_out_after")]
-        rows = f"{fit['fitted_rows']} of {fit['rows']}"
-        table.add_row(str(fit["layer"]), fit["block"], rows, *(f"{error:.3f}" for error in errors))
-    return table
+        yield "\n".join(result["lines"])

@@ -7,12 +7,17 @@ import tyro
 Calibrate = Annotated[
     str | None,
     tyro.conf.arg(
-        help="Text to choose donors and fit on: text, JSONL or parquet file, or data set name[:config[:split]]; of its "
-        "train split."
+        help="Text to choose donors and fit on, like that which the model is to be used on: text, JSONL or parquet "
+        "file, or data set name[:config[:split]]; of its train split. Without one the model writes it itself."
     ),
 ]
 CalibrateTokens = Annotated[int, tyro.conf.arg(help="Tokens of that text to use, from its start.")]
 SeqLen = Annotated[int, tyro.conf.arg(help="Tokens in a window of text.")]
+MeasuredText = Annotated[
+    str | None,
+    tyro.conf.arg(help="Text to measure both models on, as for eval; by default what is left of the other text."),
+]
+NoEval = Annotated[bool, tyro.conf.arg(help="Measure no perplexity.")]
 MatchFunction = Annotated[
     str | None,
     tyro.conf.arg(

@@ -1,34 +1,98 @@
-"""Progress of long work, on standard error: a bar on a terminal, and in a log a line now and then."""
+"""Progress of long work, on standard error: a bar with the time left on a terminal, a line now and then in a log."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 20.0
-_COLUMNS = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-_errors = Console(stderr=True)
+# From then on there is an estimate of all that is to be done, which is told if that is longer than a bar's worth.
+SECONDS_TO_ESTIMATE, SECONDS_WORTH_TELLING = 4.0, 10.0
+_errors = Console(stderr=True, markup=False)
 # Called with the steps done, in all, and a text.
 Show = Callable[[int, int, str], None]
+Step = Callable[[int, int], None]
 
 
 def say(message: str) -> None:
     """Tells on standard error what is being done."""
-    _errors.print(message, style="dim", highlight=False)
+    _errors.print(message, style="dim", highlight=False, soft_wrap=True)
+
+
+class Course:
+    """Work in phases of which is known how much each costs, in any unit: one bar for all of them.
+
+    The time left follows from what the work so far took. Early on, all of it is told once, in a log too.
+    """
+
+    def __init__(self, costs: Mapping[str, float], show: Show):
+        self._costs, self._show = dict(costs), show
+        self._done = 0.0
+        self._begun: tuple[float, float] | None = None
+        self._told = False
+
+    @contextmanager
+    def phase(self, label: str) -> Iterator[Step]:
+        """The next phase; yields the function to call with its steps done and in all."""
+        started, before, cost = time.monotonic(), self._done, self._costs.get(label, 0.0)
+
+        def step(done: int, total: int) -> None:
+            self._done = before + cost * done / max(total, 1)
+            self._show(round(1000 * self._part), 1000, f"{label} {done} of {total}{self._left()}")
+
+        yield step
+        if time.monotonic() - started < 0.5:
+            # It was there already, and says nothing of how long the others take.
+            self._costs[label], self._done = 0.0, before
+        else:
+            self._done = before + cost
+
+    @property
+    def _part(self) -> float:
+        return min(1.0, self._done / (sum(self._costs.values()) or 1.0))
+
+    def _left(self) -> str:
+        """The time left as a text, once it can be told; the first step is left out, for it compiles too."""
+        now = time.monotonic()
+        if self._begun is None:
+            self._begun = (now, self._done)
+        began, done = self._begun
+        if now - began < SECONDS_TO_ESTIMATE or self._done <= done:
+            return ""
+        seconds = (now - began) / (self._done - done) * (sum(self._costs.values()) - self._done)
+        if not self._told and seconds > SECONDS_WORTH_TELLING:
+            say(f"about {spoken(seconds + now - began)} in all")
+        self._told = True
+        return f", about {spoken(seconds)} left"
 
 
 @contextmanager
-def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with a fixed text that goes away; yields the function to call with the steps done and in all."""
-    with _bar(TextColumn("{task.description}"), *_COLUMNS, transient=True) as show:
-        yield lambda done, total: show(done, total, label)
+def course(costs: Mapping[str, float]) -> Iterator[Course]:
+    """A bar for work in phases; see `Course`."""
+    with _bar(TextColumn("{task.description}"), BarColumn(), transient=True) as show:
+        yield Course(costs, show)
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Step]:
+    """A bar for work in one phase; yields the function to call with the steps done and in all."""
+    with course({label: 1.0}) as bar, bar.phase(label) as step:
+        yield step
 
 
 def progress_with_text() -> AbstractContextManager[Show]:
     """A bar with a text that changes; yields the function to call with the steps done, in all, and the text."""
-    return _bar(*_COLUMNS, TextColumn("{task.description}"), transient=False)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True))
+    return _bar(*columns, TextColumn("{task.description}"), transient=False)
+
+
+def spoken(seconds: float) -> str:
+    """A time as a person says it: 40 s, 3 min, 2.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 @contextmanager
@@ -44,7 +108,8 @@ def _bar(*columns: ProgressColumn, transient: bool) -> Iterator[Show]:
         def show(done: int, total: int, text: str) -> None:
             if not bar.live.is_started:
                 shown.enter_context(bar)
-            bar.update(task, completed=done, total=total, description=text)
+            # Names of files can look like markup.
+            bar.update(task, completed=done, total=total, description=text.replace("[", r"\["))
 
         yield show
 
@@ -56,6 +121,6 @@ def _line_now_and_then() -> Show:
         nonlocal told
         if text and time.monotonic() - told >= SECONDS_BETWEEN_LINES:
             told = time.monotonic()
-            say(f"{text}: {done} of {total}")
+            say(f"{100 * done // max(total, 1)} %: {text}")
 
     return show

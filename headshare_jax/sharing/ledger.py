@@ -112,7 +112,7 @@ def ledger(source: WeightSource, *, path: Path | None = None) -> Ledger:
         rows=tuple(LedgerRow(part, *row) for part, row in counts.items()),
         nominal_saving=saving,
         live_bytes=getattr(source, "nbytes", None),
-        disk_bytes=None if path is None else _disk_bytes(path),
+        disk_bytes=None if path is None else disk_bytes(path),
     )
 
 
@@ -145,7 +145,7 @@ def _short(count: int) -> str:
     return f"{count:,}"
 
 
-def _disk_bytes(path: Path) -> int:
+def disk_bytes(path: Path) -> int:
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)
 

@@ -1,6 +1,6 @@
 """Views: sources that change another source as it is read, so that no changed model need ever be whole in memory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -8,7 +8,7 @@ import numpy as np
 
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
-from headshare_jax.parameters import PARAMETERS, layered_names, slice_shape
+from headshare_jax.parameters import PARAMETERS, layered_names, parameter_names, slice_shape
 from headshare_jax.sharing import finite
 from headshare_jax.sharing.ledger import described
 from headshare_jax.sharing.map import SharingMap
@@ -79,7 +79,7 @@ class SharedView(View):
             )
         sharing.check_model(base.config)
         foreign = check_source and sharing.source is not None and sharing.source != fingerprint(base)
-        if foreign and not self._changes_nothing():
+        if foreign and not self.changes_nothing():
             raise HeadshareError(
                 "The map was made for other weights: its source fingerprint is not this model's; make a map for this "
                 'model with a ratio, or set "source" to null in the map to use its pairs all the same.'
@@ -106,7 +106,7 @@ class SharedView(View):
             values[mine] = self.base.read(name, int(donor_layer), wanted.tolist())[place]
         return values
 
-    def _changes_nothing(self) -> bool:
+    def changes_nothing(self) -> bool:
         """Whether receivers hold their donors' weights, and dropped units zeros, as a dense export has them."""
         return all(
             np.array_equal(self.base.read(name, layer), self.read(name, layer))
@@ -168,6 +168,22 @@ class CastView(View):
                 option="dtype",
             )
         return rounded
+
+
+class WatchedView(View):
+    """A source that tells how much of it has been read, in slices of parameters, and how many there are."""
+
+    def __init__(self, base: WeightSource, progress: Callable[[int, int], None]):
+        super().__init__(base)
+        layered, config = layered_names(base.config), base.config
+        self._total = len(parameter_names(config)) + (config.num_layers - 1) * len(layered)
+        self._progress, self._read = progress, set[tuple[str, int | None]]()
+
+    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
+        values = self.base.read(name, layer, heads)
+        self._read.add((name, layer))
+        self._progress(len(self._read), self._total)
+        return values
 
 
 def cast(source: WeightSource, dtype: str | None) -> WeightSource:

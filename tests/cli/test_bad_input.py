@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import pytest
 import tiny_cli_model
+from tiny_cli_model import DIRECT
 
 from headshare_jax import cli
 from headshare_jax.cli import demo
@@ -49,8 +50,8 @@ def test_options_that_would_do_nothing_are_refused_by_name(refused: Any) -> None
         (("generate", "absent", "--prompt", "a", "--seed", 3), "--seed does nothing without a --temperature above 0"),
         (("generate", "absent", "--prompt", "a", "--top-k", 3), "--top-k does nothing without a --temperature"),
         (("generate", "absent", "--prompt", "a", "--top-p", 0.5), "--top-p does nothing without a --temperature"),
-        ((*share, "--seq-len", 64), "--seq-len does nothing without --calibrate"),
-        ((*share, "--calibrate-tokens", 64), "--calibrate-tokens does nothing without --calibrate"),
+        ((*share, *DIRECT, "--seq-len", 64), "leave seq_len out (--seq-len)."),
+        ((*share, *DIRECT, "--calibrate-tokens", 64), "leave calibrate_tokens out (--calibrate-tokens)."),
         ((*share, "--seed", 3), "leave seed out (--seed)."),
         ((*share, "--method", "random", "--match", "qk"), "leave it out (--match)."),
     ]
@@ -80,6 +81,7 @@ def test_bad_input_is_refused_in_one_sentence(refused: Any, model: Path, tmp_pat
     (tmp_path / "nothing.txt").write_text(" \n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     out, taken = tmp_path / "out", tmp_path / "empty"
+    direct = ("share", model, out, "--ratio", 0.3, "--method", "direct")
     refit = ("share", model, out, "--ratio", 0.3, "--method", "refit")
     fitted = ("share", model, out, "--ratio", 0.3, "--method", "fitted", "--calibrate", text)
     fitted += ("--calibrate-tokens", 200, "--seq-len", 100)
@@ -117,18 +119,20 @@ def test_bad_input_is_refused_in_one_sentence(refused: Any, model: Path, tmp_pat
         (("share", model, out, "--map", text), f"{text}: The map is not valid JSON"),
         (("share", model, out, "--map", tmp_path / "absent.json"), "absent.json"),
         (("share", model, out, "--ratio", 0.3, "--method", "best"), "direct"),
-        (("share", model, out, "--ratio", 0.3, "--method", "refit"), "--calibrate"),
-        (("share", model, out, "--ratio", 0.3, "--calibrate", text), "--calibrate"),
+        ((*direct, "--calibrate", text), "leave calibrate out (--calibrate)."),
+        ((*direct, "--text", text, "--no-eval"), "--text does nothing without an evaluation"),
+        ((*direct, "--seq-len", 10**6), "context of 64 writes windows of 2 to 64, not 1000000 (--seq-len)."),
+        (("share", "absent", out, "--ratio", 0.3, "--dtype", "int8"), "int8"),
         ((*refit, "--calibrate", tmp_path / "absent.txt"), "absent.txt"),
         ((*fitted, "--match", "v"), "no use for match"),
         ((*fitted, "--work", text), "is a file"),
         ((*fitted, "--work", tmp_path), "is no journal"),
         ((*fitted, "--work", tmp_path / "absent" / "work"), "does not exist"),
         ((*fitted, "--work", out), "lies in the output"),
-        (("share", model, out, "--ratio", 0.3, "--work", tmp_path / "work"), "--work"),
+        ((*direct, "--work", tmp_path / "work"), "--work"),
         ((*fitted[:3], "--map", text, *fitted[5:]), "leave the map out"),
         ((*fitted, "--chains", "resolve"), "forbid"),
-        ((*refit, "--calibrate", text), "need 12288"),
+        ((*refit, "--calibrate", text, "--calibrate-tokens", 9999), "need 9728"),
         ((*refit, "--calibrate", text, "--calibrate-tokens", 100), "more tokens"),
         ((*refit, "--calibrate", text, "--calibrate-tokens", 100, "--seq-len", 1), "seq_len"),
         ((*refit, "--calibrate", text, "--calibrate-tokens", 100, "--seq-len", 100), "two windows"),
@@ -145,7 +149,7 @@ def test_bad_input_is_refused_in_one_sentence(refused: Any, model: Path, tmp_pat
         (("eval", model, "--tasks", "a", "--task-folder", text), "--task-folder"),
         (("generate", "absent", "--prompt", "x", "--max-new-tokens", 0), "--max-new-tokens"),
         (("demo", model, "-o", taken), "--overwrite"),
-        (("demo", model, "-o", out, "--ratios", 1.5), "ratios"),
+        (("demo", model, "-o", out, "--ratio", 1.5), "below 1"),
     ]  # fmt: skip
     for args, word in cases:
         assert word in refused(*args), args
@@ -153,7 +157,7 @@ def test_bad_input_is_refused_in_one_sentence(refused: Any, model: Path, tmp_pat
 
 def test_map_for_another_model_is_refused(refused: Any, headshare: Any, model: Path, tmp_path: Path) -> None:
     path = tmp_path / "map.json"
-    headshare("share", model, tmp_path / "shared", "--ratio", 0.5, "--save-map", path)
+    headshare("share", model, tmp_path / "shared", *DIRECT, "--ratio", 0.5, "--save-map", path)
     other = tiny_cli_model.saved(tmp_path / "other", seed=1)
     deeper = tiny_cli_model.saved(tmp_path / "deeper", num_hidden_layers=5)
     assert "other weights" in refused("share", other, tmp_path / "out", "--map", path)

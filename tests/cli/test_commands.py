@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
+from tiny_cli_model import DIRECT
 
 import headshare_jax as hs
 from headshare_jax import cli
@@ -152,7 +153,7 @@ def test_installed_command_keeps_what_it_compiles(model: Path, tmp_path: Path) -
 
 
 def test_inspect(headshare: Any, model: Path, tmp_path: Path) -> None:
-    headshare("share", model, tmp_path / "shared", "--ratio", 0.5)
+    headshare("share", model, tmp_path / "shared", *DIRECT, "--ratio", 0.5)
     result = headshare("inspect", tmp_path / "shared", "--json")
     checkpoint = hs.open_checkpoint(tmp_path / "shared")
     assert hs.LlamaConfig.from_json(result["config"]) == checkpoint.config
@@ -167,13 +168,17 @@ def test_inspect(headshare: Any, model: Path, tmp_path: Path) -> None:
 
 def test_demo_tells_the_whole_story(headshare: Any, model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "story"
-    result = headshare("demo", model, "-o", folder, "--ratios", 0.2, 0.5, "--windows", 2, "--json")
-    assert [row["name"] for row in result["rows"]] == ["dense", "direct 20%", "direct 50%"]
-    assert hs.load(folder / "native").sharing is not None
+    args = ("demo", model, "-o", folder, "--ratio", 0.5, "--calibrate-tokens", 2048)
+    result = headshare(*args, "--json")
+    assert result["methods"]["fitted"]["ratio"] < result["methods"]["direct"]["ratio"]
+    assert set(result["answers"]) == {"dense", "fitted"}
+    sharing = hs.load(folder / "native").sharing
+    assert sharing is not None
+    assert (sharing.method, len(sharing.receivers)) == ("fitted", 3)
     assert (folder / "map.png").read_bytes().startswith(b"\x89PNG")
     transformers.AutoModelForCausalLM.from_pretrained(folder / "hf")
-    printed = headshare("demo", model, "-o", folder, "--ratios", 0.3, "--windows", 1, "--overwrite")
-    assert printed.index("dense") < printed.index("direct 30%")
+    printed = headshare(*args, "--overwrite")
+    assert printed.index("dense") < printed.index("direct") < printed.index("headshare chat")
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

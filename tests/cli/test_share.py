@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 import support
 import transformers
+from tiny_cli_model import DIRECT
 
 import headshare_jax as hs
 
 
 def test_share_by_ratio_and_by_its_own_map(headshare: Any, model: Path, tmp_path: Path) -> None:
     result = headshare(
-        "share", model, tmp_path / "one", "--ratio", 0.5, "--save-map", tmp_path / "map.json",
+        "share", model, tmp_path / "one", *DIRECT, "--ratio", 0.5, "--save-map", tmp_path / "map.json",
         "--plot", tmp_path / "map.svg", "--json",
     )  # fmt: skip
-    headshare("share", model, tmp_path / "two", "--map", tmp_path / "map.json")
+    headshare("share", model, tmp_path / "two", *DIRECT, "--map", tmp_path / "map.json")
     one, two = hs.load(tmp_path / "one"), hs.load(tmp_path / "two")
     assert result["receivers"] == 3
     assert one.sharing == two.sharing == hs.SharingMap.from_json((tmp_path / "map.json").read_text())
@@ -32,12 +33,12 @@ def test_share_by_ratio_and_by_its_own_map(headshare: Any, model: Path, tmp_path
 
 
 def test_share_by_a_map_edited_to_drop_a_unit(headshare: Any, model: Path, tmp_path: Path) -> None:
-    headshare("share", model, tmp_path / "plain", "--ratio", 0.5, "--save-map", tmp_path / "map.json")
+    headshare("share", model, tmp_path / "plain", *DIRECT, "--ratio", 0.5, "--save-map", tmp_path / "map.json")
     document = json.loads((tmp_path / "map.json").read_text())
     dropped = document["receivers"].pop()
     document["receivers"][0]["tie"] = "qk"
     (tmp_path / "map.json").write_text(json.dumps(document | {"dropped": [dropped]}))
-    args = ("--map", tmp_path / "map.json", "--plot", tmp_path / "map.svg", "--overwrite")
+    args = (*DIRECT, "--map", tmp_path / "map.json", "--plot", tmp_path / "map.svg", "--overwrite")
     result = headshare("share", model, tmp_path / "out", *args, "--json")
     assert (result["receivers"], result["dropped"]) == (2, 1)
     assert result["ledger"]["actual_saving"] == result["ledger"]["nominal_saving"] > 0
@@ -53,7 +54,19 @@ def test_share_by_a_map_edited_to_drop_a_unit(headshare: Any, model: Path, tmp_p
 def test_share_and_refit_keeps_the_record_beside_the_model(
     headshare: Any, model: Path, text: Path, tmp_path: Path
 ) -> None:
-    args = ("--ratio", 0.5, "--method", "refit", "--calibrate", text, "--calibrate-tokens", 640, "--seq-len", 64)
+    args = (
+        "--ratio",
+        0.5,
+        "--no-eval",
+        "--method",
+        "refit",
+        "--calibrate",
+        text,
+        "--calibrate-tokens",
+        640,
+        "--seq-len",
+        64,
+    )
     for format in ("native", "hf", "hf-compact"):
         result = headshare("share", model, tmp_path / format, *args, "--to", format, "--json")
         assert json.loads((tmp_path / format / "headshare_fit.json").read_text()) == result["fit"]
@@ -68,11 +81,12 @@ def test_share_and_refit_keeps_the_record_beside_the_model(
     expected = support.jax_logits(hs.load(model), tokens)
     errors = [np.linalg.norm(support.jax_logits(each, tokens) - expected) for each in (direct, refitted)]
     assert errors[1] < errors[0]
-    assert "held out" in headshare("share", model, tmp_path / "printed", *args)
+    printed = headshare("share", model, tmp_path / "printed", *args)
+    assert re.findall(r"^(size|quality|took|next)\b", printed, re.MULTILINE) == ["size", "quality", "took", "next"]
 
 
 def test_donors_within_shards_need_no_weights_of_other_chips(headshare: Any, model: Path, tmp_path: Path) -> None:
-    args = ("--ratio", 0.5, "--match", "random", "--seed", 1)
+    args = ("--ratio", 0.5, *DIRECT, "--match", "random", "--seed", 1)
     moved = {}
     for name, more in (("any", ()), ("within", ("--within-shards", 2))):
         headshare("share", model, tmp_path / name, *args, *more)
@@ -91,7 +105,7 @@ def test_donors_within_shards_need_no_weights_of_other_chips(headshare: Any, mod
 
 def test_share_by_function(headshare: Any, model: Path, text: Path, tmp_path: Path) -> None:
     calibrate = ("--calibrate", text, "--calibrate-tokens", 640, "--seq-len", 64)
-    result = headshare("share", model, tmp_path / "fitted", "--ratio", 0.4, "--method", "fitted", *calibrate, "--json")
+    result = headshare("share", model, tmp_path / "fitted", "--ratio", 0.4, *calibrate, "--json")
     dense = hs.load(model)
     windows = hs.calibration_windows(
         list(transformers.AutoTokenizer.from_pretrained(model)(text.read_text()).input_ids), 10, 64, 259
@@ -102,12 +116,16 @@ def test_share_by_function(headshare: Any, model: Path, text: Path, tmp_path: Pa
     assert np.array_equal(sharing.donor, expected.donor)
     assert (sharing.method, sharing.match, sharing.chains) == ("fitted", "functional", "forbid")
     assert {fit["block"] for fit in result["fit"]["blocks"]} == {"attention"}
+    quality = result["quality"]
+    assert (quality["windows"], quality["seq_len"]) == (16, 64)
+    assert quality["ratio"] == pytest.approx(quality["after"] / quality["before"])
+    assert result["sizes"]["files"][1] == result["ledger"]["disk_bytes"]
 
 
 def test_what_share_keeps_serves_another_ratio(
     headshare: Any, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = ("--calibrate", text, "--calibrate-tokens", 640, "--seq-len", 64, "--method", "fitted", "--ratio")
+    args = ("--no-eval", "--calibrate", text, "--calibrate-tokens", 640, "--seq-len", 64, "--ratio")
     headshare("share", model, tmp_path / "first", *args, 0.2, "--work", tmp_path / "work")
 
     def again(*args: Any) -> Any:
@@ -130,13 +148,13 @@ def test_what_share_keeps_serves_another_ratio(
 
 def test_share_with_random_pairs_follows_its_seed(headshare: Any, model: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        headshare("share", model, tmp_path / name, "--ratio", 0.5, "--match", "random", "--seed", seed)
+        headshare("share", model, tmp_path / name, *DIRECT, "--ratio", 0.5, "--match", "random", "--seed", seed)
     a, b, c = (hs.open_checkpoint(tmp_path / name).sharing for name in "abc")
     assert a == b != c
 
 
 def test_shared_model_exported_plain_has_its_map_beside_it(headshare: Any, model: Path, tmp_path: Path) -> None:
-    headshare("share", model, tmp_path / "hf", "--ratio", 0.5, "--tie", "qkvo", "--to", "hf")
+    headshare("share", model, tmp_path / "hf", *DIRECT, "--ratio", 0.5, "--tie", "qkvo", "--to", "hf")
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     sharing = hs.SharingMap.from_json((tmp_path / "hf" / "headshare_map.json").read_text())
     dense = hs.load(model)

@@ -1,0 +1,67 @@
+"""What is written: formats, types of weights, and whether there is room, all known before the work begins."""
+
+from pathlib import Path
+
+from headshare_jax.convert import atomic, gguf_writer
+from headshare_jax.errors import HeadshareError
+from headshare_jax.resources import check_disk
+from headshare_jax.sharing.ledger import ledger
+from headshare_jax.sharing.source import WeightSource
+from headshare_jax.sharing.view import DTYPES, cast
+
+FORMATS = ("native", "hf", "hf-compact", "gguf")
+
+
+def check_output(
+    dst: str | Path | None,
+    to: str,
+    *,
+    quantize: str | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Raises HeadshareError unless format and types go together, and `dst`, if given, can become such an output."""
+    if to not in FORMATS:
+        raise HeadshareError(f"The format {to!r} is not one of {', '.join(FORMATS)}.", option="to")
+    if dtype is not None and dtype not in DTYPES:
+        raise HeadshareError(f"The type {dtype!r} is not one of {', '.join(DTYPES)}.", option="dtype")
+    if dtype is not None and quantize is not None:
+        raise HeadshareError("Give the type of the output once: leave dtype or quantize out.", option="dtype")
+    if to == "gguf":
+        gguf_writer.check_type(quantize)
+        if dst is not None and Path(dst).suffix != gguf_writer.ENDING:
+            raise HeadshareError(f"A GGUF model is one file; give the output {dst} a name that ends in .gguf.")
+    elif quantize is not None:
+        raise HeadshareError(f"quantize is for the format gguf; leave it out for {to}.", option="quantize")
+    elif dst is not None and Path(dst).suffix == gguf_writer.ENDING:
+        raise HeadshareError(
+            f"The format {to} is a folder; give the output {dst} another name, or write gguf.", option="to"
+        )
+    if dst is not None:
+        atomic.check_output(Path(dst), folder=to != "gguf", overwrite=overwrite)
+
+
+def check_room(
+    source: WeightSource, dst: str | Path, *, to: str, dtype: str | None = None, quantize: str | None = None
+) -> None:
+    """Raises HeadshareError if the disk has no room for a source in a format, before any of it is read.
+
+    A map saves too little to be counted: room for the dense model is asked for.
+    """
+    source = cast(source, dtype)
+    needed = gguf_writer.expected_bytes(source, quantize) if to == "gguf" else ledger(source).dense_bytes
+    check_disk(Path(dst).resolve().parent, needed, f"The output {dst}")
+
+
+def quantised_as(source: WeightSource) -> str | None:
+    """The type that a checkpoint's matrices are quantised in on disk, as `q4_1` or `fp8`; None for plain floats."""
+    found: str | None = getattr(getattr(source, "reader", None), "quantised_as", None)
+    return found
+
+
+def output_dtype(source: WeightSource, to: str, dtype: str | None = None) -> str | None:
+    """The type that parameters are to be rounded to before they are written; None where each keeps its own.
+
+    What is given, else what went in; a quantised source keeps its types in a GGUF file, and elsewhere becomes bfloat16.
+    """
+    return "bfloat16" if dtype is None and to != "gguf" and quantised_as(source) is not None else dtype

@@ -1,0 +1,87 @@
+"""What making a model smaller will take, before it is begun: relative costs of its phases, memory, and disk.
+
+Costs are in multiply-adds, memory in bytes; both are estimates. What a text costs is counted by its tokens.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from headshare_jax.config import LlamaConfig
+from headshare_jax.fit.methods import Method, functional_scores
+from headshare_jax.matching.functional import FunctionalSettings
+from headshare_jax.parameters import layered_names, slice_shape
+
+# Tokens that phases run at a time.
+_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Effort:
+    """The work that `compress` is asked for.
+
+    Attributes:
+      config: of the model.
+      method: that is used.
+      seq_len: tokens in a window.
+      calibration: windows of calibration text.
+      own: windows that the model writes itself.
+      measured: windows that both models are measured on.
+      matches: whether pairs are scored; a map that exists is used as it is.
+    """
+
+    config: LlamaConfig
+    method: Method
+    seq_len: int
+    calibration: int
+    own: int
+    measured: int
+    matches: bool
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """Multiply-adds of every phase, by its label."""
+        through, head = self.config.num_layers * self._layer, self._head
+        functional = self.method.scores is functional_scores
+        matched = self.seq_len * min(self.calibration, FunctionalSettings().windows)
+        tokens, measured = self.seq_len * self.calibration, self.seq_len * self.measured
+        # Forward, backward with what it computes again, and pairs.
+        matching = matched * (through * _MATCHING + 4 * head) if functional else through * self.config.num_units / 2
+        costs = {
+            "writing text": self.seq_len * self.own * (through + head) * _DECODING,
+            "matching": matching if self.matches else 0.0,
+            # Both models, and sums of products.
+            "refitting": tokens * through * _REFITTING if self.method.refits else 0.0,
+            "writing": through * _WRITING,
+            "measuring": measured * 2 * (through + head),
+        }
+        return {label: float(cost) for label, cost in costs.items() if cost}
+
+    @property
+    def memory(self) -> int:
+        """Bytes: a layer of both models, output heads, sums of products in float64, and a batch's activations."""
+        config = self.config
+        width, inner = config.hidden_size, config.num_heads * config.head_dim
+        sums = 8 * (3 * inner * inner + 6 * inner * width) if self.method.refits else 0
+        batch = 4 * _BATCH_TOKENS * (8 * width + 2 * config.intermediate_size + 2 * config.num_heads * self.seq_len)
+        whole = 4 * (config.num_layers * self._layer + self._head) if self.own else 0
+        return 4 * (2 * self._layer + 2 * self._head) + sums + batch + whole
+
+    @property
+    def temporary(self) -> int:
+        """Bytes of hidden states and gradients in temporary files."""
+        state = 4 * self.seq_len * self.config.hidden_size
+        matched = min(self.calibration, FunctionalSettings().windows)
+        gradients = matched * self.config.num_layers if self.method.scores is functional_scores else 0
+        return state * max(gradients + matched, 2 * self.calibration, 2 * self.measured)
+
+    @property
+    def _layer(self) -> int:
+        return sum(prod(slice_shape(self.config, name)) for name in layered_names(self.config))
+
+    @property
+    def _head(self) -> int:
+        return self.config.vocab_size * self.config.hidden_size
+
+
+# What a token costs in passes through the layers; by measurement on SmolLM2-135M and Qwen2.5-0.5B.
+_MATCHING, _REFITTING, _DECODING, _WRITING = 9.0, 2.5, 3.0, 100.0
