@@ -243,7 +243,11 @@ MAP = SharingMap(np.array([[0, 1], [2, 3], [4, 0]]), np.array([[np.nan] * 2, [np
         ({"ratio": 0.3, "method": "best"}, "must be one of direct, refit", ("method",)),
         ({"ratio": 0.3, "method": "direct", "calibrate": "text.txt"}, "leave calibrate out", ("calibrate",)),
         ({"ratio": 0.3, "seq_len": 10**6}, "context of 64", ("seq_len",)),
-        ({"ratio": 0.3, "method": "direct", "seed": -1, "match": "random"}, "must not be negative", None),
+        (
+            {"ratio": 0.3, "method": "refit", "calibrate": "text.txt", "seed": -1, "match": "random"},
+            "must not be negative",
+            None,
+        ),
         ({"map": MAP, "tie": "qk"}, "has its pairs already; leave tie out", ("tie",)),
         ({"map": MAP, "method": "plan", "calibrate": "text.txt"}, "leave the map out", ("map",)),
         ({"map": "no-map.json"}, "no-map.json", None),

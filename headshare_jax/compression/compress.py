@@ -118,7 +118,7 @@ def compress(
     except TypeError as error:
         raise HeadshareError(f"compress has no such setting: {error}.") from error
     asked = {"ratio": ratio, "budget": budget, "model_budget": model_budget, "map": map}
-    fits = {"calibrate": calibrate, "calibrate_tokens": calibrate_tokens, "work": work}
+    fits = {"calibrate": calibrate, "work": work, "calibrate_tokens": calibrate_tokens}
     if evaluate is False:
         fits["seq_len"] = seq_len
     chosen = _checked(method, of_method, asked, fits)

@@ -1,0 +1,41 @@
+"""What a compression is said to take before it begins."""
+
+from dataclasses import replace
+
+import pytest
+import support
+
+import headshare_jax as hs
+from headshare_jax.compression.effort import Effort
+from headshare_jax.errors import HeadshareError
+from headshare_jax.fit.methods import METHODS
+
+EFFORT = Effort(
+    support.tiny_model().config, METHODS["fitted"], seq_len=32, calibration=8, own=0, measured=16, matches=True
+)
+
+
+def test_only_what_is_done_costs() -> None:
+    phases = ["matching", "refitting", "writing", "measuring"]
+    assert list(EFFORT.costs) == phases
+    assert list(replace(EFFORT, matches=False, measured=0).costs) == ["refitting", "writing"]
+    assert list(replace(EFFORT, method=METHODS["direct"], calibration=0).costs) == ["matching", "writing", "measuring"]
+    assert list(replace(EFFORT, own=24).costs) == ["writing text", *phases]
+
+
+def test_twice_the_text_takes_twice_the_fit_and_its_files() -> None:
+    twice = replace(EFFORT, calibration=64)
+    assert twice.costs["refitting"] == 8 * EFFORT.costs["refitting"]
+    assert twice.costs["matching"] == EFFORT.costs["matching"]
+    assert twice.temporary == 64 / 16 * replace(EFFORT, method=METHODS["refit"]).temporary
+
+
+def test_a_model_that_writes_text_is_in_memory_as_a_whole() -> None:
+    whole = 4 * hs.ledger(support.tiny_model()).stored
+    assert 0.9 * whole < replace(EFFORT, own=24).memory - EFFORT.memory <= whole
+
+
+def test_work_without_room_is_refused_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headshare_jax.resources.free_memory", lambda: 1000)
+    with pytest.raises(HeadshareError, match=r"needs about .* of memory, and 0.0 MB is free"):
+        hs.compress(support.tiny_model(), ratio=0.3, calibrate_tokens=64, seq_len=32, progress=False)
