@@ -51,7 +51,7 @@ def _load_folder(path: Path) -> "PreTrainedTokenizerBase":
             raise HeadshareError(f"{path / name} is larger than {_MOST_BYTES // 2**20} MiB, which is no tokenizer's.")
     native.check_files(path)
     if (path / "tokenizer.json").is_file():
-        confined.ask(f"The tokenizer of {path}", "check_tokenizer", path=str(path / "tokenizer.json"))
+        confined.ask(f"The tokenizer of {path}", "check_tokenizer", path=str((path / "tokenizer.json").resolve()))
     with _explained(f"The tokenizer of {path} cannot be read"):
         tokenizer = _read(path)
     if not isinstance(tokenizer.model_max_length, (int, float)):

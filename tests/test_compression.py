@@ -115,10 +115,10 @@ def test_texts_are_files_or_tokens_and_tokenizers_paths_or_objects(
 def test_a_map_that_exists_is_used(folder: Path, tmp_path: Path, dense: Llama, method: str) -> None:
     sharing = sharing_by_hand(dense, "qkvo", {2: 0, 5: 1})
     (tmp_path / "map.json").write_text(sharing.to_json())
-    text = {"calibrate": random_tokens((128,))} if method == "refit" else {"method": "direct"}
+    text = SMALL | {"calibrate": random_tokens((128,))} if method == "refit" else DIRECT
     maps: tuple[SharingMap | Path | str, ...] = (sharing, tmp_path / "map.json", str(tmp_path / "map.json"))
     for each in maps:
-        done = compress("dense", map=each, **SMALL, **text)
+        done = compress("dense", map=each, **text)
         assert np.array_equal(done.map.donor, sharing.donor)
         assert done.ledger.nominal_saving == hs.ledger(hs.share(dense, sharing)).nominal_saving
         assert (done.fit is not None) == (method == "refit")

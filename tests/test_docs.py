@@ -54,7 +54,8 @@ def as_a_reader_has_it() -> Iterator[None]:
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with what the documentation's examples start from: the model `my-llama`, and texts."""
-    tiny_cli_model.saved(tmp_path / "my-llama")
+    # Ten units, of which a tenth can share.
+    tiny_cli_model.saved(tmp_path / "my-llama", num_hidden_layers=5)
     for name in ("text.txt", "train.txt", "held-out.txt"):
         (tmp_path / name).write_text(TEXT)
     monkeypatch.chdir(tmp_path)

@@ -52,7 +52,7 @@ def test_options_that_would_do_nothing_are_refused_by_name(refused: Any) -> None
         (("generate", "absent", "--prompt", "a", "--top-p", 0.5), "--top-p does nothing without a --temperature"),
         ((*share, *DIRECT, "--seq-len", 64), "leave seq_len out (--seq-len)."),
         ((*share, *DIRECT, "--calibrate-tokens", 64), "leave calibrate_tokens out (--calibrate-tokens)."),
-        ((*share, "--seed", 3), "leave seed out (--seed)."),
+        ((*share, "--method", "direct", "--seed", 3), "leave seed out (--seed)."),
         ((*share, "--method", "random", "--match", "qk"), "leave it out (--match)."),
     ]
     for args, words in cases:
@@ -121,7 +121,7 @@ def test_bad_input_is_refused_in_one_sentence(refused: Any, model: Path, tmp_pat
         (("share", model, out, "--ratio", 0.3, "--method", "best"), "direct"),
         ((*direct, "--calibrate", text), "leave calibrate out (--calibrate)."),
         ((*direct, "--text", text, "--no-eval"), "--text does nothing without an evaluation"),
-        ((*direct, "--seq-len", 10**6), "context of 64 writes windows of 2 to 64, not 1000000 (--seq-len)."),
+        ((*direct, "--seq-len", 10**6), "writes windows of 2 to 64, not 1000000 (--seq-len)."),
         (("share", "absent", out, "--ratio", 0.3, "--dtype", "int8"), "int8"),
         ((*refit, "--calibrate", tmp_path / "absent.txt"), "absent.txt"),
         ((*fitted, "--match", "v"), "no use for match"),
