@@ -49,6 +49,8 @@ def _sentence(error: ValidationError, where: str, known: Collection[str]) -> str
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
     if first["type"] == "extra_forbidden":
+        if first["loc"][-1] in known:
+            return f"{subject} has no place there; leave it out."
         near = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
         return f"{subject} is no known key{f'; did you mean {near[0]}?' if near else '.'}"
     if first["type"] == "missing":
