@@ -38,22 +38,24 @@ class Verified:
 def verify_native(path: Path, progress: Progress) -> Verified:
     """Reads a native checkpoint; errors as of `convert.verify`."""
     document = native_document.read(path)
-    if not native_document.has_checksums(document):
-        arrays, problems = list(NativeCheckpoint(path).arrays.values()), []
-        files = [file for file in path.rglob("*") if file.is_file()]
-    else:
+    checksums = native_document.has_checksums(document)
+    if checksums:
         problems = list(native_document.damaged_files(path, document))
         arrays = list(_readable(path, document))
         files = [path / name for name in (native_document.DOCUMENT, *document["files"])]
+    else:
+        arrays, problems = list(NativeCheckpoint(path).arrays.values()), []
+        files = [file for file in path.rglob("*") if file.is_file()]
     shards = [(array, rows) for array in arrays for rows in array.shards()]
     for done, (array, rows) in enumerate(shards):
         problems += array.damaged(rows)
         progress(done + 1, len(shards))
     _refuse(path, problems)
-    # What is whole can still not fit together.
-    NativeCheckpoint(path)
+    if checksums:
+        # What is whole can still not fit together.
+        NativeCheckpoint(path)
     chunks, size = sum(array.chunks for array in arrays), sum(file.stat().st_size for file in files)
-    return Verified(len(files), chunks, size, native_document.has_checksums(document))
+    return Verified(len(files), chunks, size, checksums)
 
 
 def _readable(path: Path, document: dict[str, Any]) -> Iterator[StoredArray]:

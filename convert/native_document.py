@@ -106,7 +106,7 @@ def read(folder: Path) -> dict[str, Any]:
     if end != _end(head + key):
         raise HeadshareError(
             f"{path} is damaged or was edited (its checksum differs); copy or make the checkpoint again. A map is "
-            "edited in a file of its own, and applied to a model by share."
+            "edited in a file of its own, and applied to the dense model by share."
         )
     with one_sentence(str(path)):
         _Document.model_validate(document, strict=True)
