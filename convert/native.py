@@ -64,13 +64,13 @@ class NativeCheckpoint:
         if self.sharing is not None:
             self.sharing.check_model(self.config)
         native_document.check_files(path, document)
-        if not native_document.has_checksums(document):
-            logger.warning("%s was written without checksums, so damage can go unnoticed; convert it anew.", path)
         names = (*parameters.parameter_names(self.config), *map(index_name, PROJECTIONS))
         self.arrays = {name: stored_array(path, document, name) for name in names}
         self._check_arrays()
         for projection in PROJECTIONS:
             self._check_index(projection)
+        if not native_document.has_checksums(document):
+            logger.warning("%s was written without checksums, so damage can go unnoticed; convert it anew.", path)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({described(self)})"
