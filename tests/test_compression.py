@@ -158,8 +158,8 @@ def test_by_default_what_is_left_of_the_text_is_measured_on(folder: Path, dense:
     assert "name another to measure on" in str(done.summary)
 
 
-def test_without_a_text_the_model_writes_it(folder: Path, dense: Llama) -> None:
-    done = compress("dense", ratio=0.4, calibrate_tokens=128, seq_len=32, progress=False)
+def test_a_model_writes_its_own_text(folder: Path, dense: Llama) -> None:
+    done = compress("dense", ratio=0.4, calibrate="own", calibrate_tokens=128, seq_len=32, progress=False)
     assert done.map.method == "fitted"
     assert done.calibration is not None
     assert done.calibration.windows_wt.shape == (4, 32)
@@ -167,9 +167,9 @@ def test_without_a_text_the_model_writes_it(folder: Path, dense: Llama) -> None:
     np.testing.assert_array_equal(done.calibration.windows_wt, written_wt[:4])
     assert done.quality is not None
     assert (done.quality.windows, done.measured_on) == (16, "text that the model wrote")
-    done = compress("dense", ratio=0.4, method="direct", seq_len=32, progress=False)
-    assert done.quality is not None
-    assert done.fit is None
+    done = compress("dense", ratio=0.4, method="direct", progress=False)
+    assert (done.quality, done.fit) == (None, None)
+    assert "there is no text; name one" in str(done.summary)
 
 
 def test_what_was_quantised_becomes_bfloat16_or_what_is_asked_for(folder: Path, tmp_path: Path) -> None:
@@ -242,7 +242,9 @@ MAP = SharingMap(np.array([[0, 1], [2, 3], [4, 0]]), np.array([[np.nan] * 2, [np
         ({"ratio": 0.3, "map": MAP}, "Give only one of", ("ratio", "budget", "model_budget", "map")),
         ({"ratio": 0.3, "method": "best"}, "must be one of direct, refit", ("method",)),
         ({"ratio": 0.3, "method": "direct", "calibrate": "text.txt"}, "leave calibrate out", ("calibrate",)),
-        ({"ratio": 0.3, "seq_len": 10**6}, "context of 64", ("seq_len",)),
+        ({"ratio": 0.3, "calibrate": "own", "seq_len": 10**6}, "context of 64", ("seq_len",)),
+        ({"ratio": 0.3}, "fitted is calibrated on a text: .* direct takes none", ("calibrate", "method")),
+        ({"map": MAP}, "refit is calibrated on a text", ("calibrate", "method")),
         (
             {"ratio": 0.3, "method": "refit", "calibrate": "text.txt", "seed": -1, "match": "random"},
             "must not be negative",
@@ -250,22 +252,22 @@ MAP = SharingMap(np.array([[0, 1], [2, 3], [4, 0]]), np.array([[np.nan] * 2, [np
         ),
         ({"map": MAP, "tie": "qk"}, "has its pairs already; leave tie out", ("tie",)),
         ({"map": MAP, "method": "plan", "calibrate": "text.txt"}, "leave the map out", ("map",)),
-        ({"map": "no-map.json"}, "no-map.json", None),
+        ({"calibrate": "text.txt", "map": "no-map.json"}, "no-map.json", None),
         ({"budget": 0.9, "method": "plan", "calibrate": "text.txt", "tie": "qk"}, "no use for tie", ("tie",)),
         ({"ratio": 0.3, "method": "direct", "work": "work"}, "leave work out", ("work",)),
         ({"ratio": 0.3, "fraction": 1}, "no such setting: .*fraction", ()),
-        ({"ratio": 1.0}, "below 1", None),
-        ({"ratio": 0.01}, "at least 0.1667", None),
-        ({"budget": 0.0}, "must be above 0", None),
-        ({"model_budget": 0.1}, "model budget of 0.1 cannot be met", None),
-        ({"ratio": 0.3, "within_shards": 4}, "cut evenly", None),
+        ({"calibrate": "text.txt", "ratio": 1.0}, "below 1", None),
+        ({"calibrate": "text.txt", "ratio": 0.01}, "at least 0.1667", None),
+        ({"calibrate": "text.txt", "budget": 0.0}, "must be above 0", None),
+        ({"calibrate": "text.txt", "model_budget": 0.1}, "model budget of 0.1 cannot be met", None),
+        ({"calibrate": "text.txt", "ratio": 0.3, "within_shards": 4}, "cut evenly", None),
         ({"ratio": 0.3, "method": "refit", "calibrate": "text.txt", "seq_len": 1}, "seq_len must be at least 2", None),
         ({"ratio": 0.3, "method": "refit", "calibrate": "text.txt", "calibrate_tokens": 9999}, "longer text", None),
         ({"ratio": 0.3, "method": "refit", "calibrate": "no-text.txt"}, "no-text.txt", None),
         ({"ratio": 0.3, "method": "refit", "calibrate": np.full(128, 10**6)}, "outside the model's vocabulary", None),
-        ({"ratio": 0.3, "evaluate": "no-text.txt"}, "no-text.txt", None),
-        ({"ratio": 0.3, "tokenizer": "no-model", "evaluate": "text.txt"}, "no-model", None),
-        ({"ratio": 0.3, "dtype": "int8"}, "not one of float32", ("dtype",)),
+        ({"calibrate": "text.txt", "ratio": 0.3, "evaluate": "no-text.txt"}, "no-text.txt", None),
+        ({"calibrate": "text.txt", "ratio": 0.3, "tokenizer": "no-model", "evaluate": "text.txt"}, "no-model", None),
+        ({"calibrate": "text.txt", "ratio": 0.3, "dtype": "int8"}, "not one of float32", ("dtype",)),
     ],
 )
 def test_what_does_not_go_together_is_refused(

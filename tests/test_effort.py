@@ -38,4 +38,4 @@ def test_a_model_that_writes_text_is_in_memory_as_a_whole() -> None:
 def test_work_without_room_is_refused_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headshare_jax.resources.free_memory", lambda: 1000)
     with pytest.raises(HeadshareError, match=r"needs about .* of memory, and 0.0 MB is free"):
-        hs.compress(support.tiny_model(), ratio=0.3, calibrate_tokens=64, seq_len=32, progress=False)
+        hs.compress(support.tiny_model(), ratio=0.3, calibrate="own", calibrate_tokens=64, seq_len=32, progress=False)

@@ -8,7 +8,8 @@ Calibrate = Annotated[
     str | None,
     tyro.conf.arg(
         help="Text to choose donors and fit on, like that which the model is to be used on: text, JSONL or parquet "
-        "file, or data set name[:config[:split]]; of its train split. Without one the model writes it itself."
+        "file, or data set name[:config[:split]]; of its train split. own: text that the "
+        "model writes, which serves less well."
     ),
 ]
 CalibrateTokens = Annotated[int, tyro.conf.arg(help="Tokens of that text to use, from its start.")]

@@ -14,6 +14,7 @@ from headshare_jax import convert
 from headshare_jax.calibration.own_text import context
 from headshare_jax.compression.effort import Effort
 from headshare_jax.compression.record import Compressed, fit_record
+from headshare_jax.compression.texts import OWN
 from headshare_jax.compression.texts import read as read_texts
 from headshare_jax.convert import map_file
 from headshare_jax.convert.journal_folder import JournalFolder
@@ -82,12 +83,12 @@ def compress(
       map: instead of a ratio: a sharing map, or the file of one; nothing is matched.
       method: one of `fit.methods.METHODS`; by default `fitted` for a ratio, `plan` for a budget, and for a map
         `refit`, or `direct` where it changes nothing, since receivers hold their donors' weights already.
-      calibrate: text for the methods that need one: as for `convert.text.open_corpus`, or token ids, int [tokens]. By
-        default the model writes it itself (`calibration.own_text`).
+      calibrate: text for the methods that need one, like that which the model is to be used on: as for
+        `convert.text.open_corpus`, or token ids, int [tokens]; or "own" for one that the model writes (`own_text`),
+        which serves less well.
       calibrate_tokens: tokens of that text to use, from its start; by default 49,152, or what a shorter text has.
       seq_len: tokens in a window; by default 512, or what a shorter context has.
-      evaluate: text to measure both models on, likewise; True for what is left of the calibration text, or more of the
-        model's own; False for none.
+      evaluate: text to measure both models on, likewise; True for what is left of the calibration text; False for none.
       to, quantize: format of the output, and type of a GGUF file's matrices, as for `save`.
       dtype: type of the output's parameters; by default the source's own, or bfloat16 where that is quantised and the
         format is not `gguf`.
@@ -119,7 +120,7 @@ def compress(
         raise HeadshareError(f"compress has no such setting: {error}.") from error
     asked = {"ratio": ratio, "budget": budget, "model_budget": model_budget, "map": map}
     fits = {"calibrate": calibrate, "work": work, "calibrate_tokens": calibrate_tokens}
-    if evaluate is False:
+    if isinstance(evaluate, bool):
         fits["seq_len"] = seq_len
     chosen = _checked(method, of_method, asked, fits)
     convert.check_output(dst, to, quantize=quantize, dtype=dtype, overwrite=overwrite)
@@ -131,11 +132,9 @@ def compress(
     if method is None and sharing is not None and SharedView(source, sharing).changes_nothing():
         # As a plain export's own map does: there is nothing to fit.
         chosen, calibrate = METHODS["direct"], None
+    _check_text(chosen, calibrate)
     seq_len = min(_WINDOW, context(source.config)) if seq_len is None else seq_len
-    texts = read_texts(
-        calibrate, evaluate, tokenizer, source.config,
-        needed=chosen.needs_text, count=calibrate_tokens, seq_len=seq_len,
-    )  # fmt: skip
+    texts = read_texts(calibrate, evaluate, tokenizer, source.config, count=calibrate_tokens, seq_len=seq_len)
     written = convert.output_dtype(source, to, dtype)
     if dst is not None:
         convert.check_room(source, dst, to=to, dtype=written, quantize=quantize)
@@ -227,12 +226,25 @@ def _checked(name: str | None, settings: MethodSettings, asked: Mapping[str, Any
             f"the methods {' and '.join(MAP_METHODS)}.",
             option="map",
         )
+    if given != ["map"] or name is not None:
+        _check_text(method, fits["calibrate"])
     if method.name == "direct" and given != ["map"]:
         logger.warning(
             "direct fits nothing after it shares: with 30 % of its units shared so, SmolLM2-135M's perplexity is 26 "
             "times the dense model's; by the method fitted, 1.2 times."
         )
     return method
+
+
+def _check_text(method: Method, calibrate: Text | None) -> None:
+    """Raises HeadshareError if a method has no text to be calibrated on."""
+    if method.needs_text and calibrate is None:
+        raise HeadshareError(
+            f"The method {method.name} is calibrated on a text: give one like that which the model is to be used on, "
+            f'or "{OWN}" for one that the model writes, which serves less well; the method direct takes none, and '
+            "ruins most models.",
+            option=("calibrate", "method"),
+        )
 
 
 @contextmanager

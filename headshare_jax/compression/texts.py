@@ -22,7 +22,9 @@ from headshare_jax.loading import (
 )
 from headshare_jax.sharing.source import WeightSource
 
-OWN_TEXT = "text that the model wrote"
+# In place of a text's name, and what the text is called then.
+OWN, OWN_TEXT = "own", "text that the model wrote"
+_NO_TEXT = "not measured, for there is no text; name one to measure on"
 _NO_TEXT_LEFT = "not measured, for all of the text was fitted to; name another to measure on"
 
 
@@ -84,31 +86,31 @@ def read(
     tokenizer: AnyTokenizer | None,
     config: LlamaConfig,
     *,
-    needed: bool,
     count: int | None,
     seq_len: int,
 ) -> Texts:
     """Reads the texts that are given, and says what the model is to write.
 
     Args:
-      calibrate: a text to calibrate on, if one is given.
-      evaluate: a text to measure on; True for what is left of the other, or the model's own; False for none.
+      calibrate: a text to calibrate on, if one is given; "own" for what the model is to write.
+      evaluate: a text to measure on; True for what is left of the other, or more of the model's own; False for none.
       tokenizer: of the model.
       config: of the model.
-      needed: whether the method is calibrated on a text.
       count: tokens to calibrate on, as for `calibration_text`.
       seq_len: tokens in a window.
 
     Raises:
       HeadshareError: no such text, too short a text, or windows that the model cannot write.
     """
-    calibration, measured_wt, measured_on = None, None, "not measured"
+    calibration, measured_wt, measured_on = None, None, "not measured" if evaluate is False else _NO_TEXT
     own_calibration = own_measured = 0
-    if calibrate is not None:
+    if isinstance(calibrate, str) and calibrate == OWN:
+        check_window(config, seq_len)
+        own_calibration = max(1, (CALIBRATION_TOKENS if count is None else count) // seq_len)
+        own_measured = MEASURED_WINDOWS if evaluate is True else 0
+    elif calibrate is not None:
         held_out = MEASURED_WINDOWS if evaluate is True else 0
         calibration = calibration_text(calibrate, tokenizer, count, seq_len, config.vocab_size, held_out=held_out)
-    elif needed:
-        own_calibration = max(1, (CALIBRATION_TOKENS if count is None else count) // seq_len)
     if isinstance(evaluate, str | Path | np.ndarray):
         measured_wt = measured_windows(evaluate, tokenizer, seq_len, config.vocab_size)
         measured_on = "token ids" if isinstance(evaluate, np.ndarray) else str(evaluate)
@@ -116,9 +118,4 @@ def read(
         measured_on = _NO_TEXT_LEFT
         if len(calibration.held_out_wt):
             measured_wt, measured_on = calibration.held_out_wt, f"what was not fitted to of {calibration.name}"
-    elif evaluate:
-        own_measured = MEASURED_WINDOWS
-    own = own_calibration + own_measured
-    if own:
-        check_window(config, seq_len)
-    return Texts(seq_len, calibration, measured_wt, measured_on, own, own_calibration)
+    return Texts(seq_len, calibration, measured_wt, measured_on, own_calibration + own_measured, own_calibration)

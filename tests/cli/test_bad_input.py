@@ -81,7 +81,8 @@ def test_bad_input_is_refused_in_one_sentence(refused: Any, model: Path, tmp_pat
     (tmp_path / "nothing.txt").write_text(" \n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     out, taken = tmp_path / "out", tmp_path / "empty"
-    direct = ("share", model, out, "--ratio", 0.3, "--method", "direct")
+    share = ("share", model, out, "--ratio", 0.3)
+    direct = (*share, "--method", "direct")
     refit = ("share", model, out, "--ratio", 0.3, "--method", "refit")
     fitted = ("share", model, out, "--ratio", 0.3, "--method", "fitted", "--calibrate", text)
     fitted += ("--calibrate-tokens", 200, "--seq-len", 100)
@@ -105,23 +106,24 @@ def test_bad_input_is_refused_in_one_sentence(refused: Any, model: Path, tmp_pat
         (("match", "absent", "-o", tmp_path / "scores.txt"), ".npz"),
         (("share", "absent", out, "--ratio", 0.3, "--plot", tmp_path / "picture.doc"), ".png"),
         (("share", "absent", out, "--ratio", 0.3, "--save-map", taken, "--overwrite"), "is a folder, not a file"),
-        (("share", model, out, "--ratio", 0.3, "--within-shards", 3), "2 units of a layer cannot be cut evenly"),
+        ((*share, "--within-shards", 3, "--calibrate", text), "2 units of a layer cannot be cut evenly"),
         (("share", model, out), "--ratio"),
         (("share", model, out, "--ratio", 0.3, "--map", text), "only one of ratio"),
-        (("share", model, out, "--ratio", 1), "below 1"),
-        (("share", model, out, "--ratio", -0.1), "at least 0"),
-        (("share", model, out, "--ratio", "nan"), "ratio"),
-        (("share", model, out, "--ratio", 0.9), "at most 4 of 6 units can; give at most 0.6666"),
+        (("share", model, out, "--ratio", 1, "--calibrate", text), "below 1"),
+        (("share", model, out, "--ratio", -0.1, "--calibrate", text), "at least 0"),
+        (("share", model, out, "--ratio", "nan", "--calibrate", text), "ratio"),
+        (("share", model, out, "--ratio", 0.9, "--calibrate", text), "at most 4 of 6 units can; give at most 0.6666"),
         (("share", model, out, "--budget", 0.3, "--method", "direct"), "cannot be met by sharing qkv"),
-        (("share", model, out, "--ratio", 0.16), "none of 6 units a receiver; give at least 0.1667"),
-        (("share", model, out, "--ratio", 0.3, "--tie", "vk"), "tie"),
-        (("share", model, out, "--ratio", 0.3, "--chains", "cut"), "chains"),
-        (("share", model, out, "--map", text), f"{text}: The map is not valid JSON"),
-        (("share", model, out, "--map", tmp_path / "absent.json"), "absent.json"),
+        ((*share[:4], 0.16, "--calibrate", text), "none of 6 units a receiver; give at least 0.1667"),
+        (("share", model, out, "--ratio", 0.3, "--tie", "vk", "--calibrate", text), "tie"),
+        (("share", model, out, "--ratio", 0.3, "--chains", "cut", "--calibrate", text), "chains"),
+        (("share", model, out, "--map", text, "--calibrate", text), f"{text}: The map is not valid JSON"),
+        (("share", model, out, "--map", tmp_path / "absent.json", "--calibrate", text), "absent.json"),
         (("share", model, out, "--ratio", 0.3, "--method", "best"), "direct"),
         ((*direct, "--calibrate", text), "leave calibrate out (--calibrate)."),
         ((*direct, "--text", text, "--no-eval"), "--text does nothing without an evaluation"),
-        ((*direct, "--seq-len", 10**6), "writes windows of 2 to 64, not 1000000 (--seq-len)."),
+        ((*share, "--calibrate", "own", "--seq-len", 10**6), "writes windows of 2 to 64, not 1000000 (--seq-len)."),
+        (share, "direct takes none, and ruins most models (--calibrate, --method)."),
         (("share", "absent", out, "--ratio", 0.3, "--dtype", "int8"), "int8"),
         ((*refit, "--calibrate", tmp_path / "absent.txt"), "absent.txt"),
         ((*fitted, "--match", "v"), "no use for match"),
