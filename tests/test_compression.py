@@ -243,8 +243,8 @@ MAP = SharingMap(np.array([[0, 1], [2, 3], [4, 0]]), np.array([[np.nan] * 2, [np
         ({"ratio": 0.3, "method": "best"}, "must be one of direct, refit", ("method",)),
         ({"ratio": 0.3, "method": "direct", "calibrate": "text.txt"}, "leave calibrate out", ("calibrate",)),
         ({"ratio": 0.3, "calibrate": "own", "seq_len": 10**6}, "context of 64", ("seq_len",)),
-        ({"ratio": 0.3}, "fitted is calibrated on a text: .* direct takes none", ("calibrate", "method")),
-        ({"map": MAP}, "refit is calibrated on a text", ("calibrate", "method")),
+        ({"ratio": 0.3}, "fitted needs a text .* direct needs none", ("calibrate", "method")),
+        ({"map": MAP}, "refit needs a text", ("calibrate", "method")),
         (
             {"ratio": 0.3, "method": "refit", "calibrate": "text.txt", "seed": -1, "match": "random"},
             "must not be negative",
@@ -297,6 +297,6 @@ def test_an_output_is_replaced_only_if_asked_and_holds_no_work(folder: Path, tmp
         compress("dense", tmp_path / "other", work=tmp_path / "other", **FITTED)
     assert refused.value.options == ("work",)
     with pytest.raises(HeadshareError, match="does not exist"):
-        compress("no-model", ratio=0.4, progress=False)
+        compress("no-model", ratio=0.4, **DIRECT)
     with pytest.raises(HeadshareError, match="already shares heads"):
         compress(tmp_path / "small", ratio=0.4, **DIRECT)

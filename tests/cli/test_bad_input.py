@@ -72,7 +72,7 @@ def test_a_message_names_only_options_that_the_command_has(
         "share": "That will not do; give another (--within-shards, --overwrite).",
     }
     for command, sentence in said.items():
-        args = ("out", "--ratio", 0.3) if command == "share" else ()
+        args = ("out", "--ratio", 0.3, *DIRECT) if command == "share" else ()
         assert refused(command, model, *args) == f"headshare: {sentence}"
 
 
@@ -97,7 +97,7 @@ def test_bad_input_is_refused_in_one_sentence(refused: Any, model: Path, tmp_pat
         (("convert", model, out, "--to", "gguf"), "a name that ends in .gguf"),
         (("convert", model, f"{out}.gguf", "--to", "gguf", "--quantize", "q4_k_m"), "Q4_K_M (--quantize)."),
         (("convert", model, f"{out}.gguf", "--to", "gguf", "--quantize", "tq2_0"), "in blocks of 256"),
-        (("share", "absent", out, "--ratio", 0.3, "--quantize", "q8_0"), "leave it out for native (--quantize)."),
+        (("share", "absent", out, "--ratio", 0.3, *DIRECT, "--quantize", "q8_0"), "leave it out for native (--quantize)."),
         (("convert", model, tmp_path / "no" / "where", "--to", "native"), "does not exist"),
         (("match", model, "--match", "kq"), "kq"),
         (("match", model, "-o", text), "--overwrite"),
@@ -123,8 +123,8 @@ def test_bad_input_is_refused_in_one_sentence(refused: Any, model: Path, tmp_pat
         ((*direct, "--calibrate", text), "leave calibrate out (--calibrate)."),
         ((*direct, "--text", text, "--no-eval"), "--text does nothing without an evaluation"),
         ((*share, "--calibrate", "own", "--seq-len", 10**6), "writes windows of 2 to 64, not 1000000 (--seq-len)."),
-        (share, "direct takes none, and ruins most models (--calibrate, --method)."),
-        (("share", "absent", out, "--ratio", 0.3, "--dtype", "int8"), "int8"),
+        (share, "direct needs none, and ruins most models (--calibrate, --method)."),
+        (("share", "absent", out, "--ratio", 0.3, *DIRECT, "--dtype", "int8"), "int8"),
         ((*refit, "--calibrate", tmp_path / "absent.txt"), "absent.txt"),
         ((*fitted, "--match", "v"), "no use for match"),
         ((*fitted, "--work", text), "is a file"),
