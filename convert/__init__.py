@@ -24,10 +24,11 @@ from headshare_jax.convert import (
     native_writer,
     tokenizer,
 )
-from headshare_jax.convert.outputs import FORMATS, check_output, check_room, output_dtype, quantised_as
+from headshare_jax.convert.outputs import FORMATS, check_output, check_room, output_dtype, paths, quantised_as
+from headshare_jax.convert.partial import recover
 from headshare_jax.convert.tensor_files import TensorCheckpoint
 from headshare_jax.errors import HeadshareError
-from headshare_jax.sharing.source import WeightSource, path_of
+from headshare_jax.sharing.source import WeightSource
 from headshare_jax.sharing.view import WatchedView
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def locate(src: str | Path) -> Path:
         raise HeadshareError("The name of the checkpoint is empty; give a folder, a .gguf file or a hub id.")
     at_hub = False
     with suppress(OSError, ValueError):  # of a name that no file can have
+        recover(Path(name).resolve())
         if Path(name).exists():
             return _only_gguf(Path(name))
         at_hub = huggingface.is_hub_id(name) and not Path(name).parent.exists()
@@ -148,7 +150,8 @@ def save(
         a model card beside it. How the model is meant to be sampled (`generation_config.json`) is carried along.
       tokenizer_from: tokenizer to carry along, or the name of the checkpoint that has it.
       quantize: for `gguf`, the type of matrices, such as `q8_0`; by default each keeps its own.
-      overwrite: replace an existing output.
+      overwrite: replace an existing output, if this program wrote all of it; never what the model is read from, what
+        that lies in, or what lies in that.
       provenance: plain data, such as the source's name, to keep in a native checkpoint's `headshare.json` or a GGUF
         file's metadata, or to tell in a model card.
       documents: texts to keep beside the weights, by file name; in a GGUF file, in its metadata.
@@ -160,17 +163,17 @@ def save(
     Examples:
       >>> hs.save(shared, "my-llama-compact", to="hf-compact", tokenizer_from="my-llama")
     """
-    check_output(dst, to, quantize=quantize, overwrite=overwrite)
     if isinstance(tokenizer_from, (str, Path)):
         tokenizer_from = locate(tokenizer_from)
+    check_output(dst, to, quantize=quantize, overwrite=overwrite, sources=(source, tokenizer_from))
     beside = tokenizer_from if isinstance(tokenizer_from, Path) else None
     license = None if beside is None else card.license_of(beside)
     told = ({} if license is None else {"license": license}) | dict(provenance or {})
-    files = tuple(filter(None, (path_of(source), beside)))
+    files = paths((source, tokenizer_from))
     source = source if progress is None else WatchedView(source, progress)
     generation: dict[str, Any] = next(filter(None, map(generation_config.read, files)), {})
     if to == "gguf":
-        with atomic.new_file(Path(dst), overwrite=overwrite) as file:
+        with atomic.new_file(Path(dst), overwrite=overwrite, keep=files) as file:
             gguf_writer.write(
                 source, file, name=Path(dst).stem, quantize=quantize,
                 tokenizer_from=tokenizer_from, provenance=told, documents=documents, generation=generation,

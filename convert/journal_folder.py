@@ -4,13 +4,16 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from headshare_jax.convert.atomic import check_output, new_directory, new_file
+from headshare_jax.convert.atomic import check_place, new_directory, own_file
+from headshare_jax.convert.locks import held
+from headshare_jax.convert.partial import recover
 from headshare_jax.convert.safetensors_files import SafetensorsReader, write_safetensors
 from headshare_jax.errors import HeadshareError
 
@@ -36,7 +39,8 @@ class JournalFolder:
 
     def __init__(self, path: str | Path):
         path = Path(path)
-        check_output(path, folder=True, overwrite=True)
+        check_place(path, folder=True)
+        recover(path / KEY)
         foreign = next((entry for entry in path.glob("[!.]*") if not (entry / KEY).is_file()), None)
         if foreign is not None:
             raise HeadshareError(
@@ -51,15 +55,30 @@ class JournalFolder:
         Raises:
           HeadshareError: it cannot be written.
         """
+        self._make()
         text = json.dumps({"release": importlib.metadata.version("headshare-jax"), **key}, sort_keys=True, indent=1)
         folder = self.path / f"{work}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-        if not self.path.exists():
-            with new_directory(self.path):
-                pass
         if not folder.exists():
             with new_directory(folder) as partial:
                 (partial / KEY).write_text(text)
+        recover(folder / KEY)
         return _FolderJournal(folder)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other processes out of the folder until the block ends.
+
+        Raises:
+          TryAgain: another process is at work there.
+        """
+        self._make()
+        with held(self.path):
+            yield
+
+    def _make(self) -> None:
+        if not self.path.exists():
+            with new_directory(self.path):
+                pass
 
 
 class _FolderJournal:
@@ -82,7 +101,7 @@ class _FolderJournal:
 
     def write(self, step: str, arrays: Mapping[str, np.ndarray]) -> None:
         layout = {name: (array.shape, array.dtype) for name, array in arrays.items()}
-        with new_file(self._file(step), overwrite=True) as partial:
+        with own_file(self._file(step)) as partial:
             write_safetensors(partial, layout, arrays.values())
 
     def _file(self, step: str) -> Path:

@@ -1,12 +1,15 @@
 """What is written: formats, types of weights, and whether there is room, all known before the work begins."""
 
+from collections.abc import Collection
+from os.path import exists
 from pathlib import Path
+from typing import Any
 
 from headshare_jax.convert import atomic, gguf_writer
 from headshare_jax.errors import HeadshareError
 from headshare_jax.resources import check_disk
 from headshare_jax.sharing.ledger import ledger
-from headshare_jax.sharing.source import WeightSource
+from headshare_jax.sharing.source import WeightSource, path_of
 from headshare_jax.sharing.view import DTYPES, cast
 
 FORMATS = ("native", "hf", "hf-compact", "gguf")
@@ -19,8 +22,14 @@ def check_output(
     quantize: str | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
+    sources: Collection[Any] = (),
 ) -> None:
-    """Raises HeadshareError unless format and types go together, and `dst`, if given, can become such an output."""
+    """Raises HeadshareError unless format and types go together, and `dst`, if given, can become such an output.
+
+    Args:
+      dst, to, quantize, dtype, overwrite: as for `save`.
+      sources: what the output is made from, which it must not replace: paths, and sources that may have one.
+    """
     if to not in FORMATS:
         raise HeadshareError(f"The format {to!r} is not one of {', '.join(FORMATS)}.", option="to")
     if dtype is not None and dtype not in DTYPES:
@@ -38,7 +47,13 @@ def check_output(
             f"The format {to} is a folder; give the output {dst} another name, or write gguf.", option="to"
         )
     if dst is not None:
-        atomic.check_output(Path(dst), folder=to != "gguf", overwrite=overwrite)
+        atomic.check_output(Path(dst), folder=to != "gguf", overwrite=overwrite, keep=paths(sources))
+
+
+def paths(sources: Collection[Any]) -> tuple[Path, ...]:
+    """Where sources lie, as far as they are on disk."""
+    named = (Path(source) if isinstance(source, (str, Path)) else path_of(source) for source in sources)
+    return tuple(path for path in named if path is not None and exists(path))
 
 
 def check_room(

@@ -3,7 +3,6 @@
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from headshare_jax.convert import compact, confined, gguf_tokenizer, native, native_document
 from headshare_jax.convert.gguf_header import read_header
 from headshare_jax.convert.native_document import TOKENIZER_FILES
+from headshare_jax.convert.partial import temporary_folder
 from headshare_jax.errors import HeadshareError
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ def load(path: Path) -> "PreTrainedTokenizerBase":
     """
     if path.is_dir():
         return _load_folder(path)
-    with tempfile.TemporaryDirectory() as folder:
-        gguf_tokenizer.write(read_header(path), Path(folder))
-        return _load_folder(Path(folder))
+    with temporary_folder() as folder:
+        gguf_tokenizer.write(read_header(path), folder)
+        return _load_folder(folder)
 
 
 def is_in(path: Path) -> bool:

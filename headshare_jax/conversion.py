@@ -58,7 +58,7 @@ def convert_model(
       HeadshareError: as for `convert.save`, or the text cannot be read.
     """
     started = time.monotonic()
-    convert.check_output(dst, to, quantize=quantize, dtype=dtype, overwrite=overwrite)
+    convert.check_output(dst, to, quantize=quantize, dtype=dtype, overwrite=overwrite, sources=(src,))
     path = convert.locate(src)
     source = convert.open_checkpoint(path)
     written = convert.output_dtype(source, to, dtype)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +16,7 @@ import numpy as np
 
 from headshare_jax.convert import text
 from headshare_jax.convert.atomic import new_directory
+from headshare_jax.convert.partial import temporary_folder
 from headshare_jax.convert.tokenizer import encode_each
 from headshare_jax.convert.tokenizer import save as save_tokenizer
 from headshare_jax.errors import HeadshareError
@@ -129,9 +129,9 @@ def _tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
         # A tokenizer may be stored with these; calling it as here drops them, which is to leave its digest the same.
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
-    with tempfile.TemporaryDirectory() as folder:
-        save_tokenizer(tokenizer, Path(folder))
-        files = sorted(file for file in Path(folder).rglob("*") if file.is_file())
+    with temporary_folder() as folder:
+        save_tokenizer(tokenizer, folder)
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
         sums = [(str(file.relative_to(folder)), text.sha256(file)) for file in files]
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 

@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -69,18 +70,21 @@ def run(
 
     Raises:
       HeadshareError: the recipe cannot be run, or `output` is not a run to be resumed.
+      TryAgain: another process is at work on this run.
       KeyboardInterrupt: it was stopped by Ctrl-C.
     """
     check_devices(recipe)
     run_folder.check(output, recipe, resume)
-    task = prepare(recipe, output, progress)
-    if not resume:
-        run_folder.begin(output, recipe, task.sharing)
     stopping = Stop()
-    with (
-        RunCheckpoints(output / run_folder.CHECKPOINTS, recipe.checkpoints.keep) as checkpoints,
-        handled(stopping.note),
-    ):
+    with ExitStack() as stack:
+        if resume:
+            stack.enter_context(run_folder.locked(output))
+        task = prepare(recipe, output, progress)
+        if not resume:
+            run_folder.begin(output, recipe, task.sharing)
+            stack.enter_context(run_folder.locked(output))
+        checkpoints = stack.enter_context(RunCheckpoints(output / run_folder.CHECKPOINTS, recipe.checkpoints.keep))
+        stack.enter_context(handled(stopping.note))
         trainer = _Trainer(task, checkpoints, stopping, report, progress)
         trainer.start(resume)
         if trainer.train():

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from headshare_jax.config import LlamaConfig
-from headshare_jax.convert.atomic import new_file
+from headshare_jax.convert.atomic import own_file
 
 METRICS, PLOT = "metrics.jsonl", "metrics.png"
 _RATE_SIZE = 2048
@@ -38,7 +38,7 @@ class MetricsLog:
             self._board = SummaryWriter(str(folder / "tensorboard"))
         if self.path.is_file():
             kept = [line for line in self._text().splitlines() if _step_of(line) <= from_step]
-            with new_file(self.path, overwrite=True) as partial:
+            with own_file(self.path) as partial:
                 partial.write_text("".join(f"{line}\n" for line in kept))
 
     def add(self, line: dict[str, Any]) -> None:
@@ -63,7 +63,7 @@ class MetricsLog:
         if lines := self.lines():
             from headshare_jax.report.curves import draw_training
 
-            with new_file(self.path.with_name(PLOT), overwrite=True) as partial:
+            with own_file(self.path.with_name(PLOT)) as partial:
                 draw_training(lines).save(partial)
 
     def lines(self) -> list[dict[str, Any]]:

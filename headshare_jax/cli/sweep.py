@@ -12,7 +12,7 @@ from rich.table import Table
 from headshare_jax import convert
 from headshare_jax.cli.command import Command, Source
 from headshare_jax.cli.sharing import Calibrate, CalibrateTokens, MatchFunction, Seed, SeqLen, Tie
-from headshare_jax.convert.atomic import check_output
+from headshare_jax.convert.atomic import check_place
 from headshare_jax.errors import HeadshareError
 from headshare_jax.fit import methods
 from headshare_jax.fit.methods import METHODS, Amount, Method, MethodSettings
@@ -59,7 +59,7 @@ class Sweep(Command):
     def run(self) -> dict[str, Any]:
         if self.output.exists() and not self.resume:
             raise HeadshareError(f"{self.output} exists already; choose another name, or go on there with --resume.")
-        check_output(self.output, folder=True, overwrite=self.resume)
+        check_place(self.output, folder=True)
         chosen, amounts = self._checked_methods(), self._checked_amounts()
         pairs = [
             (method, amount) for method in chosen for amount in amounts if amount.ratio is None or not method.by_budget
@@ -79,10 +79,11 @@ class Sweep(Command):
             self.output, source, calibration, text_tokens(self.text, path), self._settings(),
             seq_len=self.seq_len, max_windows=self.max_windows,
         )  # fmt: skip
-        with progress_with_text() as show:
-            points = run.points(pairs, show)
-        record = run.record(points, model=self.src, text=self.text)
-        run.folder.write_results(record, [run.scored(method) for method in chosen])
+        with run.folder.held():
+            with progress_with_text() as show:
+                points = run.points(pairs, show)
+            record = run.record(points, model=self.src, text=self.text)
+            run.folder.write_results(record, [run.scored(method) for method in chosen])
         return {
             "output": str(self.output),
             "page": str(self.output / PAGE),

@@ -123,7 +123,14 @@ def compress(
     if isinstance(evaluate, bool):
         fits["seq_len"] = seq_len
     chosen = _checked(method, of_method, asked, fits)
-    convert.check_output(dst, to, quantize=quantize, dtype=dtype, overwrite=overwrite)
+    convert.check_output(
+        dst,
+        to,
+        quantize=quantize,
+        dtype=dtype,
+        overwrite=overwrite,
+        sources=(src, src if tokenizer is None else tokenizer),
+    )
     path = convert.locate(src) if isinstance(src, (str, Path)) else None
     source = convert.open_checkpoint(path) if path is not None else src
     assert not isinstance(source, (str, Path))
@@ -145,7 +152,7 @@ def compress(
     check_disk(Path(tempfile.gettempdir()), effort.temporary, "The text's hidden states, in temporary files,")
     journals = None if work is None else _journals(work, dst)
     report = quality = None
-    with _phases(progress, effort.costs) as phase:
+    with nullcontext() if journals is None else journals.held(), _phases(progress, effort.costs) as phase:
         if texts.own:
             with phase("writing text") as show:
                 texts = texts.with_own(source, show)

@@ -15,6 +15,8 @@ from headshare_jax.errors import HeadshareError
 from headshare_jax.report.style import LOOK
 
 FORMATS = (".png", ".svg", ".pdf")
+# By this our pictures are told from others before one is replaced.
+_MARK = "headshare-jax"
 _NAMESPACE = "http://www.w3.org/2000/svg"
 
 # A function that draws a picture is decorated with it.
@@ -38,10 +40,11 @@ class Picture:
         """Writes the picture; raises HeadshareError if the file's ending is none of `FORMATS`."""
         check_name(path)
         if path.suffix.lower() == ".svg":
-            path.write_text(self.svg("picture") + "\n", encoding="utf-8")
+            path.write_text(f"<!-- {_MARK} -->\n{self.svg('picture')}\n", encoding="utf-8")
             return
+        metadata = {"Creator": _MARK, "CreationDate": None} if path.suffix.lower() == ".pdf" else {"Software": _MARK}
         with rc_context(LOOK):
-            self.figure.savefig(path, metadata={"CreationDate": None} if path.suffix.lower() == ".pdf" else None)
+            self.figure.savefig(path, metadata=metadata)
 
     def svg(self, salt: str) -> str:
         """The picture as an SVG element; a salt of its own keeps its ids apart from others' in the same page."""

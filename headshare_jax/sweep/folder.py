@@ -4,13 +4,16 @@ import csv
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from headshare_jax.convert import scores_file
-from headshare_jax.convert.atomic import new_directory, new_file
+from headshare_jax.convert.atomic import new_directory, own_file
 from headshare_jax.convert.huggingface import read_json
 from headshare_jax.convert.journal_folder import JournalFolder
+from headshare_jax.convert.locks import held
+from headshare_jax.convert.partial import recover
 from headshare_jax.errors import HeadshareError
 from headshare_jax.report.page import page
 from headshare_jax.sharing.scores import MatchResult
@@ -50,6 +53,7 @@ class SweepFolder:
         file = path / CACHE / _IDENTITY
         if not file.is_file():
             raise HeadshareError(f"{path} is not the folder of a sweep, so none can go on there; choose another name.")
+        recover(file)
         there = read_json(file, remedy="delete it")
         other = [name for name in {**identity, **there} if identity.get(name) != there.get(name)]
         if other:
@@ -64,7 +68,7 @@ class SweepFolder:
         if not file.is_file():
             # JSON has no infinities: they become null.
             point = json.loads(json.dumps(measure()), parse_constant=lambda _: None)
-            with new_file(file) as path:
+            with own_file(file) as path:
                 path.write_text(json.dumps(point))
         return read_json(file, remedy="delete it")
 
@@ -73,9 +77,13 @@ class SweepFolder:
         file = self._file(name, "npz")
         if not file.is_file():
             scores = score()
-            with new_file(file) as path:
+            with own_file(file) as path:
                 scores_file.write(scores, path)
         return scores_file.read(file)
+
+    def held(self) -> AbstractContextManager[None]:
+        """Keeps other processes out of the folder until the block ends; TryAgain if one has it."""
+        return held(self.path)
 
     @property
     def journals(self) -> JournalFolder:
@@ -89,13 +97,13 @@ class SweepFolder:
           record: of the sweep, as plain data.
           scores: to draw in the page.
         """
-        with new_file(self.path / DATA, overwrite=True) as path:
+        with own_file(self.path / DATA) as path:
             path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-        with new_file(self.path / TABLE, overwrite=True) as path, path.open("w", newline="") as file:
+        with own_file(self.path / TABLE) as path, path.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", restval="")
             writer.writeheader()
             writer.writerows(record["points"])
-        with new_file(self.path / PAGE, overwrite=True) as path:
+        with own_file(self.path / PAGE) as path:
             path.write_text(page(record, scores), encoding="utf-8")
 
     def _file(self, name: str, ending: str) -> Path:

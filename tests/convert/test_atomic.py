@@ -1,9 +1,9 @@
-"""Outputs appear complete or not at all: refusals, errors midway, kills, full disks, and outputs over their sources."""
+"""Outputs appear complete or not at all: refusals, errors midway, full disks, and outputs over their sources."""
 
 import errno
+import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import saved_hf_model, tiny_hf_model
+from support import saved_hf_model, sharing_by_hand, tiny_hf_model, tiny_model
 from support_gguf import write_gguf
 
 import headshare_jax
-from headshare_jax import HeadshareError, parameters
+from headshare_jax import HeadshareError, load, parameters
 from headshare_jax.convert import open_checkpoint, save
 from headshare_jax.convert.atomic import check_output, new_directory, new_file
 from headshare_jax.sharing.source import assemble
+from headshare_jax.sharing.view import SharedView, cast
 
 
 @pytest.fixture(params=["folder", "file"])
@@ -27,18 +28,17 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def made(kind: str, text: str) -> bytes:
+    """The content of a small output, such as this program writes."""
+    return json.dumps({"format": "headshare-map" if kind == "file" else "headshare-native", "": text}).encode()
+
+
 def write(kind: str, path: Path, text: str, fail: Exception | None = None, **settings: Any) -> None:
-    """Writes one small output and then fails, if asked to."""
-    if kind == "file":
-        with new_file(path, **settings) as partial:
-            partial.write_text(text)
-            if fail:
-                raise fail
-    else:
-        with new_directory(path, **settings) as folder:
-            (folder / "text").write_text(text)
-            if fail:
-                raise fail
+    """Writes one small output, a folder with one file or a map, and then fails, if asked to."""
+    with (new_file if kind == "file" else new_directory)(path, **settings) as partial:
+        (partial if kind == "file" else partial / "headshare.json").write_bytes(made(kind, text))
+        if fail:
+            raise fail
 
 
 def content(path: Path) -> dict[str, bytes]:
@@ -48,17 +48,7 @@ def content(path: Path) -> dict[str, bytes]:
 
 def test_an_output_appears_when_it_is_complete(tmp_path: Path, kind: str) -> None:
     write(kind, tmp_path / "out.txt", "new")
-    assert list(content(tmp_path).values()) == [b"new"]
-
-
-def test_what_a_killed_process_left_is_named_and_stays(
-    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    left = tmp_path / (".out.abc.partial.txt" if kind == "file" else ".out.txt.abc.partial")
-    left.mkdir()
-    write(kind, tmp_path / "out.txt", "new")
-    assert f"{left} was left by a process that was killed" in caplog.text
-    assert left.is_dir()
+    assert list(content(tmp_path).values()) == [made(kind, "new")]
 
 
 def test_an_output_that_exists_is_refused(tmp_path: Path, kind: str) -> None:
@@ -74,10 +64,10 @@ def test_an_output_that_exists_is_refused(tmp_path: Path, kind: str) -> None:
 
 def test_overwriting_replaces_all_of_the_old(tmp_path: Path) -> None:
     with new_directory(tmp_path / "out") as folder:
-        (folder / "old").mkdir()
-        (folder / "old" / "text").write_text("old")
+        (folder / "headshare.json").write_bytes(made("folder", "old"))
+        (folder / "tokenizer.json").write_text("old")
     write("folder", tmp_path / "out", "new", overwrite=True)
-    assert content(tmp_path) == {"out/text": b"new"}
+    assert content(tmp_path) == {"out/headshare.json": made("folder", "new")}
 
 
 def test_a_new_folder_that_cannot_take_the_name_leaves_the_old_one(
@@ -87,30 +77,30 @@ def test_a_new_folder_that_cannot_take_the_name_leaves_the_old_one(
     rename = os.rename
 
     def refuse(one: Path, other: Path) -> None:
-        if str(one).endswith(".partial"):
+        if str(one).endswith(".partial") and Path(other).name == "out":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         rename(one, other)
 
     monkeypatch.setattr(os, "rename", refuse)
     with pytest.raises(HeadshareError, match="Input/output error; what was there before is unchanged"):
         write("folder", tmp_path / "out", "new", overwrite=True)
-    assert content(tmp_path) == {"out/text": b"old"}
+    assert content(tmp_path) == {"out/headshare.json": made("folder", "old")}
 
 
 def test_overwriting_a_file(tmp_path: Path) -> None:
-    write("file", tmp_path / "out.png", "old")
-    write("file", tmp_path / "out.png", "new", overwrite=True)
-    assert content(tmp_path) == {"out.png": b"new"}
+    write("file", tmp_path / "out.json", "old")
+    write("file", tmp_path / "out.json", "new", overwrite=True)
+    assert content(tmp_path) == {"out.json": made("file", "new")}
 
 
 @pytest.mark.parametrize("error", [RuntimeError("midway"), HeadshareError("midway"), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("old", [True, False])
 def test_an_error_midway_leaves_what_was_there(tmp_path: Path, kind: str, error: Any, old: bool) -> None:
     if old:
-        write(kind, tmp_path / "out", "old")
+        write(kind, tmp_path / "out.json", "old")
     before = content(tmp_path)
     with pytest.raises(type(error)):
-        write(kind, tmp_path / "out", "new", fail=error, overwrite=True)
+        write(kind, tmp_path / "out.json", "new", fail=error, overwrite=True)
     assert content(tmp_path) == before
 
 
@@ -166,11 +156,11 @@ def test_names_that_no_file_can_have(tmp_path: Path, kind: str, name: str) -> No
 def test_the_reason_of_the_system_is_told(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, code: int, reason: str
 ) -> None:
-    def refuse(**settings: Any) -> None:
+    def refuse(*args: Any, **settings: Any) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("tempfile.mkdtemp", refuse)
-    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    monkeypatch.setattr(Path, "touch", refuse)
     with pytest.raises(
         HeadshareError, match=f"Cannot write {tmp_path}/out: {reason}.*; what was there before is unchanged"
     ):
@@ -179,11 +169,11 @@ def test_the_reason_of_the_system_is_told(
 
 def test_a_link_stays_and_what_it_names_is_replaced(tmp_path: Path, kind: str) -> None:
     (tmp_path / "there").mkdir()
-    write(kind, tmp_path / "there" / "out", "old")
-    (tmp_path / "link").symlink_to(tmp_path / "there" / "out")
+    write(kind, tmp_path / "there" / "out.json", "old")
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "out.json")
     write(kind, tmp_path / "link", "new", overwrite=True)
     assert (tmp_path / "link").is_symlink()
-    assert set(content(tmp_path / "there").values()) == {b"new"}
+    assert set(content(tmp_path / "there").values()) == {made(kind, "new")}
     assert len(list((tmp_path / "there").iterdir())) == 1
 
 
@@ -211,27 +201,34 @@ def parameters_of(path: Path) -> dict[str, bytes]:
     return {name: assemble(source, name).tobytes() for name in parameters.parameter_names(source.config)}
 
 
-@pytest.mark.parametrize("to", ["native", "hf"])
-def test_a_checkpoint_can_replace_itself(tmp_path: Path, to: str) -> None:
-    path = saved_hf_model(tmp_path / "model")
-    (path / "tokenizer.json").write_text("{}")
-    before = parameters_of(path)
-    for format in (to, "hf", to):
-        save(open_checkpoint(path), path, to=format, tokenizer_from=path, overwrite=True)
-        assert parameters_of(path) == before
-    assert (path / "tokenizer.json").read_text() == "{}"
-    assert [folder.name for folder in tmp_path.iterdir()] == ["model"]
+@pytest.mark.parametrize("to", ["native", "hf-compact", "gguf"])
+def test_a_checkpoint_does_not_replace_itself_nor_what_lies_in_it(tmp_path: Path, to: str) -> None:
+    path = tmp_path / ("model.gguf" if to == "gguf" else "model")
+    save(tiny_model(), path, to=to)
+    before = content(tmp_path)
+    source = open_checkpoint(path)
+    sharing = sharing_by_hand(load(path), "qkv", {2: 0})
+    for view in (source, SharedView(source, sharing, check_source=False), cast(source, "bfloat16")):
+        with pytest.raises(HeadshareError, match=f"{path} is what the model is read from; choose another name"):
+            save(view, path, to=to, overwrite=True)
+    if to != "gguf":
+        write("folder", path / "inner", "ours")
+        with pytest.raises(HeadshareError, match=f"{path}/inner is part of {path}, which is read"):
+            save(source, path / "inner", overwrite=True)
+        shutil.rmtree(path / "inner")
+    assert content(tmp_path) == before
 
 
-def test_a_checkpoint_that_cannot_be_read_to_its_end_is_not_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "model"
-    save(open_checkpoint(saved_hf_model(tmp_path / "hf")), path)
+def test_a_checkpoint_that_cannot_be_read_to_its_end_replaces_none(tmp_path: Path) -> None:
+    path, old = tmp_path / "model", tmp_path / "old"
+    for output in (path, old):
+        save(tiny_model(), output)
     source = open_checkpoint(path)
     (path / "weights" / "down_lfd" / "c" / "0" / "0" / "0").unlink()
-    before = content(path)
+    before = content(tmp_path)
     with pytest.raises(HeadshareError, match="down_lfd is incomplete or corrupt"):
-        save(source, path, to="hf", overwrite=True)
-    assert content(path) == before
+        save(source, old, to="hf", overwrite=True)
+    assert content(tmp_path) == before
 
 
 def test_an_output_inside_its_source(tmp_path: Path) -> None:
@@ -254,77 +251,19 @@ def test_an_output_around_its_source_is_refused(tmp_path: Path) -> None:
     assert content(tmp_path) == before
 
 
-# Kills and full disks, in processes of their own.
+# Full disks, in processes of their own.
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_hf_model(tmp_path_factory.mktemp("source"))
+    path = tmp_path_factory.mktemp("source") / "model"
+    save(tiny_model(), path, to="hf")
+    return path
 
 
 def run(script: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-
-
-KILLED = """
-    import os, signal, sys
-    import headshare_jax
-    from headshare_jax.convert.tensor_files import TensorCheckpoint
-
-    source, output, to = sys.argv[1:]
-    read = TensorCheckpoint.read
-
-    def killed(self, name, layer=None, heads=None):
-        if layer == 2 and name.startswith("up"):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return read(self, name, layer, heads)
-
-    TensorCheckpoint.read = killed
-    headshare_jax.save(headshare_jax.open_checkpoint(source), output, to=to, overwrite=True)
-"""
-
-
-@pytest.mark.parametrize("to", ["native", "hf"])
-@pytest.mark.parametrize("old", [True, False])
-def test_a_kill_leaves_what_was_there(tmp_path: Path, source: Path, to: str, old: bool) -> None:
-    if old:
-        shutil.copytree(source, tmp_path / "out")
-    assert run(KILLED, source, tmp_path / "out", to).returncode == -signal.SIGKILL
-    if old:
-        assert content(tmp_path / "out") == content(source)
-    rest = [path.name for path in tmp_path.iterdir() if path.name != "out"]
-    assert len(rest) == 1
-    assert rest[0].startswith(".out.")
-    assert rest[0].endswith(".partial")
-    assert (tmp_path / "out").exists() == old
-
-
-KILLED_BETWEEN = """
-    import os, signal, sys
-    from pathlib import Path
-    from headshare_jax.convert.atomic import new_directory
-
-    rename = os.rename
-
-    def killed(one, other):
-        rename(one, other)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    os.rename = killed
-    with new_directory(Path(sys.argv[1]), overwrite=True) as folder:
-        (folder / "text").write_text("new")
-"""
-
-
-def test_a_kill_between_the_two_renamings_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write("folder", tmp_path / "out", "old")
-    assert run(KILLED_BETWEEN, tmp_path / "out").returncode == -signal.SIGKILL
-    (old,), (new,) = tmp_path.glob(".out.*.old"), tmp_path.glob(".out.*.partial")
-    assert (content(old), content(new)) == ({"text": b"old"}, {"text": b"new"})
-    write("folder", tmp_path / "out", "newer")
-    assert f"{old} is an output that a killed process was replacing; rename it to keep it" in caplog.text
-    assert content(old) == {"text": b"old"}
 
 
 FULL = """
@@ -352,9 +291,9 @@ FULL = """
 def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(
     tmp_path: Path, source: Path, to: str, limit: int
 ) -> None:
-    output = tmp_path / "out"
+    output = tmp_path / "out.json"
     if to == "file":
-        output.write_text("old")
+        output.write_bytes(made("file", "old"))
     else:
         shutil.copytree(source, output)
     before = content(tmp_path)
@@ -362,4 +301,4 @@ def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(
     assert done.stdout == f"Cannot write {output}: File too large; what was there before is unchanged.\n"
     assert done.stderr == ""
     assert content(tmp_path) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in tmp_path.iterdir()] == [output.name]

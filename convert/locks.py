@@ -1,0 +1,160 @@
+"""Which process has a file or folder: marks in names, and locks of folders that one process at a time may write to.
+
+On one machine the system's own file locks tell, which end with their process. Where a file system has none, or other
+machines share it, host and process number tell. A bucket has neither: there the lock's file would have to be made by a
+conditional write, one that fails if the object exists.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from headshare_jax.errors import HeadshareError, TryAgain
+from headshare_jax.signals import deferred
+
+# Not so on Windows.
+HAS_FILE_LOCKS = find_spec("fcntl") is not None
+# In a folder that is held.
+NAME = ".headshare.lock"
+# As a pattern, with the host and the number of the process.
+MARK = r"(?P<host>[0-9a-f]{8})-(?P<pid>[0-9]+)-[0-9a-f]{6}"
+
+
+def mark() -> str:
+    """A text for names of files that tells this process from others, of this and other machines; new every time."""
+    return f"{_host()}-{os.getpid()}-{secrets.token_hex(3)}"
+
+
+def keep(path: Path) -> int:
+    """Opens a file or folder that this process has made, and locks it until that is closed: see `abandoned`."""
+    opened = os.open(path, os.O_RDONLY)
+    _lock(opened)
+    return opened
+
+
+def abandoned(path: Path, found: re.Match[str]) -> bool:
+    """Whether the process that made a file or folder, which has its mark in the name, has ended on this machine."""
+    pid = int(found["pid"])
+    if found["host"] != _host() or (pid != os.getpid() and _runs(pid)):
+        return False
+    try:
+        opened = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return _lock(opened) is not False
+    finally:
+        os.close(opened)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a folder until the block ends.
+
+    Raises:
+      TryAgain: another process has it.
+      HeadshareError: the folder cannot be written to.
+    """
+    path = folder / NAME
+    try:
+        with deferred():
+            opened = _taken(path)
+    except OSError as error:
+        raise HeadshareError(f"The folder {folder} cannot be locked ({error.strerror}).") from error
+    try:
+        yield
+    finally:
+        with deferred():
+            # Removed while it is locked, so that nobody has it in between.
+            path.unlink(missing_ok=True)
+            os.close(opened)
+
+
+def _taken(path: Path) -> int:
+    """The lock's file, open and locked, with this process in it."""
+    while True:
+        opened = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            locked = _lock(opened)
+            holder = _holder(opened)
+            if locked is False or _has_it(holder, locked):
+                raise TryAgain(_refusal(path, holder))
+            with suppress(FileNotFoundError):
+                # Its last holder may have removed it just now.
+                if os.path.samestat(os.fstat(opened), path.stat()):
+                    me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T %z")}
+                    os.ftruncate(opened, 0)
+                    os.pwrite(opened, json.dumps(me).encode(), 0)
+                    return opened
+        except BaseException:
+            os.close(opened)
+            raise
+        os.close(opened)
+
+
+def _has_it(holder: dict[str, Any], locked: bool | None) -> bool:
+    """Whether the process that a lock's file names still has it, though the system's own lock is free or not known."""
+    if not holder:
+        return False
+    if holder["host"] != socket.gethostname():
+        return True
+    return locked is None and holder["pid"] != os.getpid() and _runs(holder["pid"])
+
+
+def _refusal(path: Path, holder: dict[str, Any]) -> str:
+    if not holder:
+        return f"Another process has the folder {path.parent}; wait until it has ended."
+    who = f"The process {holder['pid']} on {holder['host']} has the folder {path.parent} since {holder['since']}"
+    if holder["host"] == socket.gethostname():
+        return f"{who}; wait until it has ended, or stop it."
+    return f"{who}; wait until it has ended. If there is no such process there any more, delete {path}."
+
+
+def _holder(opened: int) -> dict[str, Any]:
+    """Who is named in a lock's file; nobody, if its process was killed as it took or left it."""
+    try:
+        found = json.loads(os.pread(opened, 1000, 0))
+        return {"host": str(found["host"]), "pid": int(found["pid"]), "since": str(found["since"])}
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
+def _lock(opened: int) -> bool | None:
+    """Locks an open file until it is closed; False if another process has it, None if the system has no such locks."""
+    if not HAS_FILE_LOCKS:
+        return None
+    import fcntl
+
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
+    return True
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    try:
+        # One that was killed stays a zombie until its parent asks for it.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except (OSError, IndexError):
+        return True
+
+
+def _host() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]

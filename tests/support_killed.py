@@ -1,0 +1,63 @@
+"""Processes that are killed or wait: each runs a function of this file, and begins fast, as a copy of a ready one."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from headshare_jax.convert.locks import held
+from headshare_jax.convert.partial import take_place, unfinished
+
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload([__name__])
+
+
+def started(function: Callable[..., None], *args: Any) -> BaseProcess:
+    """A process that runs a function and has come to where that calls the one it is given."""
+    begun = _processes.Event()
+    process = _processes.Process(target=function, args=(begun.set, *args), daemon=True)
+    process.start()
+    assert begun.wait(120)
+    return process
+
+
+def stop(process: BaseProcess) -> None:
+    """Kills it, and returns when it has ended."""
+    process.kill()
+    process.join()
+
+
+def begins(ready: Callable[[], None], out: Path) -> None:
+    """Is in the midst of a file and a folder."""
+    with unfinished(out, folder=True) as folder, unfinished(out, folder=False):
+        (folder / "part").write_text("half")
+        ready()
+        time.sleep(600)
+
+
+def holds(ready: Callable[[], None], folder: Path) -> None:
+    """Has a folder to itself."""
+    with held(folder):
+        ready()
+        time.sleep(600)
+
+
+def replaces(ready: Callable[[], None], out: Path, text: str, renamings: int) -> None:
+    """Replaces a model, and is killed when it has renamed so many folders."""
+    rename, renamed = os.rename, []
+
+    def killed(one: Path, other: Path) -> None:
+        rename(one, other)
+        renamed.append(other)
+        if len(renamed) == renamings:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.rename = killed  # type: ignore[assignment]
+    with unfinished(out, folder=True) as folder:
+        (folder / "headshare.json").write_text(text)
+        ready()
+        take_place(folder, out)
