@@ -12,7 +12,7 @@ from support import saved_hf_model, sharing_by_hand, tiny_hf_model, tiny_model
 from support_gguf import write_gguf
 
 from headshare_jax import HeadshareError, save, share
-from headshare_jax.compression import FIT_FILE
+from headshare_jax.compression.compress import FIT_FILE
 from headshare_jax.convert.atomic import check_output
 from headshare_jax.report.map import draw_map
 
