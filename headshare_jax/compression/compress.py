@@ -247,8 +247,8 @@ def _check_text(method: Method, calibrate: Text | None) -> None:
     """Raises HeadshareError if a method has no text to be calibrated on."""
     if method.needs_text and calibrate is None:
         raise HeadshareError(
-            f"The method {method.name} needs a text to be fitted to: give one like that which the model is to be used on, "
-            f'or "{OWN}" for one that it writes itself; the method direct needs none, and ruins most models.',
+            f"The method {method.name} needs a text to be fitted to: give one like that which the model is to be used "
+            f'on, or "{OWN}" for one that it writes itself; the method direct needs none, and ruins most models.',
             option=("calibrate", "method"),
         )
 
