@@ -12,6 +12,7 @@ from rich.table import Table
 from headshare_jax import convert
 from headshare_jax.cli.command import Command, Source
 from headshare_jax.cli.sharing import Calibrate, CalibrateTokens, MatchFunction, Seed, SeqLen, Tie
+from headshare_jax.compression.texts import OWN
 from headshare_jax.convert.atomic import check_place
 from headshare_jax.errors import HeadshareError
 from headshare_jax.fit import methods
@@ -125,6 +126,8 @@ class Sweep(Command):
         budgeted = [method.name for method in chosen if method.by_budget]
         if budgeted and not self.budgets and self.methods != tuple(METHODS):
             raise HeadshareError(f"The method {budgeted[0]} needs a budget, not a ratio: give --budgets.")
+        if self.calibrate == OWN:
+            raise HeadshareError(f"A sweep takes a text that is there; --calibrate {OWN} is for share.")
         needy = [method.name for method in chosen if method.needs_text]
         if needy and self.calibrate is None:
             raise HeadshareError(f"The methods {', '.join(needy)} need a text: --calibrate TEXT.")
