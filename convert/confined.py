@@ -76,6 +76,8 @@ def _process() -> subprocess.Popen[str]:
         stderr=subprocess.DEVNULL,
         text=True,
         env=os.environ | _ONE_THREAD,
+        # The folder that this process is in may go away.
+        cwd=os.path.abspath(os.sep),
         # Ctrl-C is for this process alone.
         start_new_session=True,
     )

@@ -87,9 +87,10 @@ def weight_files(path: Path, name: str) -> list[Path]:
     outside = [file for file in files if Path(file).name != file]
     if outside:
         raise HeadshareError(f"{index} names files outside its folder: {', '.join(outside)}.")
-    missing = [file for file in files if not (path / file).is_file()]
+    there = {file.name for file in path.iterdir() if file.is_file()}
+    missing = [file for file in files if file not in there]
     if missing:
-        raise HeadshareError(f"{path} lacks shards that its index names: {', '.join(missing)}; fetch them.")
+        raise HeadshareError(f"{path} lacks shards that its index names: {', '.join(missing)[:999]}; fetch them.")
     return [path / file for file in files]
 
 

@@ -87,7 +87,9 @@ def _unseen(path: Path) -> Iterator[str]:
 def _explained(path: Path) -> Iterator[None]:
     try:
         yield
-    except (SafetensorError, OSError) as error:
+    except HeadshareError:
+        raise
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise HeadshareError(
             f"{path} is truncated, corrupt or no safetensors file ({error}); fetch it again."
         ) from error

@@ -196,8 +196,8 @@ class LlamaConfig:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
         """Inverse of `to_json`. Raises HeadshareError on unknown, missing or impossible fields."""
-        values = _tuples(fields)
         try:
+            values = _tuples(fields)
             if values.get("rope_scaling") is not None:
                 values["rope_scaling"] = RopeScaling(**_tuples(values["rope_scaling"]))
             values["eos_token_ids"] = tuple(values.get("eos_token_ids", ()))

@@ -6,7 +6,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from headshare_jax.convert import scores_file
 from headshare_jax.convert.atomic import new_directory, own_file
@@ -14,7 +16,7 @@ from headshare_jax.convert.huggingface import read_json
 from headshare_jax.convert.journal_folder import JournalFolder
 from headshare_jax.convert.locks import held
 from headshare_jax.convert.partial import recover
-from headshare_jax.errors import HeadshareError
+from headshare_jax.errors import HeadshareError, one_sentence
 from headshare_jax.report.page import page
 from headshare_jax.sharing.scores import MatchResult
 
@@ -28,6 +30,29 @@ COLUMNS = (
 CACHE = "cache"
 _JOURNALS = "scoring"
 _IDENTITY = "identity.json"
+
+
+class _Point(BaseModel):
+    """What must be there of a point that was measured; of one that could not be, `reason` alone."""
+
+    model_config = ConfigDict(strict=True)
+
+    perplexity: Annotated[float, Field(gt=0)] | None
+    reason: str | None = None
+    protocol: str | None = None
+    receivers: int = 0
+    dropped: int = 0
+    units: int = 0
+    parameters: int = 0
+    bytes: int = 0
+    attention_bytes: int = 0
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        missing = [name for name in _Point.model_fields if name not in self.model_fields_set]
+        if missing and (self.perplexity is not None or "attention_bytes" in self.model_fields_set):
+            raise ValueError(f"A point of this sweep lacks {missing[0]}; delete the folder's cache.")
+        return self
 
 
 class SweepFolder:
@@ -70,7 +95,10 @@ class SweepFolder:
             point = json.loads(json.dumps(measure()), parse_constant=lambda _: None)
             with own_file(file) as path:
                 path.write_text(json.dumps(point))
-        return read_json(file, remedy="delete it")
+        there = read_json(file, remedy="delete it")
+        with one_sentence(f"{file}, which may be deleted,"):
+            _Point.model_validate(there)
+        return there
 
     def scores(self, name: str, score: Callable[[], MatchResult]) -> MatchResult:
         """Scores, which serve every ratio; made and kept if they were not."""

@@ -15,17 +15,23 @@ from headshare_jax import cli
 MODELS = ("hf", "native", "compact", "model.gguf", "bin", "shared-hf")
 FILES = ("map.json", "budget.json", "text.txt", "rows.jsonl", "rows.parquet", "recipe.yaml")
 NAMES = (
-    *MODELS, *FILES, "out", "out.gguf", "out.json", "out.png", "out.npz", "new/out", "hf/out", "hf/config.json", "taken", "taken.txt", ".", "..",
-    "../x", "", " ", "-", "--", "--json", "a b", "o[/x]", "[red]", "é漢🙂", "x" * 300, "x/" * 3000, "a\nb", "\udcff", "~", "$HOME", "*", "absent",
-    "absent/absent", "owner/model", "no such.txt", "wikitext:raw:test", "https://example.org/x", "{}", "%s", "'", '"', "\\",
+    *MODELS, *FILES, "out", "out.gguf", "out.json", "out.png", "out.npz", "new/out", "hf/out", "hf/config.json", "taken", "taken.txt",
+    ".", "..",
+    "../x", "", " ", "-", "--", "--json", "a b", "o[/x]", "[red]", "é漢🙂", "x" * 300, "x/" * 3000, "a\nb", "\udcff",
+    "~", "$HOME", "*", "absent",
+    "absent/absent", "owner/model", "no such.txt", "wikitext:raw:test", "https://example.org/x", "{}", "%s", "'",
+    '"', "\\",
 )  # fmt: skip
 NUMBERS = (
-    "0", "1", "-1", "2", "3", "16", "64", "0.3", "0.5", "0.999", "1.0", "-0.1", "1e-300", "1e300", "nan", "inf", "-inf", "1_0", "٣", "0x10",
+    "0", "1", "-1", "2", "3", "16", "64", "0.3", "0.5", "0.999", "1.0", "-0.1", "1e-300", "1e300", "nan", "inf",
+    "-inf", "1_0", "٣", "0x10",
     "9" * 30, "1e9", "12288", "true", "None", "", "½",
 )  # fmt: skip
 WORDS = (
-    "direct", "fitted", "plan", "refit", "random", "drop", "functional", "qk", "qkv", "v", "total", "native", "hf", "hf-compact", "gguf", "q8_0", "f16",
-    "Q4_K", "float32", "bfloat16", "float16", "float8", "", "resolve", "forbid", "decode", "prefill", "postshare", "v5e:2x2", "v5p:4x4x4", "v9:1",
+    "direct", "fitted", "plan", "refit", "random", "drop", "functional", "qk", "qkv", "v", "total", "native", "hf",
+    "hf-compact", "gguf", "q8_0", "f16",
+    "Q4_K", "float32", "bfloat16", "float16", "float8", "", "resolve", "forbid", "decode", "prefill", "postshare",
+    "v5e:2x2", "v5p:4x4x4", "v9:1",
     "0.1,0.3", "0.1,,x", ",", "direct,random", "role", "é", "[/b]", "llama-2-7b", "data.seq_len=8", "a=b", "=",
 )  # fmt: skip
 # Other machines and the network, and what takes minutes by design.
@@ -44,14 +50,16 @@ def command_lines(made: Seeds) -> st.SearchStrategy[Input]:
         name = draw(st.sampled_from(list(cli.COMMANDS)))
         args = [name, *_fitting(draw, name), *_options(draw, name)]
         if draw(st.integers(0, 19)) == 0:
-            args = draw(st.lists(st.sampled_from([*args, *NAMES, *WORDS, "--help"]), max_size=6))
+            args = draw(st.lists(st.sampled_from([*args, *NAMES, *WORDS, "--help"]), min_size=1, max_size=6))
         if args[:1] == ["plan"] and "--host" not in args:
             args.append("--host")
         if args[:1] == ["postshare"] and "--dry-run" not in args:
             args.append("--dry-run")
         if args[:1] == ["demo"] and len(args) < 2:
             args.append("hf")
-        used = tuple(seed for seed in (*MODELS, *FILES) if any(seed in arg for arg in args))
+        used = tuple(
+            seed for seed in (*MODELS, *FILES) if seed in ("hf", "text.txt") or any(seed in arg for arg in args)
+        )
         return Input("command line", tuple(args), in_the_way, used)
 
     return draw_line()
@@ -80,7 +88,11 @@ def _fitting(draw: st.DrawFn, name: str) -> list[str]:
 
 def _options(draw: st.DrawFn, name: str) -> list[str]:
     hints = typing.get_type_hints(cli.COMMANDS[name], include_extras=True)
-    known = [field for field in fields(cli.COMMANDS[name]) if field.name not in LEFT_OUT and not _positional(hints[field.name])]
+    known = [
+        field
+        for field in fields(cli.COMMANDS[name])
+        if field.name not in LEFT_OUT and not _positional(hints[field.name])
+    ]
     args: list[str] = []
     for field in draw(st.lists(st.sampled_from(known), max_size=3, unique_by=lambda field: field.name)):
         args.append(f"--{field.name.replace('_', '-')}")

@@ -42,7 +42,9 @@ def parsed(content: bytes) -> tuple[dict[str, Any], bytes]:
     for _ in range(tensors):
         name, axes = reader.text(), reader.number("I")
         shape = [reader.number("Q") for _ in range(axes)]
-        header["tensors"].append({"name": name, "shape": shape, "kind": reader.number("I"), "offset": reader.number("Q")})
+        header["tensors"].append(
+            {"name": name, "shape": shape, "kind": reader.number("I"), "offset": reader.number("Q")}
+        )
     return header, content[reader.place :]
 
 

@@ -91,7 +91,9 @@ def _work(number: int, seed: int, kinds: list[str] | None, output: Path) -> None
         outcome = try_input(given, seeds.folder, folder / "in")
         shutil.rmtree(folder, ignore_errors=True)
         memory = max(memory, outcome.memory)
-        _record(output, number, given.kind, outcome.code, outcome.seconds, outcome.memory, outcome.problem, outcome.said)
+        _record(
+            output, number, given.kind, outcome.code, outcome.seconds, outcome.memory, outcome.problem, outcome.said
+        )
 
     if seed == number:
         for case in NAMED:
@@ -102,7 +104,13 @@ def _work(number: int, seed: int, kinds: list[str] | None, output: Path) -> None
                 return
 
             @hypothesis.seed(seed + 7919 * turn)
-            @settings(max_examples=_EXAMPLES, database=None, phases=[Phase.generate], deadline=None, suppress_health_check=list(HealthCheck))  # fmt: skip
+            @settings(
+                max_examples=_EXAMPLES,
+                database=None,
+                phases=[Phase.generate],
+                deadline=None,
+                suppress_health_check=list(HealthCheck),
+            )
             @given(drawn=KINDS[kind](seeds))
             def attempt_all(drawn: Input) -> None:
                 attempt(drawn)
@@ -110,7 +118,9 @@ def _work(number: int, seed: int, kinds: list[str] | None, output: Path) -> None
             attempt_all()
 
 
-def _record(output: Path, number: int, kind: str, code: int | None, seconds: float, memory: int, problem: str | None, said: str) -> None:  # fmt: skip
+def _record(
+    output: Path, number: int, kind: str, code: int | None, seconds: float, memory: int, problem: str | None, said: str
+) -> None:
     row = {"kind": kind, "code": code, "seconds": seconds, "memory": memory, "problem": problem}
     if problem is not None:
         file = output / "failures" / f"{number}-{time.time_ns()}.json"
@@ -123,7 +133,10 @@ def _record(output: Path, number: int, kind: str, code: int | None, seconds: flo
 
 def _supervise(output: Path, kinds: list[str] | None) -> None:
     """Keeps the processes at work until the time is over, and sums up."""
-    minutes, workers = (float(os.environ.get(f"FUZZ_{name}", default)) for name, default in (("MINUTES", 30), ("WORKERS", os.cpu_count() or 1)))
+    minutes, workers = (
+        float(os.environ.get(f"FUZZ_{name}", default))
+        for name, default in (("MINUTES", 30), ("WORKERS", os.cpu_count() or 1))
+    )
     for old in (*output.glob("tried-*.jsonl"), *output.glob("current-*.json"), *output.glob("failures/*")):
         old.unlink()
     seed, end = int(time.time()), time.monotonic() + 60 * minutes
@@ -136,8 +149,17 @@ def _supervise(output: Path, kinds: list[str] | None) -> None:
                 if process is not None and process.returncode:
                     _ended(output, number, f"the process ended with {process.returncode}")
                 first = number if not starts[number] and number == 0 else seed + 104729 * number + starts[number]
-                words = [sys.executable, __file__, "--worker", str(number), str(first), *(["--kinds", *kinds] if kinds else [])]
-                running[number] = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=(output / f"said-{number}.txt").open("wb"))
+                words = [
+                    sys.executable,
+                    __file__,
+                    "--worker",
+                    str(number),
+                    str(first),
+                    *(["--kinds", *kinds] if kinds else []),
+                ]
+                running[number] = subprocess.Popen(
+                    words, stdout=subprocess.DEVNULL, stderr=(output / f"said-{number}.txt").open("wb")
+                )
                 starts[number] += 1
                 current.unlink(missing_ok=True)
             elif current.exists() and time.time() - current.stat().st_mtime > _PATIENCE:
@@ -168,18 +190,28 @@ def _summary(output: Path, minutes: float, seed: int) -> str:
         by_kind[row["kind"]].append(row)
     failures = [row for row in rows if row["problem"] is not None]
     lines = [
-        f"{len(rows)} inputs of {len(by_kind)} kinds in {minutes:g} minutes, seed {seed}: {len(failures)} failures.", "",
-        "| kind | inputs | done (0) | refused (2) | other | slowest, s | most memory, GiB | failures |", "|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+        f"{len(rows)} inputs of {len(by_kind)} kinds in {minutes:g} minutes, seed {seed}: {len(failures)} failures.",
+        "",
+        "| kind | inputs | done (0) | refused (2) | other | slowest, s | most memory, GiB | failures |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for kind, tried in sorted(by_kind.items()):
         codes = Counter(row["code"] for row in tried)
         slowest, memory = max(row["seconds"] for row in tried), max(row["memory"] for row in tried) / 2**30
         other = ", ".join(f"{count} x {code}" for code, count in codes.items() if code not in (0, 2))
         bad = sum(row["problem"] is not None for row in tried)
-        lines.append(f"| {kind} | {len(tried)} | {codes[0]} | {codes[2]} | {other} | {slowest:.1f} | {memory:.2f} | {bad} |")
+        lines.append(
+            f"| {kind} | {len(tried)} | {codes[0]} | {codes[2]} | {other} | {slowest:.1f} | {memory:.2f} | {bad} |"
+        )
     told = Counter((row["kind"], row["problem"], _signature(row["said"])) for row in failures)
     files = {(row["kind"], row["problem"], _signature(row["said"])): row["file"] for row in failures}
-    lines += ["", *(f"- {count} x {kind}: {problem}: {said} ({files[kind, problem, said]})" for (kind, problem, said), count in told.most_common())]
+    lines += [
+        "",
+        *(
+            f"- {count} x {kind}: {problem}: {said} ({files[kind, problem, said]})"
+            for (kind, problem, said), count in told.most_common()
+        ),
+    ]
     text = "\n".join(lines) + "\n"
     (output / "summary.md").write_text(text)
     return text

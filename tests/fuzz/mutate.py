@@ -12,7 +12,8 @@ NAN, INF = float("nan"), float("inf")
 ODD: list[Any] = [
     None, True, False, 0, 1, -1, 2, 2**31, 2**32 - 1, 2**53, 2**63, 2**64, -(2**63), 10**12, 10**30,
     0.0, -0.0, 0.5, 1e-320, 1e308, NAN, INF, -INF,
-    "", " ", "abc", "1", "NaN", "a" * 5000, "\ud83d", "\x00", "é漢🙂", "[/x]", "../../x", "/etc/passwd", "{{ 9**9 }}", "a\nb",
+    "", " ", "abc", "1", "NaN", "a" * 5000, "\ud83d", "\x00", "é漢🙂", "[/x]", "../../x", "/etc/passwd", "{{ 9**9 }}",
+    "a\nb",
     [], [0], [None], [[]], [1] * 100, {}, {"a": 1}, {"": {"": []}}, {"kind": "llama3"},
 ]  # fmt: skip
 
@@ -94,7 +95,9 @@ def _places(value: Any, most: int = 400) -> Iterator[tuple[Any, Any]]:
     waiting = [value]
     while waiting and most:
         holder = waiting.pop()
-        keys = list(holder) if isinstance(holder, dict) else list(range(len(holder))) if isinstance(holder, list) else []
+        keys = (
+            list(holder) if isinstance(holder, dict) else list(range(len(holder))) if isinstance(holder, list) else []
+        )
         for key in keys if len(keys) < 60 else keys[:8] + keys[-8:]:
             most -= 1
             yield holder, key

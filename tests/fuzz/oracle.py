@@ -1,4 +1,4 @@
-"""What may come of any input: done, or refused in one sentence; soon, in little memory, and with nothing half-written."""
+"""What may come of any input: done, or refused in a sentence; soon, in little memory, with nothing half-written."""
 
 import base64
 import io
@@ -37,7 +37,7 @@ class Input:
 
     kind: str
     args: tuple[str, ...]
-    files: Mapping[str, bytes] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     seeds: tuple[str, ...] = ()
 
     def to_json(self) -> str:
@@ -152,7 +152,10 @@ def _captured(folder: Path) -> Iterator[list[str]]:
     streams = sys.stdin, sys.stdout, sys.stderr
     handlers, logging.root.handlers = logging.root.handlers, []
     sys.stdin = io.StringIO("Hello\n")
-    sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(file.fileno(), "w", closefd=False), "utf-8", "backslashreplace", write_through=True) for file in files)
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(io.FileIO(file.fileno(), "w", closefd=False), "utf-8", "backslashreplace", write_through=True)
+        for file in files
+    )
     for number, file in zip((1, 2), files, strict=True):
         os.dup2(file.fileno(), number)
     try:

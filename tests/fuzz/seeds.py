@@ -122,7 +122,20 @@ def _command(*args: str) -> Callable[[Seeds, Path], None]:
 
 
 _CALIBRATED = ("--calibrate", "text.txt", "--calibrate-tokens", "64", "--seq-len", "16")
-SWEEP = ("sweep", "hf", "--text", "text.txt", "--ratios", "0.3", "--methods", "direct", "--seq-len", "16", "--max-windows", "2")
+SWEEP = (
+    "sweep",
+    "hf",
+    "--text",
+    "text.txt",
+    "--ratios",
+    "0.3",
+    "--methods",
+    "direct",
+    "--seq-len",
+    "16",
+    "--max-windows",
+    "2",
+)
 WORK = ("share", "hf", "out", "--ratio", "0.3", "--method", "fitted", *_CALIBRATED, "--work", "work")
 _MAKERS: dict[str, Callable[[Seeds, Path], None]] = {
     "hf": _hf,
