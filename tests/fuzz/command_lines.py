@@ -15,8 +15,8 @@ from headshare_jax import cli
 MODELS = ("hf", "native", "compact", "model.gguf", "bin", "shared-hf")
 FILES = ("map.json", "budget.json", "text.txt", "rows.jsonl", "rows.parquet", "recipe.yaml")
 NAMES = (
-    *MODELS, *FILES, "out", "out.gguf", "out.json", "out.png", "out.npz", "new/out", "hf/out", "hf/config.json", "taken", "taken.txt",
-    ".", "..",
+    *MODELS, *FILES, "out", "out.gguf", "out.json", "out.png", "out.npz", "new/out", "hf/out", "hf/config.json",
+    "taken", "taken.txt", ".", "..",
     "../x", "", " ", "-", "--", "--json", "a b", "o[/x]", "[red]", "é漢🙂", "x" * 300, "x/" * 3000, "a\nb", "\udcff",
     "~", "$HOME", "*", "absent",
     "absent/absent", "owner/model", "no such.txt", "wikitext:raw:test", "https://example.org/x", "{}", "%s", "'",

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,50 +11,14 @@ from hypothesis import strategies as st
 
 from fuzz import gguf_file
 from fuzz.command_lines import command_lines
+from fuzz.files import Inputs, in_bytes, in_file, in_json
 from fuzz.mutate import changed, damaged, json_text, odd
 from fuzz.oracle import Input
-from fuzz.seeds import SWEEP, WORK, Seeds
+from fuzz.seeds import EVAL, GENERATE, SWEEP, WORK, Seeds
+from fuzz.tokenizer_inputs import gguf_tokenizers, templates, tokenizers
 
-Inputs = st.SearchStrategy[Input]
-
-_INSPECT, _EVAL = ("inspect", "hf"), ("eval", "hf", "--text", "text.txt", "--seq-len", "16", "--max-windows", "2")
-# With a chat template, and without; every token goes through the tokenizer both ways.
-_GENERATE = ("generate", "hf", "--prompt", "aé 1", "--max-new-tokens", "2")
+_INSPECT = ("inspect", "hf")
 _CONVERT = ("convert", "hf", "out", "--to", "native")
-
-
-def _file(kind: str, file: str, *commands: tuple[str, ...], seeds: tuple[str, ...] = ()) -> Callable[[Seeds], Inputs]:
-    """A JSON file, or of another kind bytes, of a seed: changed, and read by one of the commands."""
-
-    def make(made: Seeds) -> Inputs:
-        content = made.read(file)
-        return _inputs(kind, file, json_text(json.loads(content)), commands, (file.partition("/")[0], *seeds), made)
-
-    return make
-
-
-def _inputs(
-    kind: str,
-    file: str,
-    contents: st.SearchStrategy[bytes],
-    commands: tuple[tuple[str, ...], ...],
-    seeds: tuple[str, ...],
-    made: Seeds,
-) -> Inputs:
-    for seed in seeds:
-        made.path(seed)
-    return st.builds(
-        lambda content, args: Input(kind, args, {file: content}, tuple(dict.fromkeys(seeds))),
-        contents,
-        st.sampled_from(commands),
-    )
-
-
-def _bytes(kind: str, file: str, *commands: tuple[str, ...], seeds: tuple[str, ...] = ()) -> Callable[[Seeds], Inputs]:
-    def make(made: Seeds) -> Inputs:
-        return _inputs(kind, file, damaged(made.read(file)), commands, (file.partition("/")[0], *seeds), made)
-
-    return make
 
 
 def _safetensors(made: Seeds) -> Inputs:
@@ -68,7 +32,7 @@ def _safetensors(made: Seeds) -> Inputs:
 
     lengths = st.sampled_from([None, None, None, None, 0, 2**31, 2**63, 2**64 - 1, 100_000_000])
     contents = st.one_of(st.tuples(json_text(header), lengths).map(file), damaged(content))
-    return _inputs("safetensors", "hf/model.safetensors", contents, (_INSPECT, _CONVERT), ("hf",), made)
+    return in_file("safetensors", "hf/model.safetensors", contents, (_INSPECT, _CONVERT), ("hf",), made)
 
 
 def _gguf(made: Seeds) -> Inputs:
@@ -80,7 +44,7 @@ def _gguf(made: Seeds) -> Inputs:
         changed(settings).map(lambda value: gguf_file.written(value, rest)),
         damaged(made.read("model.gguf")[:20_000]),
     )
-    return _inputs(
+    return in_file(
         "gguf",
         "model.gguf",
         contents,
@@ -88,139 +52,6 @@ def _gguf(made: Seeds) -> Inputs:
         ("model.gguf",),
         made,
     )
-
-
-def _gguf_tokenizer(made: Seeds) -> Inputs:
-    header, rest = gguf_file.parsed(made.read("model.gguf"))
-    words = [pair for pair in header["pairs"] if pair["key"].startswith("tokenizer.")]
-    others = [pair for pair in header["pairs"] if pair not in words]
-    kinds = {"gpt2": {}, "llama": {"scores": {"item": 6, "values": [0.5] * 259}}}
-    contents = st.tuples(changed(words), st.sampled_from(list(kinds))).map(
-        lambda drawn: gguf_file.written({**header, "pairs": others + _with(drawn[0], drawn[1], kinds[drawn[1]])}, rest)
-    )
-    commands = (("generate", "model.gguf", "--prompt", "a b", "--max-new-tokens", "1"),)
-    return _inputs("gguf tokenizer", "model.gguf", contents, commands, ("model.gguf",), made)
-
-
-def _with(pairs: list[Any], model: str, more: Mapping[str, Any]) -> list[Any]:
-    """A tokenizer's metadata with another kind of model, and what that needs."""
-    swapped = [
-        pair | {"value": model} if isinstance(pair, dict) and pair.get("key") == "tokenizer.ggml.model" else pair
-        for pair in pairs
-    ]
-    return swapped + [
-        {"key": f"tokenizer.ggml.{name}", "kind": gguf_file.ARRAY, "value": value} for name, value in more.items()
-    ]
-
-
-_BLOCKS = (
-    "{{ m }}", "{{ messages }}", "{{ m['content'] }}", "{{ 'a' * 10**10 }}", "{{ 'ab' * 1000 }}",
-    "{{ range(10**9) }}", "{{ 9**9**7 }}",
-    "{{ '%099999999999d' % 1 }}", "{{ 'a'.center(10**10) }}", "{{ lipsum(n=3000) }}", "{{ ''.__class__.mro() }}",
-    "{{ raise_exception('[/x] no') }}", "{{ namespace().x.y }}", "{{ messages[7].content }}",
-    "{{ undefined_thing() }}",
-    "{{ strftime_now('%Y' * 999) }}", "{{ (1/0) }}", "{% set x = x ~ x %}", "{{ 'é\ud83d' }}", "{{ cycler }}",
-    "{% include 'x' %}",
-    "{% import '/etc/passwd' as x %}", "{% extends 'x' %}", "{{ messages | map(attribute='role') | list }}",
-    "{{ [1] * 10**8 }}",
-    "{{ messages | tojson(indent=10**9) }}", "{% break %}", "{% generation %}{% endgeneration %}",
-    "{{ 'x' | indent(10**9) }}",
-)  # fmt: skip
-# Around what stands at the sign.
-_AROUND = (
-    "@", "@@@", "{% for m in messages %}@{% endfor %}", "{% for i in range(90000) %}@{% endfor %}", "{% if @ %}",
-    "{% macro m() %}@{{ m() }}{% endmacro %}{{ m() }}", "{% set m = 3 %}@",
-)  # fmt: skip
-
-
-def _template(made: Seeds) -> Inputs:
-    settings = json.loads(made.read("hf/tokenizer_config.json"))
-    block = st.one_of(st.sampled_from(_BLOCKS), st.text(max_size=10))
-    template = st.recursive(
-        block,
-        lambda inner: st.tuples(st.sampled_from(_AROUND), inner).map(
-            lambda drawn: (
-                drawn[0]
-                .replace("{{", "\0")
-                .replace("}}", "\1")
-                .replace("{0}", drawn[1])
-                .replace("\0", "{")
-                .replace("\1", "}")
-            )
-        ),
-        max_leaves=3,
-    )
-    contents = template.map(lambda text: json.dumps(settings | {"chat_template": text}).encode())
-    commands = ((*_GENERATE, "--chat"),)
-    return _inputs("chat template", "hf/tokenizer_config.json", contents, commands, ("hf",), made)
-
-
-_PATTERNS = (
-    "(a+)+$",
-    "(",
-    "",
-    "(?=(a*)*b)",
-    r"\p{Nope}",
-    "(?<!a*)b",
-    "a{1000000}",
-    "(a|a)*b",
-    "[",
-    "(?i:é)",
-    r"\s+(?!\S)",
-    "." * 5000,
-    "((((((a*)*)*)*)*)*)b",
-)
-
-
-def _tokenizer(made: Seeds) -> Inputs:
-    whole = json.loads(made.read("hf/tokenizer.json"))
-    pattern = st.sampled_from(_PATTERNS).map(lambda text: {"Regex": text}) | st.text(max_size=3).map(
-        lambda text: {"String": text}
-    )
-    replaced = st.tuples(pattern, st.text(max_size=5) | st.sampled_from(["aa" * 50, "a" * 10**6])).map(
-        lambda drawn: {"type": "Replace", "pattern": drawn[0], "content": drawn[1]}
-    )
-    normalizer = st.one_of(
-        replaced,
-        st.lists(replaced, max_size=6).map(lambda steps: {"type": "Sequence", "normalizers": steps}),
-        st.sampled_from(
-            [
-                {"type": "Prepend", "prepend": "a" * 10**5},
-                {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
-                {"type": "NFKD"},
-            ]
-        ),
-    )
-    split = st.tuples(
-        pattern, st.sampled_from(["Isolated", "Removed", "MergedWithNext", "Contiguous"]), st.booleans()
-    ).map(lambda drawn: {"type": "Split", "pattern": drawn[0], "behavior": drawn[1], "invert": drawn[2]})
-    padded = st.sampled_from(
-        [
-            {
-                "strategy": {"Fixed": 10**9},
-                "direction": "Right",
-                "pad_to_multiple_of": None,
-                "pad_id": 0,
-                "pad_type_id": 0,
-                "pad_token": "x",
-            }
-        ]
-    )
-    long_token = st.sampled_from([10, 10**4, 10**6]).map(
-        lambda size: [*whole["added_tokens"], whole["added_tokens"][0] | {"id": 2**32 - 1, "content": "x" * size}]
-    )
-    parts = st.fixed_dictionaries(
-        {},
-        optional={
-            "normalizer": normalizer,
-            "pre_tokenizer": split,
-            "padding": padded,
-            "added_tokens": long_token,
-            "decoder": replaced,
-        },
-    )
-    contents = st.one_of(json_text(whole), parts.map(lambda fields: json.dumps(whole | fields).encode()))
-    return _inputs("tokenizer.json", "hf/tokenizer.json", contents, (_GENERATE, _EVAL), ("hf", "text.txt"), made)
 
 
 def _bin(made: Seeds) -> Inputs:
@@ -253,13 +84,13 @@ def _bin(made: Seeds) -> Inputs:
         st.sampled_from([False, False, True]),
     )
     contents = st.one_of(damaged(made.read("bin/pytorch_model.bin")), tensors.map(file))
-    return _inputs(".bin", "bin/pytorch_model.bin", contents, (("inspect", "bin"),), ("bin",), made)
+    return in_file(".bin", "bin/pytorch_model.bin", contents, (("inspect", "bin"),), ("bin",), made)
 
 
 def _native(made: Seeds) -> Inputs:
     files = [name for name in made.files("native") if not name.endswith("headshare.json")]
     return st.sampled_from(files).flatmap(
-        lambda file: _inputs(
+        lambda file: in_file(
             "native files",
             file,
             damaged(made.read(file)),
@@ -320,7 +151,7 @@ def _recipe(made: Seeds) -> Inputs:
     for seed in seeds:
         made.path(seed)
     by_option = settings.map(lambda change: Input("recipe", (*command, "--set", change), {}, seeds))
-    return st.one_of(_inputs("recipe", "recipe.yaml", contents, (command,), seeds, made), by_option)
+    return st.one_of(in_file("recipe", "recipe.yaml", contents, (command,), seeds, made), by_option)
 
 
 def _texts(made: Seeds) -> Inputs:
@@ -351,7 +182,7 @@ def _texts(made: Seeds) -> Inputs:
     kinds = {"text": (text, "in.txt"), "JSON lines": (jsonl, "in.jsonl"), "parquet": (parquet, "in.parquet")}
     return st.one_of(
         *(
-            _inputs(
+            in_file(
                 kind,
                 name,
                 contents,
@@ -401,7 +232,7 @@ def _sweep(made: Seeds) -> Inputs:
 
     names = st.sampled_from(["donor_layer", "donor_unit", "value", "scores", "drop_score", "scores_x"])
     options = [
-        _inputs("sweep folder", file, json_text(json.loads(made.read(file))), (command,), seeds, made)
+        in_file("sweep folder", file, json_text(json.loads(made.read(file))), (command,), seeds, made)
         for file in json_files
     ]
     if arrays:
@@ -422,7 +253,7 @@ def _sweep(made: Seeds) -> Inputs:
 def _journals(made: Seeds) -> Inputs:
     files = made.files("work")
     return st.sampled_from(files).flatmap(
-        lambda file: _inputs(
+        lambda file: in_file(
             "journals",
             file,
             json_text(json.loads(made.read(file))) if file.endswith(".json") else damaged(made.read(file)),
@@ -436,27 +267,27 @@ def _journals(made: Seeds) -> Inputs:
 _SHARE = ("share", "hf", "out", "--map", "map.json", "--method", "direct")
 # Every kind: what makes its inputs, given the seeds.
 KINDS: dict[str, Callable[[Seeds], Inputs]] = {
-    "config.json": _file("config.json", "hf/config.json", _INSPECT, _INSPECT, _CONVERT, ("plan", "hf", "--topology",
+    "config.json": in_json("config.json", "hf/config.json", _INSPECT, _INSPECT, _CONVERT, ("plan", "hf", "--topology",
     "v5e:2x2", "--host")),
-    "generation_config.json": _file("generation_config.json", "hf/generation_config.json", _INSPECT, _GENERATE),
-    "tokenizer.json": _tokenizer,
-    "tokenizer_config.json": _file("tokenizer_config.json", "hf/tokenizer_config.json", _GENERATE, (*_GENERATE,
-    "--chat"), _EVAL, seeds=("text.txt",)),
-    "chat template": _template,
+    "generation_config.json": in_json("generation_config.json", "hf/generation_config.json", _INSPECT, GENERATE),
+    "tokenizer.json": tokenizers,
+    "tokenizer_config.json": in_json("tokenizer_config.json", "hf/tokenizer_config.json", GENERATE, (*GENERATE,
+    "--chat"), EVAL, seeds=("text.txt",)),
+    "chat template": templates,
     "safetensors": _safetensors,
-    "safetensors index": _file("safetensors index", "sharded/model.safetensors.index.json", ("inspect", "sharded")),
+    "safetensors index": in_json("safetensors index", "sharded/model.safetensors.index.json", ("inspect", "sharded")),
     ".bin": _bin,
     "gguf": _gguf,
-    "gguf tokenizer": _gguf_tokenizer,
-    "headshare.json": _file("headshare.json", "native/headshare.json", ("inspect", "native"), ("convert", "native",
+    "gguf tokenizer": gguf_tokenizers,
+    "headshare.json": in_json("headshare.json", "native/headshare.json", ("inspect", "native"), ("convert", "native",
     "out", "--to", "hf")),
     "native files": _native,
-    "compact": _file("compact", "compact/config.json", ("inspect", "compact"), ("convert", "compact", "out", "--to",
+    "compact": in_json("compact", "compact/config.json", ("inspect", "compact"), ("convert", "compact", "out", "--to",
     "hf")),
-    "compact weights": _bytes("compact weights", "compact/model.safetensors", ("convert", "compact", "out", "--to",
+    "compact weights": in_bytes("compact weights", "compact/model.safetensors", ("convert", "compact", "out", "--to",
     "native")),
-    "map": _file("map", "map.json", _SHARE, seeds=("hf",)),
-    "budget map": _file("map", "budget.json", (*_SHARE[:4], "budget.json", "--method", "direct"), seeds=("hf",)),
+    "map": in_json("map", "map.json", _SHARE, seeds=("hf",)),
+    "budget map": in_json("map", "budget.json", (*_SHARE[:4], "budget.json", "--method", "direct"), seeds=("hf",)),
     "texts": _texts,
     "recipe": _recipe,
     "sweep folder": _sweep,

@@ -8,10 +8,7 @@ from typing import Any
 import numpy as np
 
 from fuzz.oracle import Input
-from fuzz.seeds import CHAT_TEMPLATE, SWEEP, WRITTEN
-
-GENERATE = ("generate", "hf", "--prompt", "a b", "--max-new-tokens", "2")
-EVAL = ("eval", "hf", "--text", "text.txt", "--seq-len", "16", "--max-windows", "2")
+from fuzz.seeds import CHAT_TEMPLATE, EVAL, GENERATE, SWEEP, WRITTEN
 
 
 @dataclass(frozen=True)

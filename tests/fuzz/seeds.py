@@ -121,6 +121,9 @@ def _command(*args: str) -> Callable[[Seeds, Path], None]:
     return make
 
 
+EVAL = ("eval", "hf", "--text", "text.txt", "--seq-len", "16", "--max-windows", "2")
+# Every token goes through the tokenizer both ways.
+GENERATE = ("generate", "hf", "--prompt", "aé 1", "--max-new-tokens", "2")
 _CALIBRATED = ("--calibrate", "text.txt", "--calibrate-tokens", "64", "--seq-len", "16")
 SWEEP = (
     "sweep",
