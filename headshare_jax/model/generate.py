@@ -26,6 +26,8 @@ from headshare_jax.model.reading import (
 # Prompts and answers are padded to multiples of this, so that nearby lengths share one compilation.
 BUCKET = 64
 MOST_NEW_TOKENS = 2**20
+# How many times the model's context a prompt may be long.
+MOST_CONTEXTS = 16
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,12 @@ def checked(
             raise HeadshareError("A prompt must be a list of token ids, which are whole numbers.")
         if row.dtype.kind == "O" or row.min() < 0 or row.max() >= config.vocab_size:
             raise HeadshareError(f"A prompt holds a token outside the vocabulary of {config.vocab_size}.")
+    longest, context = max(map(len, rows)), config.max_position_embeddings
+    if longest > MOST_CONTEXTS * context:
+        raise HeadshareError(
+            f"A prompt has {longest} tokens, more than {MOST_CONTEXTS} times the {context} that the model was made for; "
+            "shorten it."
+        )
     if not isinstance(max_new_tokens, (int, np.integer)) or not 1 <= max_new_tokens <= MOST_NEW_TOKENS:
         raise HeadshareError(
             f"max_new_tokens must be a whole number from 1 to {MOST_NEW_TOKENS}, not {max_new_tokens!r:.99}.",

@@ -2,6 +2,7 @@
 
 import shutil
 import uuid
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -58,12 +59,18 @@ def test_what_went_wrong_once(seeds: Seeds, case: Case) -> None:
 
 
 @pytest.mark.parametrize("kind", EXAMPLES)
-def test_any_input_is_used_or_refused(seeds: Seeds, kind: str) -> None:
+def test_any_input_is_used_or_refused(seeds: Seeds, kind: str, tmp_path: Path) -> None:
+    failures = []
+
     @settings(max_examples=EXAMPLES[kind], phases=[Phase.generate], suppress_health_check=list(HealthCheck))
     @hypothesis.seed(0)
     @given(drawn=KINDS[kind](seeds))
     def try_all(drawn: Input) -> None:
         outcome = tried(drawn, seeds)
-        assert outcome.problem is None, f"{outcome.problem}: {outcome.said}\n{drawn.to_json()}"
+        if outcome.problem is not None:
+            blob = tmp_path / f"{len(failures)}.json"
+            blob.write_text(drawn.to_json())
+            failures.append(f"{outcome.problem}: {outcome.said}; repeat it: python tests/fuzz/long.py --repeat {blob}")
 
     try_all()
+    assert not failures, "\n".join(failures)
