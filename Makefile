@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-oldest bench check clean
+.PHONY: demo test test-oldest fuzz bench check clean
 
 demo: .venv/base
 	$(BIN)/headshare demo --overwrite
@@ -23,6 +23,10 @@ test-oldest: .venv-oldest/test
 		-W ignore::DeprecationWarning --deselect tests/model/test_attention.py::test_kernels_are_for_tpus_and_whole_blocks \
 		--deselect tests/model/test_attention.py::test_the_kernel_of_tpus_compiles_with_a_window \
 		$(OLDEST)
+
+# Inputs of every kind for FUZZ_MINUTES (30) in FUZZ_WORKERS processes; what fails is in build/fuzz, with a summary.
+fuzz: .venv/test
+	$(BIN)/python tests/fuzz/long.py
 
 check: .venv/test tree
 	$(BIN)/ruff check .

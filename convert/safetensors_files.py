@@ -78,8 +78,8 @@ def _unseen(path: Path) -> Iterator[str]:
         if count > 1:
             yield f"{name} stands more than once in {path.name}"
     for name, entry in entries:
-        unknown = {key for key, _ in entry} - {"dtype", "shape", "data_offsets"}
-        if unknown and name != "__metadata__":
+        unknown = set() if name == "__metadata__" else {key for key, _ in entry} - {"dtype", "shape", "data_offsets"}
+        if unknown:
             yield f"{name} in {path.name} has unknown fields ({', '.join(sorted(unknown))})"
 
 

@@ -117,8 +117,8 @@ def checked(
     longest, context = max(map(len, rows)), config.max_position_embeddings
     if longest > MOST_CONTEXTS * context:
         raise HeadshareError(
-            f"A prompt has {longest} tokens, more than {MOST_CONTEXTS} times the {context} that the model was made for; "
-            "shorten it."
+            f"A prompt has {longest} tokens, more than {MOST_CONTEXTS} times the {context} that the model was made "
+            "for; shorten it."
         )
     if not isinstance(max_new_tokens, (int, np.integer)) or not 1 <= max_new_tokens <= MOST_NEW_TOKENS:
         raise HeadshareError(
