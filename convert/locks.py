@@ -8,6 +8,7 @@ conditional write, one that fails if the object exists.
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import secrets
@@ -21,6 +22,8 @@ from typing import Any
 
 from headshare_jax.errors import HeadshareError, TryAgain
 from headshare_jax.signals import deferred
+
+logger = logging.getLogger(__name__)
 
 # Not so on Windows.
 HAS_FILE_LOCKS = find_spec("fcntl") is not None
@@ -68,7 +71,7 @@ def held(folder: Path) -> Iterator[None]:
     path = folder / NAME
     try:
         with deferred():
-            opened = _taken(path)
+            opened = _taken(folder)
     except OSError as error:
         raise HeadshareError(f"The folder {folder} cannot be locked ({error.strerror}).") from error
     try:
@@ -80,8 +83,9 @@ def held(folder: Path) -> Iterator[None]:
             os.close(opened)
 
 
-def _taken(path: Path) -> int:
+def _taken(folder: Path) -> int:
     """The lock's file, open and locked, with this process in it."""
+    path = folder / NAME
     while True:
         opened = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -93,6 +97,8 @@ def _taken(path: Path) -> int:
                 # Its last holder may have removed it just now.
                 if os.path.samestat(os.fstat(opened), path.stat()):
                     me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T %z")}
+                    if holder:
+                        logger.warning("The folder %s was left by process %d, which was killed.", folder, holder["pid"])
                     os.ftruncate(opened, 0)
                     os.pwrite(opened, json.dumps(me).encode(), 0)
                     return opened

@@ -9,11 +9,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from headshare_jax import cli
 from headshare_jax.convert.locks import held
 from headshare_jax.convert.partial import take_place, unfinished
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload([__name__])
+_processes.set_forkserver_preload(["headshare_jax.cli"])
 
 
 def started(function: Callable[..., None], *args: Any) -> BaseProcess:
@@ -37,6 +38,15 @@ def begins(ready: Callable[[], None], out: Path) -> None:
         (folder / "part").write_text("half")
         ready()
         time.sleep(600)
+
+
+def commands(ready: Callable[[], None], *args: object) -> None:
+    """Runs a command, without a word."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    ready()
+    cli.main([str(arg) for arg in args])
 
 
 def holds(ready: Callable[[], None], folder: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -13,14 +14,16 @@ from pathlib import Path
 
 import pytest
 from support import tiny_model
-from support_killed import begins, holds, replaces, started, stop
+from support_killed import begins, commands, holds, replaces, started, stop
 
 from headshare_jax import HeadshareError, open_checkpoint
 from headshare_jax.convert import locks, save
 from headshare_jax.convert.atomic import check_output, new_directory, new_file, own_file
+from headshare_jax.convert.journal_folder import JournalFolder
 from headshare_jax.convert.partial import temporary_folder
 from headshare_jax.errors import TryAgain
 from headshare_jax.signals import deferred, handled
+from headshare_jax.train import run_folder
 
 OLD, NEW = ({"headshare.json": f'{{"format": "headshare-native", "": "{age}"}}'} for age in ("old", "new"))
 
@@ -148,6 +151,33 @@ def test_a_stop_while_tidying_up_waits_for_it(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_command_that_is_stopped_at_any_moment_leaves_one_whole_output(
+    tmp_path: Path, number: signal.Signals, tidy: list[BaseProcess]
+) -> None:
+    moments = random.Random(number)
+    model, place = tmp_path / "model", tmp_path / "place"
+    save(tiny_model(), model, to="hf")
+    place.mkdir()
+    save(tiny_model(seed=1), place / "out", to="hf")
+    old = weights(place / "out")
+    for _ in range(3):
+        process = started(commands, "convert", model, place / "out", "--to", "hf", "--overwrite")
+        tidy.append(process)
+        process.join(moments.uniform(0, 0.5))
+        if process.pid is not None and process.is_alive():
+            os.kill(process.pid, number)
+        process.join()
+        if number == signal.SIGKILL:
+            check_output(place / "out", folder=True, overwrite=True)
+        assert [path.name for path in place.iterdir()] == ["out"]
+        assert weights(place / "out") in (old, weights(model))
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
 def test_pythons_own_ctrl_c_waits_too() -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     told = []
@@ -184,7 +214,7 @@ def test_what_threads_write_after_an_error_goes_with_the_process(tmp_path: Path)
 # Locks.
 
 
-def test_one_process_has_a_folder(tmp_path: Path, tidy: list[BaseProcess]) -> None:
+def test_one_process_has_a_folder(tmp_path: Path, tidy: list[BaseProcess], caplog: pytest.LogCaptureFixture) -> None:
     tidy.append(started(holds, tmp_path))
     for _ in range(2):
         said = f"The process {tidy[0].pid} on .* has the folder {tmp_path} since 20"
@@ -193,8 +223,15 @@ def test_one_process_has_a_folder(tmp_path: Path, tidy: list[BaseProcess]) -> No
     stop(tidy[0])
     assert list(tmp_path.iterdir()) == [tmp_path / locks.NAME]
     with locks.held(tmp_path):
-        pass
+        assert f"The folder {tmp_path} was left by process {tidy[0].pid}, which was killed." in caplog.text
     assert not list(tmp_path.iterdir())
+
+
+def test_journals_and_runs_have_one_process(tmp_path: Path, tidy: list[BaseProcess]) -> None:
+    tidy.append(started(holds, tmp_path))
+    for held in (JournalFolder(tmp_path).held, lambda: run_folder.locked(tmp_path)):
+        with pytest.raises(TryAgain, match=f"process {tidy[0].pid} on .* has the folder {tmp_path}"), held():
+            pass
 
 
 def test_a_lock_of_another_machine_is_named_with_what_to_do(tmp_path: Path) -> None:
