@@ -245,7 +245,10 @@ def receivers(*pairs: tuple[int, int, int, int]) -> dict[str, Any]:
             {"receivers": [{"layer": 1, "unit": 1, "doner": [0, 0]}]},
             r"receivers\.0\.doner in the map.*did you mean donor",
         ),
-        ({"dropped": [{"layer": 2, "unit": 1, "donor": [0, 0]}]}, r"dropped\.0\.donor in the map has no place there; leave"),
+        (
+            {"dropped": [{"layer": 2, "unit": 1, "donor": [0, 0]}]},
+            r"dropped\.0\.donor in the map has no place there; leave",
+        ),
         ({"receivers": [{"layer": 1, "unit": 0, "donor": [0.0, 0]}]}, r"donor\.0 in the map must be a valid integer"),
         ({"receivers": [{"layer": 1, "unit": 0, "donor": [True, 0]}]}, r"donor\.0 in the map must be a valid integer"),
         ({"receivers": [{"layer": 1, "unit": 0, "donor": ["0", 0]}]}, r"donor\.0 in the map must be a valid integer"),
