@@ -30,6 +30,7 @@ from headshare_jax.convert.tensor_files import TensorCheckpoint
 from headshare_jax.errors import HeadshareError
 from headshare_jax.sharing.source import WeightSource
 from headshare_jax.sharing.view import WatchedView
+from headshare_jax.typed import typed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +45,7 @@ Checkpoint = TensorCheckpoint | native.NativeCheckpoint
 MAP_FILE = map_file.NAME
 
 
+@typed
 def locate(src: str | Path) -> Path:
     """The local path of a checkpoint: the path itself, the only GGUF file in it, or a hub id's once it is fetched.
 
@@ -71,6 +73,7 @@ def _only_gguf(path: Path) -> Path:
     return files[0] if len(files) == 1 else path
 
 
+@typed
 def open_checkpoint(src: str | Path) -> Checkpoint:
     """Opens a checkpoint of any kind without reading its weights; every tensor's name, shape and type is checked.
 
@@ -127,6 +130,7 @@ def verify(src: str | Path, *, progress: integrity.Progress = lambda done, total
     return integrity.verify_tensors(source, progress)
 
 
+@typed
 def save(
     source: WeightSource,
     dst: str | Path,

@@ -3,9 +3,18 @@
 import os
 from pathlib import Path
 
+from headshare_jax.errors import HeadshareError
+
 
 def cache_directory() -> Path:
-    """`$HEADSHARE_CACHE`, or `headshare` in the user's cache folder."""
-    if "HEADSHARE_CACHE" in os.environ:
-        return Path(os.environ["HEADSHARE_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headshare"
+    """`$HEADSHARE_CACHE`, or `headshare` in the user's cache folder; a name that is set to nothing counts as not set.
+
+    Raises:
+      HeadshareError: the user has no home folder.
+    """
+    if named := os.environ.get("HEADSHARE_CACHE"):
+        return Path(named)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headshare"
+    except RuntimeError as error:
+        raise HeadshareError("There is no home folder for the cache; name a folder in HEADSHARE_CACHE.") from error

@@ -15,11 +15,12 @@ from headshare_jax import hf_class
 from headshare_jax.config import LlamaConfig
 from headshare_jax.convert import keys
 from headshare_jax.convert.fp8 import Fp8Reader
+from headshare_jax.convert.hub import is_unreached
 from headshare_jax.convert.safetensors_files import SafetensorsReader, write_safetensors
 from headshare_jax.convert.tensor_files import TensorCheckpoint, TensorReader
 from headshare_jax.convert.text_model import TextModelReader
 from headshare_jax.convert.torch_files import TorchReader
-from headshare_jax.errors import HeadshareError
+from headshare_jax.errors import HeadshareError, TryAgain, explained
 from headshare_jax.sharing.source import WeightSource
 
 logger = logging.getLogger(__name__)
@@ -98,7 +99,9 @@ def read_json(path: Path, *, remedy: str = "fetch it again") -> dict[str, Any]:
     """A JSON object from a file; HeadshareError, with what to do with the file, if it is anything else."""
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise HeadshareError(explained(error)) from error
+    except (ValueError, RecursionError) as error:
         raise HeadshareError(f"{path} is not readable JSON ({error}); {remedy}.") from error
     if not isinstance(value, dict):
         raise HeadshareError(f"{path} does not hold a JSON object; {remedy}.")
@@ -116,7 +119,8 @@ def fetch(hub_id: str) -> Path:
     Without a network, what the cache holds is used.
 
     Raises:
-      HeadshareError: the hub cannot be reached, or has no such model for this account.
+      TryAgain: the hub was not reached.
+      HeadshareError: it has no such model for this account.
     """
     from huggingface_hub import snapshot_download
 
@@ -127,7 +131,7 @@ def fetch(hub_id: str) -> Path:
             folder = Path(snapshot_download(hub_id, allow_patterns=[*small, "pytorch_model*.bin"]))
     except Exception as error:  # the hub's client lets the errors of its HTTP library through
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise HeadshareError(
+        raise (TryAgain if is_unreached(error) else HeadshareError)(
             f"{hub_id} is not a local path, and fetching it from the Hugging Face hub failed: {reason.rstrip('.')}; "
             "check the name and the network, or give a local folder or .gguf file."
         ) from error

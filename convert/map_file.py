@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from headshare_jax.errors import HeadshareError
+from headshare_jax.errors import HeadshareError, explained
 from headshare_jax.sharing.map import SharingMap
 
 # Beside an exported Hugging Face model.
@@ -15,7 +15,9 @@ def read(path: Path) -> SharingMap:
         text = path.read_text()
     except FileNotFoundError as error:
         raise HeadshareError(f"There is no map {path}; check its name and folder.") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise HeadshareError(explained(error)) from error
+    except UnicodeDecodeError as error:
         raise HeadshareError(f"The map {path} cannot be read: {error}.") from error
     try:
         return SharingMap.from_json(text)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from headshare_jax.errors import HeadshareError
+from headshare_jax.convert.hub import is_unreached
+from headshare_jax.errors import HeadshareError, TryAgain, explained
 
 # Characters of a text file that are in memory at a time.
 PIECE = 2**18
@@ -78,20 +79,39 @@ def open_corpus(spec: str, *, field: str = "text", split: str = "train") -> Corp
     Raises:
       HeadshareError: nothing there, or not readable, or without that column.
     """
+    check_name(spec)
     path = Path(spec)
-    if path.is_dir():
-        raise HeadshareError(f"{path} is a folder; give a text file.")
     ending = path.suffix.lower()
     if not path.exists():
-        # Whoever misspells a file is told at once, not after attempts to reach a hub.
-        if ending in _FILE_ENDINGS or not _DATA_SET_NAME.fullmatch(spec.partition(":")[0]):
-            raise HeadshareError(f"There is no file {spec}; check its name and folder.")
         return _data_set(spec, field, split)
     if ending == ".parquet":
         return _parquet(path, field)
     if ending in _JSON_LINES:
         return Corpus(path.stat().st_size, lambda: f"json {sha256(path)}", lambda: _json_lines(path, field))
     return Corpus(path.stat().st_size, lambda: f"text {sha256(path)}", lambda: _text_file(path))
+
+
+def check_name(spec: str) -> None:
+    """Raises HeadshareError unless a name is a file's that can be opened, or may be a data set's."""
+    path = Path(spec)
+    try:
+        if path.is_file():
+            path.open("rb").close()
+            return
+        if path.exists():
+            what = "a folder" if path.is_dir() else "no file, but a device or a pipe"
+            raise HeadshareError(f"{path} is {what}; give a text file.")
+    except OSError as error:
+        raise HeadshareError(explained(error)) from error
+    # Whoever misspells a file is told at once, not after attempts to reach a hub.
+    if path.suffix.lower() in _FILE_ENDINGS or not _DATA_SET_NAME.fullmatch(spec.partition(":")[0]):
+        raise HeadshareError(f"There is no file {spec}; check its name and folder.")
+
+
+def has_fields(spec: str) -> bool:
+    """Whether what a name stands for has rows of fields, and is not a plain text file."""
+    path = Path(spec)
+    return not path.exists() or path.suffix.lower() in (*_JSON_LINES, ".parquet")
 
 
 def _text_file(path: Path) -> Iterator[Piece]:
@@ -149,7 +169,9 @@ def _data_set(spec: str, field: str, split: str) -> Corpus:
         data = datasets.load_dataset(name, config or None, split=own_split or split)
     except Exception as error:  # every data set has its own ways to fail
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise HeadshareError(f"{spec} is neither a file nor a data set that can be loaded: {reason}") from error
+        raise (TryAgain if is_unreached(error) else HeadshareError)(
+            f"{spec} is neither a file nor a data set that can be loaded: {reason}"
+        ) from error
     _check_column(field, data.column_names, f"The data set {spec}")
     column = data.select_columns([field])
 
@@ -195,5 +217,7 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
         yield
     except HeadshareError:
         raise
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise HeadshareError(explained(error)) from error
+    except ValueError as error:
         raise HeadshareError(f"{path} cannot be read as {kind}: {str(error).splitlines()[0]}.") from error

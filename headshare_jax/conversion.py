@@ -14,6 +14,7 @@ from headshare_jax.sharing.ledger import Ledger, ledger
 from headshare_jax.sharing.source import WeightSource
 from headshare_jax.sharing.view import cast
 from headshare_jax.summary import Sizes, Summary, next_command, sizes
+from headshare_jax.typed import typed
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Converted:
     summary: Summary
 
 
+@typed
 def convert_model(
     src: str,
     dst: str,

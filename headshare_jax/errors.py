@@ -1,6 +1,8 @@
 """What bad input raises, what may go well later, and what pydantic refuses in its words."""
 
 import difflib
+import errno
+import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
@@ -24,6 +26,15 @@ class HeadshareError(ValueError):
 
 class TryAgain(HeadshareError):  # noqa: N818 -- what to do, as the command says it
     """What the same call can do later: a lock that another process holds, a hub that is not reached. Exit code 75."""
+
+
+def explained(error: OSError) -> str:
+    """One sentence on what the machine refused: of which file, and why."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    reason = "there is no room left on the disk" if full else error.strerror or str(error) or type(error).__name__
+    if error.filename is None:
+        return f"A file, or standard output, cannot be used: {reason}." if error.errno else f"{reason}."
+    return f"{os.fsdecode(error.filename)[:200] or 'A file without a name'} cannot be used: {reason}."
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from headshare_jax.errors import HeadshareError
 from headshare_jax.model.llama import Llama
 from headshare_jax.sharing.source import WeightSource
 from headshare_jax.sharing.view import cast
+from headshare_jax.typed import typed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +31,7 @@ MEASURED_WINDOWS = 16
 Text = str | Path | np.ndarray
 
 
+@typed
 def load(
     src: str | Path | WeightSource, *, dtype: str | None = None, compute_dtype: str = "float32", remat: str = "none"
 ) -> Llama:
@@ -60,6 +62,7 @@ def to_decode(source: WeightSource) -> Llama:
     return load(source, dtype="float32" if jax.default_backend() == "cpu" else None)
 
 
+@typed
 def load_tokenizer(src: str | Path) -> "PreTrainedTokenizerBase":
     """Loads the tokenizer of a model.
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from headshare_jax.errors import HeadshareError
+from headshare_jax.errors import HeadshareError, explained
 from headshare_jax.sharing.tie import check_tie
 
 # Recipes that come with the package, by name.
@@ -222,11 +222,12 @@ def load(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     """
     path = SHIPPED.get(str(path), Path(path))
     try:
+        if not path.is_file():
+            found = f"{str(path)[:200]} is no file" if path.exists() else f"There is no recipe {path}"
+            raise HeadshareError(f"{found}; give a .yaml file, or one of the names {', '.join(SHIPPED)}.")
         content = path.read_bytes()
     except OSError as error:
-        raise HeadshareError(
-            f"There is no recipe {path}; give a .yaml file, or one of the names {', '.join(SHIPPED)}."
-        ) from error
+        raise HeadshareError(explained(error)) from error
     document = _parsed(content, f"The recipe {path}")
     for change in changes:
         _change(document, change)

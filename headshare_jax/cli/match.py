@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import tyro
@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from headshare_jax import convert
+from headshare_jax.cli import kinds
 from headshare_jax.cli.command import Command, Overwrite, Source
 from headshare_jax.convert.atomic import check_output, new_file
 from headshare_jax.errors import HeadshareError
@@ -36,9 +37,12 @@ class Match(Command):
       plot: Where to draw the scores of all pairs (.png, .svg or .pdf).
     """
 
+    outputs: ClassVar = ("output", "plot")
+    needs: ClassVar = {"overwrite": ("output", "plot")}
+
     src: Source
-    match: str = "qk"
-    seed: int = 0
+    match: kinds.MatchFunction = "qk"
+    seed: kinds.Seed = 0
     output: Annotated[Path | None, tyro.conf.arg(aliases=("-o",))] = None
     plot: Path | None = None
     overwrite: Overwrite = False
@@ -46,8 +50,6 @@ class Match(Command):
     def run(self) -> dict[str, Any]:
         if self.match != "random":
             self.refuse("seed", without="--match random")
-        if self.output is None and self.plot is None:
-            self.refuse("overwrite", without="--output or --plot")
         for path in filter(None, (self.output, self.plot)):
             check_output(path, folder=False, overwrite=self.overwrite)
         if self.plot is not None:

@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from headshare_jax import convert
+from headshare_jax.cli import kinds
 from headshare_jax.cli.command import Command
 from headshare_jax.config import LlamaConfig
 from headshare_jax.convert.huggingface import read_json
@@ -47,34 +48,36 @@ class Plan(Command):
             help=f"{', '.join(PRESETS)}; a config.json or a folder that holds one; or a model as of all commands.",
         ),
     ]
-    topology: Annotated[str, tyro.conf.arg(help=f"Chips, such as {EXAMPLES}.")]
-    devices: Annotated[int | None, tyro.conf.arg(help="Use so many of the chips; all by default.")] = None
+    topology: Annotated[kinds.Topology, tyro.conf.arg(help=f"Chips, such as {EXAMPLES}.")]
+    devices: Annotated[kinds.Count | None, tyro.conf.arg(help="Use so many of the chips; all by default.")] = None
     stage: Annotated[
-        str,
+        kinds.Stage,
         tyro.conf.arg(
             help=f"{', '.join(STAGES)}. Decode adds a token to each sequence; of postshare, `dense` is the align step "
             "and `shared` the tied one."
         ),
     ] = "postshare"
     ratio: Annotated[
-        float | None, tyro.conf.arg(help="Sharing ratio; by default the model's own map, if it has one, else 0.3.")
+        kinds.Ratio | None,
+        tyro.conf.arg(help="Sharing ratio; by default the model's own map, if it has one, else 0.3."),
     ] = None
     tie: Annotated[
-        str | None,
+        kinds.Tie | None,
         tyro.conf.arg(help="Projections to share: some of q, k, v, o, in that order; qkv where there is no map."),
     ] = None
     batch: Annotated[
-        int | None, tyro.conf.arg(help="Sequences, over all chips; one a chip in postshare, else one by default.")
+        kinds.Count | None,
+        tyro.conf.arg(help="Sequences, over all chips; one a chip in postshare, else one by default."),
     ] = None
-    length: Annotated[int, tyro.conf.arg(help="Tokens of a sequence; in decode, slots of the cache.")] = 4096
+    length: Annotated[kinds.Count, tyro.conf.arg(help="Tokens of a sequence; in decode, slots of the cache.")] = 4096
     mesh: Annotated[
-        tuple[int, int, int] | None,
+        tuple[kinds.MeshSize, kinds.MeshSize, kinds.MeshSize] | None,
         tyro.conf.arg(
             metavar="DATA FSDP TENSOR", help="Sizes of the mesh, one of which may be -1; by default one that fits."
         ),
     ] = None
     remat: Annotated[
-        str | None, tyro.conf.arg(help=f"In postshare: {', '.join(REMAT_POLICIES)}; by default one that fits.")
+        kinds.Remat | None, tyro.conf.arg(help=f"In postshare: {', '.join(REMAT_POLICIES)}; by default one that fits.")
     ] = None
     host: Annotated[
         bool, tyro.conf.arg(help="Estimate from the shapes alone; compiles nothing, and needs no libtpu.")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import jax
 import tyro
@@ -12,7 +12,9 @@ from rich.console import RenderableType
 from rich.syntax import Syntax
 from rich.table import Table
 
+from headshare_jax.cli import kinds
 from headshare_jax.cli.command import Command
+from headshare_jax.cli.exit_codes import ExitCode
 from headshare_jax.errors import HeadshareError
 from headshare_jax.plan.footprint import footprint
 from headshare_jax.report.progress import progress_with_text
@@ -39,6 +41,12 @@ class Postshare(Command):
       process: With --coordinator: number of this process, from 0.
     """
 
+    needs: ClassVar = {
+        "coordinator": ("distributed",),
+        "processes": ("coordinator",),
+        "process": ("coordinator",),
+    }
+
     config: Annotated[
         str, tyro.conf.arg(help=f"Recipe: a .yaml file, or one that comes along: {', '.join(recipes.SHIPPED)}.")
     ]
@@ -48,8 +56,8 @@ class Postshare(Command):
     dry_run: bool = False
     distributed: bool = False
     coordinator: str | None = None
-    processes: int | None = None
-    process: int | None = None
+    processes: kinds.Count | None = None
+    process: kinds.Natural | None = None
 
     def run(self) -> dict[str, Any]:
         recipe = recipes.load(self.config, self.set)
@@ -69,6 +77,10 @@ class Postshare(Command):
                 progress=lambda what, done, total: show(done, total, what),
             )
         return {"output": str(self.output), "final": str(self.output / FINAL) if last else None, "last": last}
+
+    def exit_code(self, result: dict[str, Any]) -> ExitCode:
+        # What starts it anew after a preemption must not take it for done.
+        return ExitCode.DONE if self.dry_run or result["last"] is not None else ExitCode.TERMINATED
 
     def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
         if self.dry_run:

@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 from rich.console import RenderableType
 
+from headshare_jax.cli import kinds
 from headshare_jax.cli.command import Command, Destination, Overwrite, Source, StoredDtype
 from headshare_jax.cli.sharing import Calibrate, MatchFunction, MeasuredText, NoEval, Seed, Tie
 from headshare_jax.compression.compress import compress
@@ -41,14 +42,16 @@ class Share(Command):
       plot: Where to draw who shares with whom (.png, .svg or .pdf).
     """
 
+    outputs: ClassVar = ("dst", "save_map", "plot")
+
     src: Source
     dst: Destination
-    ratio: float | None = None
-    budget: float | None = None
-    model_budget: float | None = None
-    map: Path | None = None
+    ratio: kinds.Ratio | None = None
+    budget: kinds.Budget | None = None
+    model_budget: kinds.Budget | None = None
+    map: kinds.InputFile | None = None
     method: Annotated[
-        str | None,
+        kinds.MethodName | None,
         tyro.conf.arg(
             help="By default fitted for a ratio, plan for a budget, refit for a map. "
             + "; ".join(f"{method.name}: {method.summary}" for method in METHODS.values())
@@ -57,21 +60,22 @@ class Share(Command):
     ] = None
     calibrate: Calibrate = None
     calibrate_tokens: Annotated[
-        int | None, tyro.conf.arg(help="Tokens of that text to use, from its start; 49,152, or all of a shorter one.")
+        kinds.Count | None,
+        tyro.conf.arg(help="Tokens of that text to use, from its start; 49,152, or all of a shorter one."),
     ] = None
     seq_len: Annotated[
-        int | None, tyro.conf.arg(help="Tokens in a window of text; 512, or what a shorter context has.")
+        kinds.WindowLength | None, tyro.conf.arg(help="Tokens in a window of text; 512, or what a shorter context has.")
     ] = None
     text: MeasuredText = None
     no_eval: NoEval = False
     match: MatchFunction = None
     seed: Seed = None
     tie: Tie = None
-    chains: str | None = None
-    within_shards: int | None = None
-    to: str = "native"
+    chains: Annotated[str, kinds.OneOf("resolve", "forbid")] | None = None
+    within_shards: kinds.Count | None = None
+    to: kinds.Format = "native"
     dtype: StoredDtype = None
-    quantize: str | None = None
+    quantize: kinds.GgufType | None = None
     work: Path | None = None
     save_map: Path | None = None
     plot: Path | None = None

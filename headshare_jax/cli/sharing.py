@@ -4,29 +4,31 @@ from typing import Annotated
 
 import tyro
 
+from headshare_jax.cli import kinds
+
 Calibrate = Annotated[
-    str | None,
+    kinds.TextName | None,
     tyro.conf.arg(
         help="Text to choose donors and fit on, like that which the model is to be used on: text, JSONL or parquet "
         "file, or data set name[:config[:split]]; of its train split. own: text that the "
         "model writes, which serves less well."
     ),
 ]
-CalibrateTokens = Annotated[int, tyro.conf.arg(help="Tokens of that text to use, from its start.")]
-SeqLen = Annotated[int, tyro.conf.arg(help="Tokens in a window of text.")]
+CalibrateTokens = Annotated[kinds.Count, tyro.conf.arg(help="Tokens of that text to use, from its start.")]
+SeqLen = Annotated[kinds.WindowLength, tyro.conf.arg(help="Tokens in a window of text.")]
 MeasuredText = Annotated[
-    str | None,
+    kinds.TextName | None,
     tyro.conf.arg(help="Text to measure both models on, as for eval; by default what is left of the other text."),
 ]
 NoEval = Annotated[bool, tyro.conf.arg(help="Measure no perplexity.")]
 MatchFunction = Annotated[
-    str | None,
+    kinds.MatchFunction | None,
     tyro.conf.arg(
         help="Score of a pair for methods that compare weights: cosine of q, k, v, qk (by default), qkv or total "
         "weights; or random."
     ),
 ]
 Tie = Annotated[
-    str | None, tyro.conf.arg(help="Projections to share: some of q, k, v, o, in that order; qkv by default.")
+    kinds.Tie | None, tyro.conf.arg(help="Projections to share: some of q, k, v, o, in that order; qkv by default.")
 ]
-Seed = Annotated[int | None, tyro.conf.arg(help="Seed of random scores; 0 by default.")]
+Seed = Annotated[kinds.Seed | None, tyro.conf.arg(help="Seed of random scores; 0 by default.")]

@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 from rich.console import RenderableType
 from rich.table import Table
 
 from headshare_jax import convert
+from headshare_jax.cli import kinds
 from headshare_jax.cli.command import Command, Source
 from headshare_jax.cli.sharing import Calibrate, CalibrateTokens, MatchFunction, Seed, SeqLen, Tie
 from headshare_jax.compression.texts import OWN
@@ -40,18 +41,21 @@ class Sweep(Command):
       resume: Go on in a folder that exists, also with further methods and ratios.
     """
 
+    needs: ClassVar = {"calibrate_tokens": ("calibrate",)}
+
     src: Source
     output: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
-    text: str
-    ratios: tuple[str, ...] = ()
-    budgets: tuple[str, ...] = ()
+    text: kinds.TextName
+    ratios: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NUMBER,...")] = ()
+    budgets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NUMBER,...")] = ()
     methods: Annotated[
-        tuple[str, ...], tyro.conf.arg(help=f"Methods, with commas between: {', '.join(METHODS)}; all by default.")
+        tuple[str, ...],
+        tyro.conf.arg(metavar="NAME,...", help=f"Methods, with commas between: {', '.join(METHODS)}; all by default."),
     ] = tuple(METHODS)
     calibrate: Calibrate = None
     calibrate_tokens: CalibrateTokens = 12288
     seq_len: SeqLen = 512
-    max_windows: int | None = None
+    max_windows: kinds.Count | None = None
     match: MatchFunction = None
     seed: Seed = None
     tie: Tie = None

@@ -32,6 +32,7 @@ from headshare_jax.sharing.map import SharingMap, shard_of_units
 from headshare_jax.sharing.source import WeightSource
 from headshare_jax.sharing.view import SharedView, cast
 from headshare_jax.summary import sizes
+from headshare_jax.typed import typed
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ Step = Callable[[int, int], None]
 Phases = Callable[[str], AbstractContextManager[Step]]
 
 
+@typed
 def compress(
     src: str | Path | WeightSource,
     dst: str | Path | None = None,

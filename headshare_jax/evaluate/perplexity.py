@@ -11,6 +11,7 @@ import numpy as np
 from headshare_jax.errors import HeadshareError
 from headshare_jax.model.llama import Llama
 from headshare_jax.sharing import finite
+from headshare_jax.typed import typed
 
 # Tokens whose logits are in memory at a time.
 _HEAD_TOKENS = 256
@@ -54,6 +55,7 @@ class Perplexity:
         )
 
 
+@typed
 def perplexity(
     model: Llama,
     tokens: Sequence[int] | np.ndarray,

@@ -23,6 +23,7 @@ from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.scores import MatchResult
 from headshare_jax.sharing.source import WeightSource
 from headshare_jax.sharing.view import SharedView
+from headshare_jax.typed import check_fields
 
 Progress = Callable[[int, int], None]
 
@@ -44,6 +45,9 @@ class MethodSettings:
     tie: str | None = None
     chains: str | None = None
     within_shards: int | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def given(self) -> dict[str, Any]:

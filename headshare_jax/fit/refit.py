@@ -21,9 +21,12 @@ from headshare_jax.calibration.streams import BLOCKS, OUTPUT, Weights
 from headshare_jax.errors import HeadshareError
 from headshare_jax.fit.moments import Moments, batch_moments
 from headshare_jax.model.llama import Llama
+from headshare_jax.parameters import layered_names, parameter_names
 from headshare_jax.sharing import finite
+from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.source import WeightSource, pool_index, stored_shape
-from headshare_jax.sharing.view import ReplacedView
+from headshare_jax.sharing.view import ReplacedView, SharedView
+from headshare_jax.typed import check_fields, typed
 
 SCOPES = ("receivers", "attention", "all")
 # What a journal keeps of a block: its `BlockFit` as JSON, and its new output weight if that changed.
@@ -50,6 +53,7 @@ class RefitSettings:
     batch_tokens: int = 2048
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.scope not in SCOPES:
             raise HeadshareError(f"The scope of a refit must be one of {', '.join(SCOPES)}, not {self.scope!r}.")
         if not self.ridges or not all(0 <= ridge < np.inf for ridge in self.ridges):
@@ -107,6 +111,7 @@ class RefitReport:
     settings: RefitSettings
 
 
+@typed
 def refit(
     dense: WeightSource,
     shared: WeightSource,
@@ -140,8 +145,8 @@ def refit(
       progress: called with the layers done and in all.
 
     Raises:
-      HeadshareError: too few windows to hold any out, two models of different shape, or no room for the streams or the
-        journal.
+      HeadshareError: too few windows to hold any out, a dense model that the shared one was not made of, or no room for
+        the streams or the journal.
 
     Examples:
       >>> repaired, report = hs.refit(model, shared, windows)
@@ -156,6 +161,7 @@ def refit(
         )
     if shared.sharing is None or dense.config != shared.config:
         raise HeadshareError("A refit needs a shared model and the dense model that it was made from.")
+    _check_origin(dense, shared, shared.sharing)
     assert shared.sharing.unit_tie is not None
     journal = journal_of(
         journals,
@@ -195,6 +201,24 @@ def refit(
     report = RefitReport(tuple(blocks), walk.windows, walk.seq_len, settings)
     view = ReplacedView(shared, fitted)
     return Llama.of(view, **shared.settings) if isinstance(shared, Llama) else view, report
+
+
+def _check_origin(dense: WeightSource, shared: WeightSource, sharing: SharingMap) -> None:
+    """Raises HeadshareError unless what is never fitted of the shared model is the dense one's."""
+    expected = SharedView(dense, sharing, check_source=False)
+    if isinstance(shared, SharedView) and shared.base is dense:
+        return
+    layered = layered_names(dense.config)
+    for name in parameter_names(dense.config):
+        if name in OUTPUT.values():
+            continue
+        for layer in range(dense.config.num_layers) if name in layered else (None,):
+            found = shared.read(name, layer)
+            if not np.array_equal(found, expected.read(name, layer).astype(found.dtype), equal_nan=True):
+                raise HeadshareError(
+                    f"The shared model was not made of this dense model: they differ in {name}"
+                    f"{'' if layer is None else f' of layer {layer}'}; give the one that it was made of."
+                )
 
 
 class _Walk:

@@ -18,6 +18,7 @@ from headshare_jax.parameters import PROJECTIONS, pool_name, slice_shape
 from headshare_jax.sharing import finite
 from headshare_jax.sharing.scores import MatchResult, best_donors
 from headshare_jax.sharing.source import WeightSource, fingerprint
+from headshare_jax.typed import typed
 
 # One layer's features: arrays [U, ...].
 Parts = Sequence[np.ndarray]
@@ -32,6 +33,7 @@ CHUNK_BYTES = 4 * 2**20
 TILE_UNITS, TILE_FEATURES = 32, 512
 
 
+@typed
 def match(
     source: WeightSource,
     function: str = "qk",

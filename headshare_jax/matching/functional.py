@@ -25,6 +25,7 @@ from headshare_jax.parameters import PARAMETERS, layered_names
 from headshare_jax.sharing import finite
 from headshare_jax.sharing.scores import MatchResult, best_donors
 from headshare_jax.sharing.source import WeightSource, fingerprint
+from headshare_jax.typed import check_fields, typed
 
 # Float64 sums over tokens: the layer's own features [I, I], those with each donor's [C, I, J], each donor's [C, J, J].
 Sums = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -58,6 +59,7 @@ class FunctionalSettings:
     batch_tokens: int = 2048
 
     def __post_init__(self) -> None:
+        check_fields(self)
         counts = (self.windows, self.span, self.prefilter, self.keep, self.batch_tokens)
         if min(counts) < 1 or not 0 < self.ridge < np.inf:
             raise HeadshareError(
@@ -65,6 +67,7 @@ class FunctionalSettings:
             )
 
 
+@typed
 def match_functional(
     source: WeightSource,
     windows_wt: np.ndarray,

@@ -22,6 +22,7 @@ from headshare_jax.model.reading import (
     choose_for_prompts,
     unstacked,
 )
+from headshare_jax.typed import check_fields, typed
 
 # Prompts and answers are padded to multiples of this, so that nearby lengths share one compilation.
 BUCKET = 64
@@ -45,6 +46,7 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.temperature >= 0:
             raise HeadshareError(f"temperature must be at least 0, not {self.temperature}.")
         if self.top_k is not None and self.top_k < 1:
@@ -53,6 +55,7 @@ class Sampling:
             raise HeadshareError(f"top_p must be above 0 and at most 1, not {self.top_p}.")
 
 
+@typed
 def generate(
     model: Llama,
     prompts: Sequence[Sequence[int]],

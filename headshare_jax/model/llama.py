@@ -25,6 +25,7 @@ from headshare_jax.model.layer import (
 )
 from headshare_jax.model.place import place
 from headshare_jax.model.reading import PER_HEAD_TOKENS, Gathered, Layer, OneByOne, Reading, Stacks
+from headshare_jax.model.tokens import check_tokens, positions
 from headshare_jax.output_head import head_logits, normalized_rows
 from headshare_jax.parameters import PARAMETERS, PROJECTIONS, index_name, parameter_names
 from headshare_jax.rope import rotary_angles
@@ -155,6 +156,10 @@ class Llama(nnx.Module):
           positions_bt: int32 [B, T], rotary position of every token; by default counted from the start of its segment.
           segments_bt: int32 [B, T], packed documents and padding: a token sees the earlier tokens of its own segment
             only. Segments are contiguous; give padding a segment of its own.
+
+        Raises:
+          HeadshareError: tokens that are not [B, T], no whole numbers, or outside the vocabulary. Inside `jax.jit` and
+            other transformations their values are not known, and not looked at.
         """
         return self.logits(self.features(tokens_bt, positions_bt=positions_bt, segments_bt=segments_bt))
 
@@ -166,8 +171,9 @@ class Llama(nnx.Module):
         segments_bt: jax.Array | None = None,
     ) -> jax.Array:
         """Normalised output of the last layer, [B, T, D] in the compute dtype; arguments as in `__call__`."""
+        check_tokens(tokens_bt, self.config.vocab_size)
         if positions_bt is None:
-            positions_bt = _positions(tokens_bt, segments_bt)
+            positions_bt = positions(tokens_bt, segments_bt)
         angles = rotary_angles(self.config, positions_bt)
         stacks, attention = self._stacks(), self._attention(tokens_bt, segments_bt)
 
@@ -389,12 +395,3 @@ def _attend_and_keep(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Attention among the tokens of prompts, whose keys and values are kept."""
     return attend(q_btnh, k_btkh, v_btkh, window=window, in_turns=rows_in_place), (k_btkh, v_btkh)
-
-
-def _positions(tokens_bt: jax.Array, segments_bt: jax.Array | None) -> jax.Array:
-    """Position of every token within its segment, int32 [B, T]."""
-    place_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1], dtype=jnp.int32)[None], tokens_bt.shape)
-    if segments_bt is None:
-        return place_bt
-    begins_bt = jnp.diff(segments_bt, axis=1, prepend=segments_bt[:, :1] - 1) != 0
-    return place_bt - jax.lax.cummax(jnp.where(begins_bt, place_bt, 0), axis=1)

@@ -3,8 +3,10 @@
 from headshare_jax.model.llama import Llama
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.view import DenseView, SharedView
+from headshare_jax.typed import typed
 
 
+@typed
 def share(model: Llama, sharing: SharingMap, *, check_source: bool = True) -> Llama:
     """A model in which receivers use their donors' weights and dropped units none; pools keep only what is used.
 

@@ -4,13 +4,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+
+from headshare_jax.report.console import console
 
 SECONDS_BETWEEN_LINES = 20.0
 # From then on there is an estimate of all that is to be done, which is told if that is longer than a bar's worth.
 SECONDS_TO_ESTIMATE, SECONDS_WORTH_TELLING = 4.0, 10.0
-_errors = Console(stderr=True, markup=False)
+_errors = console(stderr=True)
+_TEXT = TextColumn("{task.description}", markup=False)
 # Called with the steps done, in all, and a text.
 Show = Callable[[int, int, str], None]
 Step = Callable[[int, int], None]
@@ -71,7 +73,7 @@ class Course:
 @contextmanager
 def course(costs: Mapping[str, float]) -> Iterator[Course]:
     """A bar for work in phases; see `Course`."""
-    with _bar(TextColumn("{task.description}"), BarColumn(), transient=True) as show:
+    with _bar(_TEXT, BarColumn(), transient=True) as show:
         yield Course(costs, show)
 
 
@@ -85,7 +87,7 @@ def progress(label: str) -> Iterator[Step]:
 def progress_with_text() -> AbstractContextManager[Show]:
     """A bar with a text that changes; yields the function to call with the steps done, in all, and the text."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True))
-    return _bar(*columns, TextColumn("{task.description}"), transient=False)
+    return _bar(*columns, _TEXT, transient=False)
 
 
 def spoken(seconds: float) -> str:

@@ -13,6 +13,7 @@ from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.scores import MatchResult
 from headshare_jax.sharing.source import stored_shape
 from headshare_jax.sharing.tie import DROPPED
+from headshare_jax.typed import typed
 
 DROP = "drop"
 
@@ -61,6 +62,7 @@ def attention_budget(config: LlamaConfig, model_budget: float) -> float:
     return float(kept)
 
 
+@typed
 def budget_map(
     result: MatchResult,
     config: LlamaConfig,

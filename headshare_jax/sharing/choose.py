@@ -9,8 +9,10 @@ from headshare_jax.errors import HeadshareError
 from headshare_jax.sharing.map import SharingMap, shard_of_units
 from headshare_jax.sharing.scores import MatchResult, best_donors
 from headshare_jax.sharing.tie import DROPPED, check_tie
+from headshare_jax.typed import typed
 
 
+@typed
 def sharing_map(
     result: MatchResult, ratio: float, *, chains: str = "resolve", tie: str = "qkv", heads_per_unit: int | None = None
 ) -> SharingMap:
@@ -82,6 +84,7 @@ def within_shards(result: MatchResult, shards: int) -> MatchResult:
     return replace(result, donor_layer=layer, donor_unit=unit, value=value, scores=scores, tie_scores=tie_scores)
 
 
+@typed
 def drop_map(result: MatchResult, ratio: float) -> SharingMap:
     """Drops the units whose score of being dropped is highest.
 

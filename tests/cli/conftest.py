@@ -8,6 +8,7 @@ import pytest
 import tiny_cli_model
 
 from headshare_jax import cli
+from headshare_jax.cli.exit_codes import ExitCode
 
 
 @pytest.fixture(scope="session")
@@ -39,10 +40,10 @@ def headshare(capsys: pytest.CaptureFixture[str]) -> Any:
 def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
     """Runs a command that must refuse its input and leave nothing behind; returns the sentence it says."""
 
-    def call(*args: object) -> str:
+    def call(*args: object, code: ExitCode = ExitCode.REFUSED) -> str:
         before = sorted(tmp_path.rglob("*"))
         capsys.readouterr()
-        assert cli.run([str(arg) for arg in args]) == 2
+        assert cli.run([str(arg) for arg in args]) == code
         printed = capsys.readouterr()
         assert printed.out == ""
         assert sorted(tmp_path.rglob("*")) == before

@@ -69,9 +69,12 @@ def test_a_person_reads_what_bounds_the_step(plan: Any) -> None:
         (("llama-2-7b", "--topology", "v5q:2x2"), "no TPU topology; give one such as v5e:1x1"),
         (("llama-9", "--topology", "v5e:2x2"), "llama-9 is neither a model nor one of llama-2-7b"),
         (("llama-2-7b", "--topology", "v5e:2x2", "--ratio", 1.5, "--host"), "ratio must be at least 0 and below 1"),
-        (("llama-2-7b", "--topology", "v5e:2x2", "--batch", 0, "--host"), "give at least 1 x 2"),
+        (("llama-2-7b", "--topology", "v5e:2x2", "--batch", 0, "--host"), "--batch must be at least 1"),
         (("llama-2-7b", "--topology", "v5e:2x2", "--mesh", 3, 1, 1, "--host"), "needs 3 devices, but there are 4"),
-        (("llama-2-7b", "--topology", "v5e:2x2", "--stage", "train", "--host"), "stage must be one of decode"),
+        (
+            ("llama-2-7b", "--topology", "v5e:2x2", "--stage", "train", "--host"),
+            "--stage does not take 'train'; it takes decode",
+        ),
         (("llama-2-7b", "--topology", "v5e:2x2", "--devices", 5, "--host"), "not 5 (--devices)"),
         (
             ("llama-2-7b", "--topology", "v5e:2x2", "--stage", "decode", "--remat", "full", "--host"),
