@@ -77,7 +77,7 @@ class Command:
           given: the options that the command line names.
 
         Raises:
-          HeadshareError: a value is none of its kind, an option would do nothing, or outputs are in each other's way.
+          HeadshareError: a value is none of its kind, an option would do nothing, or outputs lie in each other.
         """
         object.__setattr__(self, "given", given)
         flags = self.flags()
