@@ -179,7 +179,7 @@ def save(
     if to == "gguf":
         with atomic.new_file(Path(dst), overwrite=overwrite, keep=files) as file:
             gguf_writer.write(
-                source, file, name=Path(dst).stem, quantize=quantize,
+                source, file, name=_readable(Path(dst).stem), quantize=quantize,
                 tokenizer_from=tokenizer_from, provenance=told, documents=documents, generation=generation,
             )  # fmt: skip
         return
@@ -190,7 +190,8 @@ def save(
             (huggingface if to == "hf" else compact).write(source, folder)
             if source.sharing is not None:
                 (folder / MAP_FILE).write_text(source.sharing.to_json())
-            (folder / card.NAME).write_text(card.card(source, to, Path(dst).name, told, list(documents or ())))
+            text = card.card(source, to, Path(dst).name, told, list(documents or ()))
+            (folder / card.NAME).write_text(_readable(text))
         if generation:
             generation_config.carry(generation, folder, source.config)
         for name, document in (documents or {}).items():
@@ -198,3 +199,8 @@ def save(
         if to == "native":
             # Last, for it answers for all that lies beside the weights.
             native_writer.write(source, folder, provenance=told)
+
+
+def _readable(text: str) -> str:
+    """Text that can be written: a file's name may hold bytes that are no UTF-8."""
+    return text.encode(errors="backslashreplace").decode()

@@ -19,9 +19,9 @@ WINDOWS = TOKENS[:256].reshape(4, 64).astype(np.int32)
 CASES: list[tuple[Callable[[], Any], str]] = [
     (lambda: hs.compress(MODEL, ratio="0.3"), "ratio must be a number or None, not '0.3'"),
     (lambda: hs.compress(MODEL, ratio=True), "ratio must be a number or None, not True"),
-    (lambda: hs.compress(MODEL, ratio=0.3, method=3), "method must be a text, not 3"),
+    (lambda: hs.compress(MODEL, ratio=0.3, method=3), "method must be a text or None, not 3"),
     (lambda: hs.compress(MODEL, ratio=0.3, method="random", seed=1.5), "seed must be a whole number or None, not 1.5"),
-    (lambda: hs.compress(MODEL, ratio=0.3, seq_len=64.0), "seq_len must be a whole number, not 64.0"),
+    (lambda: hs.compress(MODEL, ratio=0.3, seq_len=64.0), "seq_len must be a whole number or None, not 64.0"),
     (lambda: hs.compress(MODEL, ratio=0.3, overwrite="no"), "overwrite must be True or False, not 'no'"),
     (lambda: hs.compress(MODEL, 7, ratio=0.3), "dst must be a text or a path or None, not 7"),
     (lambda: hs.match(MODEL, 3), "function must be a text, not 3"),
