@@ -23,7 +23,9 @@ def test_a_name_like_markup_is_a_name(headshare: Any, model: Path, text: Path, t
     name.write_text(text.read_text())
     refit = ("--method", "refit", "--calibrate", name, "--calibrate-tokens", 256, "--seq-len", 64)
     assert f"{tmp_path}/shared[red]: " in headshare("share", model, tmp_path / "shared[red]", "--ratio", 0.3, *refit)
-    measured = headshare("sweep", model, "-o", tmp_path / "[/y]", "--text", name, "--ratios", 0.3, "--methods", "direct")
+    measured = headshare(
+        "sweep", model, "-o", tmp_path / "[/y]", "--text", name, "--ratios", 0.3, "--methods", "direct"
+    )
     assert f"text: {name}" in measured
     assert f"{tmp_path}/shared[red]" in headshare("inspect", tmp_path / "shared[red]")
     said = headshare("generate", model, "--prompt", "[/x] [bold]two[/bold] :smile:", "--max-new-tokens", 2)
