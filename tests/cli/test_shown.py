@@ -23,9 +23,8 @@ def test_a_name_like_markup_is_a_name(headshare: Any, model: Path, text: Path, t
     name.write_text(text.read_text())
     refit = ("--method", "refit", "--calibrate", name, "--calibrate-tokens", 256, "--seq-len", 64)
     assert f"{tmp_path}/shared[red]: " in headshare("share", model, tmp_path / "shared[red]", "--ratio", 0.3, *refit)
-    measured = headshare(
-        "sweep", model, "-o", tmp_path / "[/y]", "--text", name, "--ratios", 0.3, "--methods", "direct"
-    )
+    few = ("--ratios", 0.3, "--methods", "direct")
+    measured = headshare("sweep", model, "-o", tmp_path / "report[y]", "--text", name, *few)
     assert f"text: {name}" in measured
     assert f"{tmp_path}/shared[red]" in headshare("inspect", tmp_path / "shared[red]")
     said = headshare("generate", model, "--prompt", "[/x] [bold]two[/bold] :smile:", "--max-new-tokens", 2)
@@ -82,6 +81,6 @@ def test_text_that_the_encoding_lacks_is_shown_escaped(model: Path) -> None:
 
 
 def test_json_takes_any_name(headshare: Any, tmp_path: Path) -> None:
-    folder = tiny_cli_model.saved_without_torch(tmp_path / "caf\udce9[x]")
+    folder = tiny_cli_model.saved_without_torch(tmp_path / "plain").rename(tmp_path / "caf\udce9[x]")
     printed = headshare("inspect", folder, "--json")
     assert json.loads(json.dumps(printed))["path"] == str(folder)
