@@ -241,7 +241,7 @@ def torch_model(options: Options) -> tuple[Run, Run, int]:
 def jax_model(options: Options) -> tuple[Run, Run, int]:
     """The command's own path from a native checkpoint to tokens, with its cache of compiled programs."""
     from headshare_jax import generate, load
-    from headshare_jax.cli.generate import keep_compiled
+    from headshare_jax.cli.drawing import keep_compiled
     from headshare_jax.sharing.ledger import ledger
 
     keep_compiled()

@@ -44,6 +44,7 @@ class NativeCheckpoint:
 
     Attributes:
       provenance: plain data that was kept with it.
+      checksums: whether it carries any.
       arrays: what is stored, by name: parameters, and the index of every projection.
 
     Raises:
@@ -69,7 +70,8 @@ class NativeCheckpoint:
         self._check_arrays()
         for projection in PROJECTIONS:
             self._check_index(projection)
-        if not native_document.has_checksums(document):
+        self.checksums = native_document.has_checksums(document)
+        if not self.checksums:
             logger.warning("%s was written without checksums, so damage can go unnoticed; convert it anew.", path)
 
     def __repr__(self) -> str:

@@ -16,7 +16,9 @@ from typing import Any
 import jax
 
 from headshare_jax.cli.arguments import parse
+from headshare_jax.cli.chat import Chat
 from headshare_jax.cli.command import Command
+from headshare_jax.cli.compare import Compare
 from headshare_jax.cli.convert import Convert
 from headshare_jax.cli.demo import Demo
 from headshare_jax.cli.evaluate import Evaluate
@@ -40,6 +42,8 @@ COMMANDS: dict[str, type[Command]] = {
     "postshare": Postshare,
     "eval": Evaluate,
     "generate": Generate,
+    "chat": Chat,
+    "compare": Compare,
     "inspect": Inspect,
     "plan": Plan,
 }

@@ -2,49 +2,88 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
 from rich.console import RenderableType
 from rich.table import Table
 
 from headshare_jax import convert, parameters
 from headshare_jax.cli import kinds
-from headshare_jax.cli.command import Command, Source
+from headshare_jax.cli.command import Command, Overwrite, Source
+from headshare_jax.convert import stored
+from headshare_jax.convert.atomic import check_output, new_file
+from headshare_jax.errors import HeadshareError
+from headshare_jax.report.map import draw_map
+from headshare_jax.report.picture import check_name
+from headshare_jax.report.progress import progress
 from headshare_jax.sharing.budget import crossing_parameters
-from headshare_jax.sharing.ledger import NOT_SAVED, ledger, megabytes
+from headshare_jax.sharing.ledger import NOT_SAVED, ledger, megabytes, short
 from headshare_jax.sharing.map import shard_of_units
 from headshare_jax.sharing.source import stored_shape
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect(Command):
-    """Show a model's architecture, who shares with whom, and what it stores.
+    """Show what a model is, what it stores, and what became of its heads.
 
     Example: headshare inspect smollm2-shared
 
     Attributes:
+      check: Read all of it, and compare it with its checksums if it carries any.
+      plot: Where to draw who shares with whom (.png, .svg or .pdf).
+      pairs: List every unit that shares or is dropped.
+      shapes: List every parameter's shape and type.
       shards: Count what must move if so many chips share out the heads of each layer evenly.
     """
 
+    needs: ClassVar = {"overwrite": ("plot",)}
+
     src: Source
+    check: bool = False
+    plot: Path | None = None
+    pairs: bool = False
+    shapes: bool = False
     shards: kinds.Count | None = None
+    overwrite: Overwrite = False
 
     def run(self) -> dict[str, Any]:
+        if self.plot is not None:
+            check_name(self.plot)
+            check_output(self.plot, folder=False, overwrite=self.overwrite)
         path = convert.locate(self.src)
         source = convert.open_checkpoint(path)
         config, sharing = source.config, source.sharing
+        if self.plot is not None and sharing is None:
+            raise HeadshareError(f"{self.src} is dense: there is no map to draw.", option="plot")
+        checked = self._checked(path) if self.check else None
+        if self.plot is not None and sharing is not None:
+            with new_file(self.plot, overwrite=self.overwrite) as file:
+                draw_map(sharing).save(file)
         return {
             "path": str(path),
+            "format": stored.format_of(source),
+            "family": config.family,
             "config": config.to_json(),
             "parameters": {
                 name: {"shape": stored_shape(config, name, sharing), "dtype": str(source.dtype(name))}
                 for name in parameters.parameter_names(config)
             },
+            "stored_types": stored.types(source),
             "map": None if sharing is None else json.loads(sharing.to_json()),
+            "summary": None if sharing is None else sharing.summary(),
             "ledger": ledger(source, path=source.path).to_json(),
+            "provenance": stored.provenance(source),
+            "checksums": stored.has_checksums(source),
+            "checked": checked,
+            "plot": self.plot and str(self.plot),
             "shards": None if self.shards is None else self._crossing(source, self.shards),
         }
+
+    def _checked(self, path: Path) -> dict[str, Any]:
+        with progress("reading all of it") as step:
+            return asdict(convert.verify(path, progress=step))
 
     def _crossing(self, source: convert.Checkpoint, shards: int) -> dict[str, int]:
         """What receivers need of other shards in a pass through all layers, in the stored type."""
@@ -59,42 +98,88 @@ class Inspect(Command):
         }
 
     def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
-        config = result["config"]
-        yield (
-            f"{result['path']}: {config['num_layers']} layers, width {config['hidden_size']}, "
-            f"{config['num_heads']} query and {config['num_kv_heads']} key/value heads of {config['head_dim']}, "
-            f"vocabulary {config['vocab_size']}"
-        )
-        table = Table("parameter", "shape", "type")
-        for name, parameter in result["parameters"].items():
-            table.add_row(name, " x ".join(map(str, parameter["shape"])), parameter["dtype"])
-        yield table
-        yield ledger_table(result["ledger"])
+        yield from _summary(result)
+        if result["checked"] is not None:
+            yield _check(result["checked"])
+        if result["plot"] is not None:
+            yield f"written: {result['plot']}"
         sharing, crossing = result["map"], result["shards"]
-        yield from ["Dense: every unit keeps its own weights."] if sharing is None else _pairs(sharing)
         if crossing is not None:
             receivers = 0 if sharing is None else len(sharing["receivers"])
             yield (
                 f"With heads cut over {crossing['shards']} chips, {crossing['receivers']} of {receivers} "
                 f"receivers have their donor on another chip; {megabytes(crossing['bytes'])} of weights move in a pass."
             )
+        yield ledger_table(result["ledger"])
         if sharing is not None:
             yield NOT_SAVED
+        if self.shapes:
+            table = Table("parameter", "shape", "type")
+            for name, parameter in result["parameters"].items():
+                table.add_row(name, " x ".join(map(str, parameter["shape"])), parameter["dtype"])
+            yield table
+        if self.pairs and sharing is not None:
+            yield _pairs(sharing)
 
 
-def _pairs(sharing: dict[str, Any]) -> Iterator[RenderableType]:
+def _summary(result: dict[str, Any]) -> Iterator[str]:
+    """The model in a few lines."""
+    config, sizes, sharing = result["config"], result["ledger"], result["map"]
+    units = config["num_layers"] * config["num_kv_heads"]
+    yield f"{result['path']}: {result['format']}, family {result['family']}"
+    yield (
+        f"{config['num_layers']} layers, width {config['hidden_size']}, {config['num_heads']} query and "
+        f"{config['num_kv_heads']} key/value heads of {config['head_dim']}, vocabulary {config['vocab_size']}, context "
+        f"{config['max_position_embeddings']}"
+    )
+    bits = 8 * sizes["disk_bytes"] / max(sizes["stored"], 1)
+    types = ", ".join(f"{name} ({short(count)})" for name, count in result["stored_types"].items())
+    read = {parameter["dtype"] for parameter in result["parameters"].values()}
+    as_read = "" if read >= result["stored_types"].keys() else f", read as {' and '.join(sorted(read))}"
+    yield (
+        f"{short(sizes['stored'])} parameters stored as {types}{as_read}; {megabytes(sizes['disk_bytes'])} on disk, "
+        f"{bits:.1f} bits for each"
+    )
+    if sharing is None:
+        yield f"Dense: each of {units} units (a key/value head and its query heads) keeps its own weights."
+    else:
+        yield f"Map: {result['summary']}, matched by {sharing['match']}{_method(sharing)} (--pairs lists them)"
+    if told := _told(result["provenance"]):
+        yield f"Made from: {told}"
+    yield "Checksums: " + ("of every stored chunk (--check reads all)" if result["checksums"] else "none")
+
+
+def _method(sharing: dict[str, Any]) -> str:
+    return f", method {sharing['method']}" if sharing.get("method") else ""
+
+
+def _told(provenance: dict[str, Any], most: int = 200) -> str:
+    """What a checkpoint was made from, as far as it fits into a line."""
+    told = ", ".join(
+        f"{name} {value}" for name, value in provenance.items() if isinstance(value, (str, int, float)) and value != ""
+    )
+    return told if len(told) <= most else f"{told[:most]} ..."
+
+
+def _check(checked: dict[str, Any]) -> str:
+    read = f"{checked['files']} files, {checked['chunks']} pieces, {megabytes(checked['bytes'])} read"
+    if checked["checksums"]:
+        return f"Checked: {read}; all are as they were written."
+    return (
+        f"Checked: {read}, and all can be used; without checksums, damaged values that are still numbers go unnoticed."
+    )
+
+
+def _pairs(sharing: dict[str, Any]) -> Table:
     """A map as plain data: who has whose weights."""
-    receivers, dropped = sharing["receivers"], sharing.get("dropped", [])
-    drops = f"{len(dropped)} dropped, " if dropped else ""
-    yield f"Map: {len(receivers)} receivers, {drops}tie {sharing['tie']}, matched by {sharing['match']}"
     units = Table("unit (layer.unit)", "donor", "tie", "score")
-    for entry in (*receivers, *dropped):
+    for entry in (*sharing["receivers"], *sharing.get("dropped", [])):
         donor, tie = "dropped", ""
         if "donor" in entry:
             donor, tie = "{}.{}".format(*entry["donor"]), entry.get("tie", sharing["tie"])
         score = "" if entry["score"] is None else f"{entry['score']:.4f}"
         units.add_row(f"{entry['layer']}.{entry['unit']}", donor, tie, score)
-    yield units
+    return units
 
 
 def ledger_table(sizes: dict[str, Any]) -> Table:

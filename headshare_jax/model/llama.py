@@ -125,6 +125,8 @@ class Llama(nnx.Module):
     def __repr__(self) -> str:
         return f"Llama({described(self)})"
 
+    __str__ = __repr__
+
     @property
     def settings(self) -> dict[str, Any]:
         """Keyword arguments of the constructor that do not depend on the weights."""

@@ -128,7 +128,7 @@ def described(source: WeightSource) -> str:
         f"{config.num_layers} layers",
         f"width {config.hidden_size}",
         f"{query_heads}{config.num_kv_heads} {kind} of {config.head_dim}",
-        f"{_short(sum(prod(stored_shape(config, name, sharing)) for name in names))} parameters",
+        f"{short(sum(prod(stored_shape(config, name, sharing)) for name in names))} parameters",
         types,
     ]
     if sharing is not None:
@@ -138,7 +138,8 @@ def described(source: WeightSource) -> str:
     return ", ".join(parts)
 
 
-def _short(count: int) -> str:
+def short(count: int) -> str:
+    """A number of parameters, such as `134.5 M`."""
     for unit, name in ((10**9, "B"), (10**6, "M")):
         if count >= unit:
             return f"{count / unit:,.{2 if name == 'B' else 1}f} {name}"

@@ -109,8 +109,9 @@ def test_eval_reads_a_data_set(headshare: Any, model: Path, monkeypatch: pytest.
 
 
 def test_generate(headshare: Any, model: Path) -> None:
-    args = ("generate", model, "--prompt", "One", "Another one", "--max-new-tokens", 5)
+    args = ("generate", model, "One", "Another one", "--max-new-tokens", 5)
     result = headshare(*args, "--json")
+    assert headshare("generate", model, "--max-new-tokens", 5, "--prompt", "One", "Another one", "--json") == result
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     prompts = [tokenizer(text).input_ids for text in ("One", "Another one")]
     expected = hs.generate(hs.load(model), prompts, max_new_tokens=5)
@@ -161,10 +162,47 @@ def test_inspect(headshare: Any, model: Path, tmp_path: Path) -> None:
     assert hs.SharingMap.from_json(json.dumps(result["map"])) == checkpoint.sharing
     files = [file for file in (tmp_path / "shared").rglob("*") if file.is_file()]
     assert result["ledger"]["disk_bytes"] == sum(file.stat().st_size for file in files)
+    assert (result["format"], result["family"]) == ("native", "llama")
     printed = headshare("inspect", tmp_path / "shared")
-    assert "3 receivers" in printed
+    assert checkpoint.sharing.summary() in printed
     assert "FLOPs" in printed
+    assert "0.1 " not in printed
+    assert "k_pool_pdh" not in printed
+    (receiver,) = checkpoint.sharing.receivers[:1]
+    layer, unit = divmod(int(receiver), 2)
+    assert f"{layer}.{unit} " in headshare("inspect", tmp_path / "shared", "--pairs")
+    assert "k_pool_pdh" in headshare("inspect", tmp_path / "shared", "--shapes")
     assert "Dense" in headshare("inspect", model)
+
+
+def test_inspect_draws_the_map_and_reads_all_of_it(headshare: Any, refused: Any, model: Path, tmp_path: Path) -> None:
+    shared, picture = tmp_path / "shared", tmp_path / "map.png"
+    headshare("share", model, shared, "--ratio", 0.5, "--method", "direct")
+    result = headshare("inspect", shared, "--plot", picture, "--check", "--json")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert result["checksums"] is result["checked"]["checksums"] is True
+    assert "as they were written" in headshare("inspect", shared, "--check")
+    assert "no map to draw (--plot)" in refused("inspect", model, "--plot", tmp_path / "none.png")
+    assert "exists already" in refused("inspect", shared, "--plot", picture)
+    chunk = max((shared / "weights").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    damaged = bytearray(chunk.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    chunk.write_bytes(damaged)
+    assert "damaged" in refused("inspect", shared, "--check", "--plot", tmp_path / "none.png")
+
+
+def test_inspect_tells_how_a_gguf_file_stores_its_values(headshare: Any, model: Path, tmp_path: Path) -> None:
+    headshare("convert", model, tmp_path / "small.gguf", "--to", "gguf", "--quantize", "q8_0")
+    result = headshare("inspect", tmp_path / "small.gguf", "--json")
+    sizes = {name: np.prod(each["shape"]) for name, each in result["parameters"].items()}
+    norms = sum(int(size) for name, size in sizes.items() if "norm" in name)
+    assert result["stored_types"] == {"q8_0": int(sum(sizes.values())) - norms, "float32": norms}
+    assert result["format"] == "gguf (llama)"
+    assert result["provenance"]["source"] == model.name
+    assert not result["checksums"]
+    printed = headshare("inspect", tmp_path / "small.gguf")
+    assert "stored as q8_0" in printed
+    assert "read as float32" in printed
 
 
 def test_demo_tells_the_whole_story(headshare: Any, model: Path, tmp_path: Path) -> None:
