@@ -1,12 +1,16 @@
 """Compact Hugging Face checkpoints: every stored head once, and the PyTorch code that runs the model at that size.
 
-The projections that a map pools lie in pools, `model.q_pool.weight` [P, H, D] with `model.q_pool.index` [layers, heads]
-saying which row each head is; everything else lies as in a plain checkpoint of the model's family. Where that fuses
-projections of which some are pooled, the others lie apart.
+The heads of a projection that a map pools lie in blocks: units of one layer, side by side, that no layer uses without
+each other. `model.q_pool.3_1.weight` has layer 3's from unit 1 on, as a part of the family's own projection: rows of q,
+k and v, columns of o. Everything else lies as in a plain checkpoint of the model's family; where that fuses projections
+of which some are pooled, the others lie apart. Which blocks a layer uses follows from the map in `config.json`.
+
+Before, each pool was one tensor with an index beside it (`compact_before`).
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +18,34 @@ import numpy as np
 
 from headshare_jax import parameters
 from headshare_jax.config import LlamaConfig
-from headshare_jax.convert import huggingface, keys
+from headshare_jax.convert import compact_before, huggingface, keys
 from headshare_jax.convert.safetensors_files import SafetensorsReader
 from headshare_jax.convert.tensor_files import TensorCheckpoint
 from headshare_jax.errors import HeadshareError
 from headshare_jax.families import FAMILIES
 from headshare_jax.parameters import PARAMETERS
 from headshare_jax.sharing.map import SharingMap
-from headshare_jax.sharing.source import WeightSource, assemble, pool_index, read_heads, stored_shape
+from headshare_jax.sharing.source import WeightSource, read_heads
 
-MODEL_TYPE, ARCHITECTURE, MAP_FIELD = "headshare", "HeadshareForCausalLM", "headshare_map"
+MODEL_TYPE, MAP_FIELD = "headshare", "headshare_map"
 # Shipped inside every checkpoint, with the classes of its family in place of Llama's, and run there by transformers;
 # never imported here, since it needs torch.
 MODELING = Path(__file__).with_name("modeling_headshare.py")
+_CLASSES = {
+    "AutoConfig": "HeadshareConfig",
+    "AutoModel": "HeadshareModel",
+    "AutoModelForCausalLM": "HeadshareForCausalLM",
+    "AutoModelForSequenceClassification": "HeadshareForSequenceClassification",
+}
 
-# [P, H, D] <-> [P, D, H]
-_ROWS_TURNED = keys.Layout(lambda tensor, width: tensor.swapaxes(1, 2), lambda value, width: value.swapaxes(1, 2))
-POOLS: keys.KeyTable = {
-    "q_pool_pdh": keys.Key("model.q_pool.weight", _ROWS_TURNED),
-    "k_pool_pdh": keys.Key("model.k_pool.weight", _ROWS_TURNED),
-    "v_pool_pdh": keys.Key("model.v_pool.weight", _ROWS_TURNED),
-    "o_pool_phd": keys.Key("model.o_pool.weight", keys.SAME),
-    "q_bias_ph": keys.Key("model.q_pool.bias", keys.SAME),
-    "k_bias_ph": keys.Key("model.k_pool.bias", keys.SAME),
-    "v_bias_ph": keys.Key("model.v_pool.bias", keys.SAME),
+BLOCKS: keys.KeyTable = {
+    "q_pool_pdh": keys.Key("model.q_pool.{block}.weight", keys.HEADS_IN),
+    "k_pool_pdh": keys.Key("model.k_pool.{block}.weight", keys.HEADS_IN),
+    "v_pool_pdh": keys.Key("model.v_pool.{block}.weight", keys.HEADS_IN),
+    "o_pool_phd": keys.Key("model.o_pool.{block}.weight", keys.HEADS_OUT),
+    "q_bias_ph": keys.Key("model.q_pool.{block}.bias", keys.HEAD_BIAS),
+    "k_bias_ph": keys.Key("model.k_pool.{block}.bias", keys.HEAD_BIAS),
+    "v_bias_ph": keys.Key("model.v_pool.{block}.bias", keys.HEAD_BIAS),
 }
 # Where a projection that is not pooled lies beside pooled ones that its family fuses it with.
 _APART: keys.KeyTable = {
@@ -46,6 +54,43 @@ _APART: keys.KeyTable = {
     )
     for projection in "qkv"
 }
+
+
+@dataclass(frozen=True)
+class Block:
+    """Stored heads that lie in one tensor.
+
+    Attributes:
+      layer: whose they are.
+      name: its layer and its first unit.
+      heads: their places among the layer's heads.
+      row: pool row of the first.
+    """
+
+    layer: int
+    name: str
+    heads: range
+    row: int
+
+
+def blocks(sharing: SharingMap, projection: str) -> list[Block]:
+    """The blocks in which a projection's stored heads lie, in the order of pool rows."""
+    units = sharing.donor.shape[1]
+    group = sharing.heads_per_unit if projection in "qo" else 1
+    unit_lu = sharing.slot_donor(projection)[:, ::group] // group
+    before_lu = np.pad(unit_lu[:, :-1], ((0, 0), (1, 0)), constant_values=-2)
+    breaks = before_lu + 1 != unit_lu
+    firsts = np.concatenate([unit_lu[breaks], before_lu[breaks] + 1, unit_lu[:, -1] + 1])
+    firsts = np.union1d(firsts, np.arange(0, unit_lu.size, units))
+    stored = np.flatnonzero(unit_lu.ravel() == np.arange(unit_lu.size))
+    runs = np.split(stored, np.flatnonzero(np.isin(stored, firsts))[1:])
+    found, row = [], 0
+    for run in filter(len, runs):
+        layer, unit = divmod(int(run[0]), units)
+        heads = range(unit * group, (unit + len(run)) * group)
+        found.append(Block(layer, f"{layer}_{unit}", heads, row))
+        row += len(heads)
+    return found
 
 
 def is_compact(path: Path) -> bool:
@@ -65,38 +110,40 @@ def _model_type(family: str) -> str:
 
 
 class CompactCheckpoint(TensorCheckpoint):
-    """A compact checkpoint on disk, as a `WeightSource`; reads no more than the heads of the layer asked for.
-
-    Raises:
-      HeadshareError: as `TensorCheckpoint`, or an index is not that of the map.
-    """
+    """A compact checkpoint on disk, as a `WeightSource`; reads no more than the heads of the layer asked for."""
 
     def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
         projection = PARAMETERS[name].pool
-        if layer is None or projection is None or projection not in _pooled_projections(self.sharing):
+        if layer is None or projection is None or self.sharing is None or projection not in self.sharing.pooled:
             return super().read(name, layer, heads)
-        pool = POOLS[name].template
+        found, key, width = blocks(self.sharing, projection), BLOCKS[name], self.config.head_dim
+        first_rows = [block.row for block in found]
 
         def read_rows(rows: np.ndarray) -> np.ndarray:
-            cut = keys.Cut(0, [slice(row, row + 1) for row in rows.tolist()])
-            return keys.decode(POOLS, self.config, name, self.values(pool, cut))
+            places = np.searchsorted(first_rows, rows, side="right") - 1
+            breaks = np.flatnonzero((np.diff(places) != 0) | (np.diff(rows) != 1)) + 1
+            return np.concatenate(
+                [
+                    read_run(found[place[0]], run)
+                    for place, run in zip(np.split(places, breaks), np.split(rows, breaks), strict=True)
+                ]
+            )
+
+        def read_run(block: Block, run: np.ndarray) -> np.ndarray:
+            tensor, start = _tensor_name(name, block), int(run[0]) - block.row
+            whole = len(run) == len(block.heads)
+            part = slice(start * width, (start + len(run)) * width)
+            cut = None if whole else keys.Cut(key.layout.heads_axis, [part])
+            return keys.decode(BLOCKS, self.config, name, self.values(tensor, cut))
 
         return read_heads(self, name, layer, heads, read_rows)
 
     def _expected(self) -> dict[str, keys.Tensor]:
-        return _pooled(super()._expected(), self.config, self.sharing)
-
-    def _contradictions(self) -> list[str]:
-        indices = _indices(self.config, self.sharing)
-        wrong = [
-            name
-            for name, index in indices.items()
-            if not np.array_equal(self.reader.read(self._infos[name], name), index)
-        ]
-        return super()._contradictions() + [f"{name} disagrees with {MAP_FIELD} in config.json" for name in wrong]
+        dense = not_pooled(super()._expected(), self.sharing)
+        return dense | {tensor: shape for tensor, (_, shape) in _tensors(self.config, self.sharing).items()}
 
 
-def open_directory(path: Path) -> CompactCheckpoint:
+def open_directory(path: Path) -> TensorCheckpoint:
     """Opens a compact checkpoint, whether this library wrote it or PyTorch's `save_pretrained`.
 
     Raises:
@@ -112,29 +159,32 @@ def open_directory(path: Path) -> CompactCheckpoint:
     files = huggingface.weight_files(path, "model.safetensors")
     if not files:
         raise HeadshareError(f"{path} has a config.json but no weights (model*.safetensors); fetch them.")
-    return CompactCheckpoint(path, config, _table(config, sharing), SafetensorsReader(files), sharing=sharing)
+    reader = SafetensorsReader(files)
+    kind = compact_before.PoolsCheckpoint if compact_before.has_pools(reader) else CompactCheckpoint
+    return kind(path, config, _table(config, sharing), reader, sharing=sharing)
 
 
 def write(source: WeightSource, folder: Path, *, shard_bytes: int = huggingface.SHARD_BYTES) -> None:
-    """Writes a source into an existing folder; peak memory is two copies of its largest tensor, such as a pool.
+    """Writes a source into an existing folder; peak memory is that of `huggingface.write`.
 
-    A normalised output head (Baichuan-2) is written already normalised.
+    A model without a map is written as a plain one of its family, which runs without code of its own. A normalised
+    output head (Baichuan-2) is written already normalised.
     """
     config, sharing = source.config, source.sharing
-    indices, table = _indices(config, sharing), _table(config, sharing)
-    tensors = _pooled(keys.tensors(table, config), config, sharing)
-    layout = {
-        name: (tensor.shape, indices[name].dtype if name in indices else keys.dtype(source, tensor))
-        for name, tensor in tensors.items()
-    }
-    pools = {key.template: name for name, key in POOLS.items()}
+    if sharing is None:
+        huggingface.write(source, folder, shard_bytes=shard_bytes)
+        return
+    table, pooled = _table(config, sharing), _tensors(config, sharing)
+    dense = not_pooled(keys.tensors(table, config), sharing)
+    every = dense | {name: tensor for name, (_, tensor) in pooled.items()}
+    layout = {name: (tensor.shape, keys.dtype(source, tensor)) for name, tensor in every.items()}
 
     def value(name: str) -> np.ndarray:
-        if name in indices:
-            return indices[name]
-        if name in pools:
-            return keys.encode(POOLS, config, pools[name], assemble(source, pools[name]))
-        return keys.encoded(table, source, tensors[name])
+        if name in dense:
+            return keys.encoded(table, source, dense[name])
+        block, tensor = pooled[name]
+        (parameter,) = tensor.parts
+        return keys.encode(BLOCKS, config, parameter, source.read(parameter, block.layer, list(block.heads)))
 
     huggingface.write_weights(folder, layout, value, shard_bytes)
     huggingface.write_settings(source, folder, _settings(config, sharing))
@@ -151,46 +201,41 @@ def _table(config: LlamaConfig, sharing: SharingMap | None) -> keys.KeyTable:
     """Where the parameters that are not pooled lie."""
     table = keys.of_family(config.family)
     fuses_heads = len(keys.fused(table, config, "q_pool_pdh")) > 1
-    return {**table, **_APART} if fuses_heads and set("qkv").intersection(_pooled_projections(sharing)) else table
+    pooled = set() if sharing is None else set("qkv").intersection(sharing.pooled)
+    return {**table, **_APART} if fuses_heads and pooled else table
 
 
-def _settings(config: LlamaConfig, sharing: SharingMap | None) -> dict[str, Any]:
+def _settings(config: LlamaConfig, sharing: SharingMap) -> dict[str, Any]:
     """What `config.json` says beyond the family's fields, and in place of some."""
-    module = MODELING.stem
     return {
-        "architectures": [ARCHITECTURE],
+        "architectures": [_CLASSES["AutoModelForCausalLM"]],
         "model_type": _model_type(config.family),
-        "auto_map": {
-            "AutoConfig": f"{module}.HeadshareConfig",
-            "AutoModel": f"{module}.HeadshareModel",
-            "AutoModelForCausalLM": f"{module}.{ARCHITECTURE}",
-        },
-        MAP_FIELD: None if sharing is None else json.loads(sharing.to_json()),
+        "auto_map": {auto: f"{MODELING.stem}.{name}" for auto, name in _CLASSES.items()},
+        MAP_FIELD: json.loads(sharing.to_json()),
     }
 
 
-def _pooled(dense: dict[str, keys.Tensor], config: LlamaConfig, sharing: SharingMap | None) -> dict[str, keys.Tensor]:
-    """Every tensor of a compact checkpoint, from those of the expanded one."""
-    pooled = _pooled_projections(sharing)
-    tensors = {name: tensor for name, tensor in dense.items() if PARAMETERS[tensor.parts[0]].pool not in pooled}
+def not_pooled(dense: dict[str, keys.Tensor], sharing: SharingMap | None) -> dict[str, keys.Tensor]:
+    """The tensors of a plain checkpoint that hold no pooled projection."""
+    pooled = "" if sharing is None else sharing.pooled
+    return {name: tensor for name, tensor in dense.items() if (PARAMETERS[tensor.parts[0]].pool or "-") not in pooled}
+
+
+def _tensors(config: LlamaConfig, sharing: SharingMap | None) -> dict[str, tuple[Block, keys.Tensor]]:
+    """Every block's tensors by name."""
+    return {} if sharing is None else dict(_each_tensor(config, sharing))
+
+
+def _each_tensor(config: LlamaConfig, sharing: SharingMap) -> Iterator[tuple[str, tuple[Block, keys.Tensor]]]:
     for name in parameters.parameter_names(config):
-        if PARAMETERS[name].pool in pooled:
-            shape = stored_shape(config, name, sharing)
-            shape = keys.encode(POOLS, config, name, np.broadcast_to(np.int8(0), shape)).shape
-            tensors[POOLS[name].template] = keys.Tensor((name,), None, shape)
-    # An index is no parameter's tensor.
-    return tensors | {name: keys.Tensor((), None, index.shape) for name, index in _indices(config, sharing).items()}
+        projection = PARAMETERS[name].pool
+        if projection is not None and projection in sharing.pooled:
+            sizes = parameters.slice_shape(config, name)[1:]
+            for block in blocks(sharing, projection):
+                like = np.broadcast_to(np.int8(0), (len(block.heads), *sizes))
+                shape = keys.encode(BLOCKS, config, name, like).shape
+                yield _tensor_name(name, block), (block, keys.Tensor((name,), block.layer, shape))
 
 
-def _indices(config: LlamaConfig, sharing: SharingMap | None) -> dict[str, np.ndarray]:
-    """The tensors that say which pool row each head of each layer is, int32 [L, heads], by name."""
-    return {_index_name(p): pool_index(config, p, sharing) for p in _pooled_projections(sharing)}
-
-
-def _index_name(projection: str) -> str:
-    return f"model.{projection}_pool.index"
-
-
-def _pooled_projections(sharing: SharingMap | None) -> tuple[str, ...]:
-    """The projections that lie in pools."""
-    return () if sharing is None else tuple(sharing.pooled)
+def _tensor_name(name: str, block: Block) -> str:
+    return BLOCKS[name].template.format(block=block.name)

@@ -5,23 +5,26 @@ Made by headshare-jax, and self-contained: needs PyTorch and transformers only.
 
 # mypy: allow-untyped-calls
 
-from functools import partial
+from functools import partial, reduce
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import safe_open
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
-
-# Where many small products cost less than one copy of the weights; elsewhere every launch of a product costs more.
-VIEWS_ON = ("cpu",)
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
+from transformers.modeling_layers import GenericForSequenceClassification
 
 
 class HeadshareConfig(LlamaConfig):
     """LlamaConfig with the sharing map, as in `headshare_map.json`; None for a model that shares nothing."""
 
     model_type = "headshare"
-    # The family's plan splits projections that are pooled here.
-    base_model_tp_plan: ClassVar[dict[str, Any]] = {}
+    # Layers that share heads cannot cut them among devices; every device holds the attention whole.
+    base_model_tp_plan: ClassVar[dict[str, Any]] = {
+        name: way for name, way in (LlamaConfig.base_model_tp_plan or {}).items() if "self_attn" not in name
+    }
     headshare_map: dict[str, Any] | None = None
 
 
@@ -41,20 +44,6 @@ def donors(config: HeadshareConfig, projection: str) -> list[int | None]:
     return donor
 
 
-def pool_index(config: HeadshareConfig, projection: str) -> tuple[list[list[int]], int]:
-    """Pool row of every head of every layer, and the number of rows, which is also the row of every dropped head."""
-    donor = donors(config, projection)
-    assert config.num_key_value_heads is not None
-    units = config.num_key_value_heads
-    heads = config.num_attention_heads // units if projection in "qo" else 1
-    stored = [unit for unit, its_donor in enumerate(donor) if unit == its_donor]
-    first_row = {unit: place * heads for place, unit in enumerate(stored)}
-    count = len(stored) * heads
-    rows = [count if unit is None else first_row[unit] + head for unit in donor for head in range(heads)]
-    width = units * heads
-    return [rows[start : start + width] for start in range(0, len(rows), width)], count
-
-
 def is_pooled(config: HeadshareConfig, projection: str) -> bool:
     """Whether some unit does not store its own weights of this projection."""
     return config.headshare_map is not None and any(
@@ -62,72 +51,127 @@ def is_pooled(config: HeadshareConfig, projection: str) -> bool:
     )
 
 
+def blocks(config: HeadshareConfig, projection: str) -> tuple[dict[int, int], list[list[int | None]]]:
+    """The stored units in blocks: units of one layer, side by side, that no layer uses without each other.
+
+    Returns:
+      the size of every block by its first unit, and every layer's blocks in order, with None for a dropped unit.
+    """
+    donor = donors(config, projection)
+    assert config.num_key_value_heads is not None
+    units = config.num_key_value_heads
+    layers = [donor[start : start + units] for start in range(0, len(donor), units)]
+    firsts = set(range(0, len(donor), units))
+    for layer in layers:
+        for before, unit in pairwise([None, *layer, None]):
+            if before is None or before + 1 != unit:
+                firsts |= {-1 if unit is None else unit, -1 if before is None else before + 1}
+    sizes: dict[int, int] = {}
+    first = 0
+    for unit, its_donor in enumerate(donor):
+        if unit == its_donor:
+            first = unit if unit in firsts else first
+            sizes[first] = sizes.get(first, 0) + 1
+    return sizes, [[unit for unit in layer if unit is None or unit in firsts] for layer in layers]
+
+
 class HeadPool(nn.Module):
-    """The stored heads of one projection.
+    """The stored heads of one projection: an `nn.Linear` for every block, named by its layer and first unit.
 
     Attributes:
-      weight: [P, H, D], one stored head a row.
-      bias: [P, H], or None.
-      index: int32 [L, heads], row of every head of every layer; P for a dropped head.
-      drops: whether any head is dropped.
+      parts: for every layer the names of its blocks (None for a dropped unit) and how many numbers are its heads'.
     """
 
-    index: torch.Tensor
-
-    def __init__(self, index: list[list[int]], rows: int, head_dim: int, hidden_size: int, bias: bool):
+    def __init__(self, config: HeadshareConfig, projection: str, head_dim: int, bias: bool):
         super().__init__()
-        self.drops = any(rows in layer for layer in index)
-        self.weight = nn.Parameter(torch.empty(rows, head_dim, hidden_size))
-        self.bias = nn.Parameter(torch.empty(rows, head_dim)) if bias else None
-        self.register_buffer("index", torch.tensor(index, dtype=torch.int32))
+        assert config.num_key_value_heads is not None
+        units, width = config.num_key_value_heads, config.hidden_size
+        self.is_out, self.width = projection == "o", width
+        unit_size = head_dim * (config.num_attention_heads // units if projection in "qo" else 1)
+        sizes, layers = blocks(config, projection)
+        for first, size in sizes.items():
+            heads = size * unit_size
+            linear = nn.Linear(heads, width, bias=False) if self.is_out else nn.Linear(width, heads, bias=bias)
+            self.add_module(block_name(first, units), linear)
+        self.parts = [
+            [
+                (None, unit_size) if first is None else (block_name(first, units), sizes[first] * unit_size)
+                for first in layer
+            ]
+            for layer in layers
+        ]
 
-    def pieces(self, layer: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """One layer's heads in order: weights [n * H, D] and biases [n * H] of pieces of n heads.
+    def forward(self, x: torch.Tensor, layer: int) -> torch.Tensor:
+        parts = self.parts[layer]
+        if self.is_out:
+            heads = x.split([size for _, size in parts], dim=-1)
+            outs = [getattr(self, name)(part) for part, (name, _) in zip(heads, parts, strict=True) if name]
+            return reduce(torch.add, outs) if outs else x.new_zeros((*x.shape[:-1], self.width))
+        return torch.cat(
+            [getattr(self, name)(x) if name else x.new_zeros((*x.shape[:-1], size)) for name, size in parts], dim=-1
+        )
 
-        On a CPU these are views of the pool's runs of rows, elsewhere one copy. The last row stands in for dropped
-        heads.
-        """
-        index = self.index[layer].clamp(max=self.weight.shape[0] - 1)
-        rows: list[Any] = _runs(index.tolist()) if self.weight.device.type in VIEWS_ON else [index]
-        bias = self.bias
-        return [(self.weight[row].flatten(0, 1), None if bias is None else bias[row].flatten()) for row in rows]
+
+def block_name(first: int, units: int) -> str:
+    """Name of the block that begins with a unit, by flat index."""
+    return f"{first // units}_{first % units}"
 
 
-class HeadsIn(nn.Module):
-    """One layer's q, k or v projection, in place of its `nn.Linear`."""
+class Heads(nn.Module):
+    """One layer's q, k, v or o projection, in place of its `nn.Linear`; the bias of o is the layer's own."""
 
     pool: HeadPool
 
-    def __init__(self, pool: HeadPool, layer: int):
+    def __init__(self, pool: HeadPool, layer: int, bias: nn.Parameter | None = None):
         super().__init__()
         # Past nn.Module's own attributes: the pool belongs to the model, not to this layer.
-        self.__dict__["pool"] = pool
-        self.layer = layer
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        pieces = self.pool.pieces(self.layer)
-        return torch.cat([nn.functional.linear(x, weight, bias) for weight, bias in pieces], dim=-1)
-
-
-class HeadsOut(nn.Module):
-    """One layer's o projection, in place of its `nn.Linear`; its bias is the layer's own."""
-
-    pool: HeadPool
-
-    def __init__(self, pool: HeadPool, layer: int, bias: nn.Parameter | None):
-        super().__init__()
         self.__dict__["pool"] = pool
         self.layer = layer
         self.bias = bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.pool.drops:
-            kept = (self.pool.index[self.layer] < self.pool.weight.shape[0]).to(x.dtype)
-            x = x * kept.repeat_interleave(self.pool.weight.shape[1])
-        weights = [weight for weight, _ in self.pool.pieces(self.layer)]
-        parts = x.split([weight.shape[0] for weight in weights], dim=-1)
-        out: torch.Tensor = sum(part @ weight for part, weight in zip(parts, weights, strict=True))
+        # Through the modules' calls, so that hooks run; the pool may lie on another device.
+        out: torch.Tensor = self.pool(x, self.layer).to(x.device)
         return out if self.bias is None else out + self.bias
+
+
+class ReadsPools:
+    """Reads also the files of headshare-jax 0.1, in which each pool was one tensor with an index beside it."""
+
+    config_class = HeadshareConfig
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        folder, load = Path(str(pretrained_model_name_or_path)), super().from_pretrained  # type: ignore[misc]
+        files = [safe_open(file, framework="pt") for file in sorted(folder.glob("model*.safetensors"))]
+        if not any(name.endswith("_pool.index") for file in files for name in file.keys()):  # noqa: SIM118
+            return load(pretrained_model_name_or_path, *args, **kwargs)
+        kwargs["config"] = kwargs.get("config") or cls.config_class.from_pretrained(folder)
+        state = {name: file.get_tensor(name) for file in files for name in file.keys()}  # noqa: SIM118
+        kwargs["state_dict"] = in_blocks(state, kwargs["config"])
+        return load(None, *args, **kwargs)
+
+
+def in_blocks(state: dict[str, torch.Tensor], config: HeadshareConfig) -> dict[str, torch.Tensor]:
+    """Such a file's tensors as they lie now; a pool's weight was [P, H, D], its bias [P, H]."""
+    assert config.num_key_value_heads is not None
+    units = config.num_key_value_heads
+    made: dict[str, torch.Tensor] = {}
+    for name, value in state.items():
+        prefix, _, kind = name.rpartition(".")
+        projection = prefix.removesuffix("_pool")[-1:]
+        if not prefix.endswith("_pool"):
+            made[name] = value
+        elif kind != "index":
+            group = config.num_attention_heads // units if projection in "qo" else 1
+            sizes, _ = blocks(config, projection)
+            pieces = value.split([size * group for size in sizes.values()])
+            for first, piece in zip(sizes, pieces, strict=True):
+                rows = piece.flatten(0, 1)
+                made[f"{prefix}.{block_name(first, units)}.{kind}"] = (
+                    rows.T if projection == "o" else rows
+                ).contiguous()
+    return made
 
 
 class Apart(nn.Module):
@@ -142,49 +186,48 @@ class Apart(nn.Module):
         return torch.cat([module(x) for module in self.children()], dim=-1)
 
 
-class HeadshareModel(LlamaModel):
+class HeadshareModel(ReadsPools, LlamaModel):
     """LlamaModel with one pool of heads for every projection of which some unit does not store its own."""
 
     config: HeadshareConfig
-    config_class = HeadshareConfig
 
     def __init__(self, config: HeadshareConfig):
         super().__init__(config)
         attentions: list[Any] = [layer.self_attn for layer in self.layers]
-        width = attentions[0].head_dim
         for projection in filter(partial(is_pooled, config), "qkvo"):
             places = [attention if projection == "o" else apart(attention, config) for attention in attentions]
-            linear: nn.Linear = getattr(places[0], f"{projection}_proj")
-            index, rows = pool_index(config, projection)
-            bias = linear.bias is not None and projection != "o"
-            pool = HeadPool(index, rows, width, config.hidden_size, bias)
+            linears: list[nn.Linear] = [getattr(place, f"{projection}_proj") for place in places]
+            pool = HeadPool(config, projection, attentions[0].head_dim, linears[0].bias is not None)
             setattr(self, f"{projection}_pool", pool)
-            for layer, place in enumerate(places):
-                if projection == "o":
-                    place.o_proj = HeadsOut(pool, layer, place.o_proj.bias)
-                else:
-                    setattr(place, f"{projection}_proj", HeadsIn(pool, layer))
+            for layer, (place, linear) in enumerate(zip(places, linears, strict=True)):
+                heads = Heads(pool, layer, linear.bias if projection == "o" else None)
+                setattr(place, f"{projection}_proj", heads)
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, HeadPool):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
 
-
-class HeadshareForCausalLM(LlamaForCausalLM):
+class HeadshareForCausalLM(ReadsPools, LlamaForCausalLM):
     """HeadshareModel with a language modelling head."""
 
     config: HeadshareConfig
-    config_class = HeadshareConfig
 
     def __init__(self, config: HeadshareConfig):
         super(LlamaForCausalLM, self).__init__(config)
         self.model = HeadshareModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class HeadshareForSequenceClassification(ReadsPools, GenericForSequenceClassification, LlamaPreTrainedModel):
+    """HeadshareModel with a head that classifies texts."""
+
+    config: HeadshareConfig
+
+    def __init__(self, config: HeadshareConfig):
+        super(GenericForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = HeadshareModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
 
@@ -197,14 +240,3 @@ def apart(attention: Any, config: HeadshareConfig) -> Any:
         heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
         attention.qkv_proj = Apart(attention.qkv_proj, [count * attention.head_dim for count in heads])
     return attention.qkv_proj
-
-
-def _runs(rows: list[int]) -> list[slice]:
-    """The rows as slices of consecutive ones."""
-    runs: list[slice] = []
-    for row in rows:
-        if runs and runs[-1].stop == row:
-            runs[-1] = slice(runs[-1].start, row + 1)
-        else:
-            runs.append(slice(row, row + 1))
-    return runs

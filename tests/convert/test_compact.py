@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,95 +15,18 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 from support import FAMILY_VARIANTS, hf_logits, jax_logits, random_tokens, saved_hf_model, sharing_by_hand, tiny_model
+from support_compact import COMBINED, PAIRS, SHARED, assert_close, assert_same, exported, in_pytorch, shared_model
 
 import headshare_jax
 from headshare_jax import HeadshareError, Llama, parameters
 from headshare_jax.convert import MAP_FILE, compact, tokenizer
-from headshare_jax.sharing.source import assemble, pool_index
-
-# In a model of three layers with two units: two receivers of one donor, and one of another.
-PAIRS = {2: 1, 5: 1, 4: 0}
-LONG_ROPE = {"rope_theta": 10000.0, "factor": 4.0}
-LLAMA3 = LONG_ROPE | {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
-SHARED: dict[str, tuple[str, dict[str, Any]]] = {
-    "qkv": ("qkv", {}),
-    "qkv with biases": ("qkv", {"attention_bias": True}),
-    "kv": ("kv", {}),
-    "qkvo with biases": ("qkvo", {"attention_bias": True, "mlp_bias": True}),
-    "q with wide heads": ("q", {"head_dim": 32}),
-    "o with tied embeddings": ("o", {"tie_word_embeddings": True}),
-    "mha": ("qkv", {"num_attention_heads": 2}),
-    "mixed with biases": ("mixed", {"attention_bias": True}),
-    "mixed mha": ("mixed", {"num_attention_heads": 2}),
-    "linear": ("qkv", {"rope_parameters": LONG_ROPE | {"rope_type": "linear"}}),
-    "dynamic": ("qkv", {"rope_parameters": LONG_ROPE | {"rope_type": "dynamic"}}),
-    "llama3": ("qkv", {"rope_parameters": LLAMA3 | {"rope_type": "llama3"}}),
-    **{name: ("qkv", overrides) for name, overrides in FAMILY_VARIANTS.items()},
-    "qwen2 + mixed": ("mixed", FAMILY_VARIANTS["qwen2"]),
-    "qwen3 + qkvo": ("qkvo", FAMILY_VARIANTS["qwen3, biases"]),
-    "phi3 + mixed": ("mixed", FAMILY_VARIANTS["phi3"]),
-    "phi3 + k": ("k", FAMILY_VARIANTS["phi3, longrope"]),
-    "phi3, o alone": ("o", FAMILY_VARIANTS["phi3"]),
-    "smollm3 + mixed": ("mixed", FAMILY_VARIANTS["smollm3, biases"]),
-}
-
-COMBINED = ["qkv with biases", "qkvo with biases", "kv", "mixed with biases", *(name for name in SHARED if "+" in name)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _module_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """transformers copies a checkpoint's code here before it runs it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [*sys.path])
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        yield
-
-
-def shared_model(tie: str = "qkv", **overrides: Any) -> Llama:
-    model = tiny_model(**overrides)
-    return headshare_jax.share(model, sharing_by_hand(model, tie, PAIRS))
-
-
-def exported(model: Llama, folder: Path) -> Path:
-    headshare_jax.save(model, folder, to="hf-compact")
-    return folder
-
-
-def in_pytorch(folder: Path) -> Any:
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=True, output_loading_info=True
-    )
-    assert not any(info.values()), info
-    return model.eval()
-
-
-def settings(model: Any) -> Any:
-    """The module that a checkpoint's PyTorch model was made by."""
-    return sys.modules[type(model).__module__]
-
-
-def assert_close(actual: np.ndarray, expected: np.ndarray) -> None:
-    assert np.abs(actual - expected).max() < 1e-5 * np.abs(expected).max()
-
-
-def assert_same(actual: Any, expected: Any) -> None:
-    """Two sources have the same configuration, map and weights, bit by bit."""
-    assert actual.config == expected.config
-    assert actual.sharing == expected.sharing
-    for name in parameters.parameter_names(expected.config):
-        one, other = (assemble(source, name) for source in (actual, expected))
-        assert one.dtype == other.dtype
-        assert np.array_equal(one, other), name
-
-
-@pytest.mark.parametrize("views", [True, False], ids=["views", "copies"])
 @pytest.mark.parametrize("case", SHARED)
-def test_logits_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, views: bool) -> None:
+def test_logits_and_size(tmp_path: Path, case: str) -> None:
     tie, overrides = SHARED[case]
     model = shared_model(tie, **overrides)
     small = in_pytorch(exported(model, tmp_path / "compact"))
-    if not views:
-        monkeypatch.setattr(settings(small), "VIEWS_ON", ())
     headshare_jax.save(model, tmp_path / "hf", to="hf")
     expanded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     # Longer than the original context, so that dynamic scaling has something to scale.
@@ -135,14 +58,16 @@ def test_generates_what_jax_generates(tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize("overrides", [{"attention_bias": True}, FAMILY_VARIANTS["phi3"]], ids=["llama", "phi3"])
-def test_a_dense_model(tmp_path: Path, overrides: dict[str, Any]) -> None:
+def test_a_dense_model_brings_no_code(tmp_path: Path, overrides: dict[str, Any]) -> None:
     model = tiny_model(**overrides)
-    small = in_pytorch(exported(model, tmp_path / "compact"))
+    folder = exported(model, tmp_path / "compact")
+    assert not list(folder.glob("*.py"))
+    assert "trust_remote_code" not in (folder / "README.md").read_text()
+    small = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     tokens = random_tokens((2, 12))
     assert_close(hf_logits(small, tokens), jax_logits(model, tokens))
-    assert sum(parameter.numel() for parameter in small.parameters()) == headshare_jax.ledger(model).dense
-    assert_same(headshare_jax.load(tmp_path / "compact"), model)
-    assert not (tmp_path / "compact" / MAP_FILE).exists()
+    assert_same(headshare_jax.load(folder), model)
+    assert not (folder / MAP_FILE).exists()
 
 
 def test_a_normalised_head_is_stored_normalised(tmp_path: Path) -> None:
@@ -150,6 +75,7 @@ def test_a_normalised_head_is_stored_normalised(tmp_path: Path) -> None:
     names = parameters.parameter_names(plain.config)
     model = Llama(replace(plain.config, normalize_head=True), {name: getattr(plain, name)[...] for name in names})
     tokens = random_tokens((1, 12))
+    model = headshare_jax.share(model, sharing_by_hand(model, "qkv", PAIRS))
     expected = jax_logits(model, tokens)
     assert_close(hf_logits(in_pytorch(exported(model, tmp_path / "compact")), tokens), expected)
     assert_close(jax_logits(headshare_jax.load(tmp_path / "compact"), tokens), expected)
@@ -173,10 +99,8 @@ def test_files_are_smaller_by_the_saving(tmp_path: Path, tie: str, dtype: str) -
     headshare_jax.save(model, tmp_path / "hf", to="hf")
     full, small = (payload(folder) for folder in (tmp_path / "hf", exported(model, tmp_path / "compact")))
     sizes = headshare_jax.ledger(model)
-    pooled = "qkvo" if tie == "mixed" else tie
-    index_bytes = sum(pool_index(model.config, projection).nbytes for projection in pooled)
-    assert full - small == sizes.dense_bytes - sizes.stored_bytes - index_bytes
-    assert small == sizes.stored_bytes + index_bytes
+    assert full - small == sizes.dense_bytes - sizes.stored_bytes
+    assert small == sizes.stored_bytes
 
 
 def payload(folder: Path) -> int:
@@ -212,73 +136,6 @@ def test_shards(tmp_path: Path) -> None:
     assert_same(headshare_jax.load(folder), model)
     tokens = random_tokens((1, 12))
     assert_close(hf_logits(in_pytorch(folder), tokens), jax_logits(model, tokens))
-
-
-@pytest.mark.parametrize("case", COMBINED)
-def test_what_pytorch_trained_and_saved_comes_back(tmp_path: Path, case: str) -> None:
-    tie, overrides = SHARED[case]
-    model = shared_model(tie, **overrides)
-    small = in_pytorch(exported(model, tmp_path / "compact"))
-    with torch.no_grad():
-        for parameter in small.parameters():
-            parameter += torch.rand_like(parameter)
-    small.save_pretrained(tmp_path / "trained")
-    back = headshare_jax.load(tmp_path / "trained")
-    assert back.sharing == model.sharing
-    assert back.config == model.config
-    assert np.array_equal(back.k_pool_pdh, small.model.k_pool.weight.detach().numpy().swapaxes(1, 2))
-    tokens = random_tokens((2, 12))
-    logits = jax_logits(back, tokens)
-    assert_close(hf_logits(small, tokens), logits)
-    assert_close(hf_logits(in_pytorch(tmp_path / "trained"), tokens), logits)
-
-
-@pytest.mark.parametrize("tie", ["qkvo", "mixed"])
-@pytest.mark.parametrize("views", [True, False], ids=["views", "copies"])
-def test_a_row_gets_the_gradients_of_all_its_users(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, views: bool, tie: str
-) -> None:
-    model = shared_model(tie)
-    small = in_pytorch(exported(model, tmp_path / "compact"))
-    if not views:
-        monkeypatch.setattr(settings(small), "VIEWS_ON", ())
-    headshare_jax.save(model, tmp_path / "hf", to="hf")
-    expanded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
-    tokens = torch.as_tensor(random_tokens((2, 12)), dtype=torch.long)
-    for network in (small, expanded):
-        network(tokens, labels=tokens).loss.backward()
-    for projection in "qo":
-        mine = getattr(small.model, f"{projection}_pool").weight.grad
-        # One row more, for what dropped heads get.
-        gradient = torch.zeros(len(mine) + 1, 16, 64)
-        index = pool_index(model.config, projection, model.sharing)
-        for rows, layer in zip(index, expanded.model.layers, strict=True):
-            theirs = getattr(layer.self_attn, f"{projection}_proj").weight.grad
-            heads = (theirs.T if projection == "o" else theirs).reshape(4, 16, 64)
-            gradient.index_add_(0, torch.as_tensor(rows), heads)
-        assert_close(mine.numpy(), gradient[:-1].numpy())
-
-
-def test_a_model_from_its_configuration_alone(tmp_path: Path) -> None:
-    model = shared_model("qkvo", attention_bias=True)
-    folder = exported(model, tmp_path / "compact")
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    fresh = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
-    for projection in "qkvo":
-        pool = getattr(fresh.model, f"{projection}_pool")
-        assert np.array_equal(pool.index, pool_index(model.config, projection, model.sharing))
-        assert 0.015 < pool.weight.std().item() < 0.025
-    assert not fresh.model.v_pool.bias.any()
-
-
-def test_the_body_without_a_head(tmp_path: Path) -> None:
-    model = shared_model()
-    folder = exported(model, tmp_path / "compact")
-    body = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
-    tokens = random_tokens((2, 12))
-    with torch.no_grad():
-        features = body(torch.as_tensor(tokens, dtype=torch.long)).last_hidden_state.numpy()
-    assert_close(features, np.asarray(model.features(tokens)))
 
 
 def test_the_tokenizer_needs_no_trust_in_the_code(tmp_path: Path) -> None:
@@ -330,13 +187,9 @@ def map_damage(edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "another donor": (
-        map_damage(lambda document: document["receivers"][0].update(donor=[0, 0])),
-        r"q_pool\.index disagrees.*k_pool\.index disagrees.*v_pool\.index disagrees",
-    ),
     "a receiver less": (
         map_damage(lambda document: document["receivers"].pop()),
-        r"misshapen: model\.q_pool\.weight.*model\.k_pool\.weight.*model\.v_pool\.weight",
+        r"missing: model\.q_pool\.2_0\.weight.*model\.k_pool\.2_0\.weight.*model\.v_pool\.2_0\.weight",
     ),
     "a donor outside the model": (
         map_damage(lambda document: document["receivers"][0].update(donor=[9, 0])),
@@ -348,27 +201,27 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "no map": (
         lambda folder: edit_config(folder, headshare_map=None),
-        r"missing: model\.layers\.0\.self_attn\.q_proj\.weight.*unexpected: .*model\.q_pool\.weight",
+        r"missing: model\.layers\.0\.self_attn\.q_proj\.weight.*unexpected: .*model\.q_pool\.0_0\.weight",
     ),
     "a map that is no map": (
         lambda folder: edit_config(folder, headshare_map=[1]),
         r"The map must be an object, not \[1\]",
     ),
-    "an index outside its pool": (
-        tensor_damage(lambda tensors: tensors["model.k_pool.index"].__setitem__((2, 1), 99)),
-        r"model\.k_pool\.index disagrees with headshare_map",
-    ),
     "missing tensors": (
-        tensor_damage(lambda tensors: [tensors.pop(f"model.{name}") for name in ("q_pool.weight", "v_pool.index")]),
-        r"missing: .*model\.q_pool\.weight.*model\.v_pool\.index",
+        tensor_damage(lambda tensors: [tensors.pop(f"model.{name}.weight") for name in ("q_pool.0_0", "v_pool.1_1")]),
+        r"missing: model\.q_pool\.0_0\.weight.*model\.v_pool\.1_1\.weight",
     ),
     "an unexpected tensor": (
         tensor_damage(lambda tensors: tensors.update(extra=np.zeros(3, np.float32))),
         "unexpected: extra",
     ),
-    "a pool of whole numbers": (
-        tensor_damage(lambda tensors: tensors.update({"model.k_pool.weight": np.zeros((3, 16, 64), np.int32)})),
-        r"not float32, float16 or bfloat16: model\.k_pool\.weight",
+    "a misshapen block": (
+        tensor_damage(lambda tensors: tensors.update({"model.k_pool.0_1.weight": np.zeros((8, 64), np.float32)})),
+        r"misshapen: model\.k_pool\.0_1\.weight has shape \[8, 64\] instead of \[16, 64\]",
+    ),
+    "a block of whole numbers": (
+        tensor_damage(lambda tensors: tensors.update({"model.k_pool.0_1.weight": np.zeros((16, 64), np.int32)})),
+        r"not float32, float16 or bfloat16: model\.k_pool\.0_1\.weight",
     ),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
     "half the weights": (

@@ -1,0 +1,70 @@
+"""Small models that share heads, as compact checkpoints and in PyTorch."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers
+from support import FAMILY_VARIANTS, sharing_by_hand, tiny_model
+
+import headshare_jax
+from headshare_jax import Llama, parameters
+from headshare_jax.sharing.source import assemble
+
+# In a model of three layers with two units: two receivers of one donor, and one of another.
+PAIRS = {2: 1, 5: 1, 4: 0}
+LONG_ROPE = {"rope_theta": 10000.0, "factor": 4.0}
+LLAMA3 = LONG_ROPE | {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+SHARED: dict[str, tuple[str, dict[str, Any]]] = {
+    "qkv": ("qkv", {}),
+    "qkv with biases": ("qkv", {"attention_bias": True}),
+    "kv": ("kv", {}),
+    "qkvo with biases": ("qkvo", {"attention_bias": True, "mlp_bias": True}),
+    "q with wide heads": ("q", {"head_dim": 32}),
+    "o with tied embeddings": ("o", {"tie_word_embeddings": True}),
+    "mha": ("qkv", {"num_attention_heads": 2}),
+    "mixed with biases": ("mixed", {"attention_bias": True}),
+    "mixed mha": ("mixed", {"num_attention_heads": 2}),
+    "linear": ("qkv", {"rope_parameters": LONG_ROPE | {"rope_type": "linear"}}),
+    "dynamic": ("qkv", {"rope_parameters": LONG_ROPE | {"rope_type": "dynamic"}}),
+    "llama3": ("qkv", {"rope_parameters": LLAMA3 | {"rope_type": "llama3"}}),
+    **{name: ("qkv", overrides) for name, overrides in FAMILY_VARIANTS.items()},
+    "qwen2 + mixed": ("mixed", FAMILY_VARIANTS["qwen2"]),
+    "qwen3 + qkvo": ("qkvo", FAMILY_VARIANTS["qwen3, biases"]),
+    "phi3 + mixed": ("mixed", FAMILY_VARIANTS["phi3"]),
+    "phi3 + k": ("k", FAMILY_VARIANTS["phi3, longrope"]),
+    "phi3, o alone": ("o", FAMILY_VARIANTS["phi3"]),
+    "smollm3 + mixed": ("mixed", FAMILY_VARIANTS["smollm3, biases"]),
+}
+COMBINED = ["qkv with biases", "qkvo with biases", "kv", "mixed with biases", *(name for name in SHARED if "+" in name)]
+
+
+def shared_model(tie: str = "qkv", **overrides: Any) -> Llama:
+    model = tiny_model(**overrides)
+    return headshare_jax.share(model, sharing_by_hand(model, tie, PAIRS))
+
+
+def exported(model: Llama, folder: Path) -> Path:
+    headshare_jax.save(model, folder, to="hf-compact")
+    return folder
+
+
+def in_pytorch(folder: Path, auto: Any = transformers.AutoModelForCausalLM, **settings: Any) -> Any:
+    """A compact checkpoint's own PyTorch model; every tensor of the file fits it."""
+    model, info = auto.from_pretrained(folder, trust_remote_code=True, output_loading_info=True, **settings)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def assert_close(actual: np.ndarray, expected: np.ndarray) -> None:
+    assert np.abs(actual - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    """Two sources have the same configuration, map and weights, bit by bit."""
+    assert actual.config == expected.config
+    assert actual.sharing == expected.sharing
+    for name in parameters.parameter_names(expected.config):
+        one, other = (assemble(source, name) for source in (actual, expected))
+        assert one.dtype == other.dtype
+        assert np.array_equal(one, other), name
