@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from headshare_jax.convert import huggingface
@@ -31,6 +31,15 @@ _FORMATS = {
     "of the dense model.",
     "hf-compact": "The files hold every shared head once. `modeling_headshare.py` runs the small model in PyTorch.",
 }
+_CLIENTS = """\
+## Other tools
+
+The stored heads are `nn.Linear` modules in `model.q_pool`, `model.k_pool` and so on, one for every run of heads that
+layers use together. What acts on such modules acts on each stored head once, whichever layers use it: LoRA
+(`target_modules="all-linear"`), quantisation (bitsandbytes, 4 and 8 bit), offload to memory or disk.
+`tp_plan="auto"` cuts the MLP and the output head among devices; each holds the attention whole. vLLM takes the model
+through its transformers backend, on one device. Tools that run no code from a checkpoint need the format `hf`, at full
+size: `headshare convert {folder} {folder}-hf --to hf`."""
 
 
 def license_of(path: Path) -> str | None:
@@ -57,7 +66,7 @@ def card(source: WeightSource, to: str, folder: str, provenance: Mapping[str, An
 
     Args:
       source: the model.
-      to: `hf` or `hf-compact`.
+      to: `hf` or `hf-compact`; without a map, both are plain files.
       folder: name of the model's folder, to load it by.
       provenance: plain data, of which `source` (what it was made from), `license`, `method`, `calibration` and
         `postshare` are told.
@@ -65,6 +74,7 @@ def card(source: WeightSource, to: str, folder: str, provenance: Mapping[str, An
     """
     from huggingface_hub import ModelCardData
 
+    to = to if source.sharing is not None else "hf"
     family = FAMILIES[source.config.family].architecture.removesuffix("ForCausalLM")
     base, stated = (_text(provenance.get(name)) for name in ("source", "license"))
     data = ModelCardData(
@@ -74,8 +84,7 @@ def card(source: WeightSource, to: str, folder: str, provenance: Mapping[str, An
         pipeline_tag="text-generation",
         tags=[source.config.family, "headshare", *(["shared-attention-heads"] if source.sharing is not None else [])],
     )
-    # A folder's path is of no use to who loads the model, and tells where its maker keeps things.
-    made_from = "" if base is None else f" from `{base if data.base_model else Path(base).name}`"
+    made_from = "" if base is None else f" from `{base if data.base_model else public_name(base)}`"
     if source.sharing is None:
         about = [f"The files hold a plain {family} model, every attention head with weights of its own."]
     else:
@@ -88,6 +97,7 @@ def card(source: WeightSource, to: str, folder: str, provenance: Mapping[str, An
         *about,
         *([f"More about it lies beside the weights:{beside}."] if documents else []),
         f"## Loading\n\n```python\n{_LOADING[to].format(folder=folder)}\n```",
+        *([_CLIENTS.format(folder=folder)] if to == "hf-compact" else []),
     ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
 
@@ -96,12 +106,18 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def public_name(name: str) -> str:
+    """A name without its folders: they are of no use to who loads the model, and tell where its maker keeps things."""
+    return name if huggingface.is_hub_id(name.partition(":")[0]) else PureWindowsPath(name).name
+
+
 def _history(provenance: Mapping[str, Any]) -> list[str]:
     """What was done besides sharing, as far as it was told."""
     told = ["Post-trained for sharing (PostShare)."] if "postshare" in provenance else []
     match provenance.get("calibration"):
         case {"name": str(name), "digest": str(digest), "windows": [int(windows), int(seq_len)]}:
-            told.append(f"Calibrated on {windows} windows of {seq_len} tokens from the start of `{name}` ({digest}).")
+            amount = f"{windows} windows of {seq_len} tokens"
+            told.append(f"Calibrated on {amount} from the start of `{public_name(name)}` ({digest}).")
     return told
 
 

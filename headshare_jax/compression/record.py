@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from headshare_jax.calibration.overlap import Overlap
+from headshare_jax.convert.card import public_name
 from headshare_jax.evaluate.agreement import Agreement
 from headshare_jax.fit.refit import RefitReport
 from headshare_jax.loading import CalibrationText
@@ -89,4 +90,4 @@ class Compressed:
 
 def fit_record(calibration: CalibrationText | None, report: RefitReport) -> dict[str, Any]:
     """A fit as plain data, with the name of its text."""
-    return {"calibrate": None if calibration is None else calibration.name, **asdict(report)}
+    return {"calibrate": None if calibration is None else public_name(calibration.name), **asdict(report)}

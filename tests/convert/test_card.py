@@ -5,6 +5,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import tiny_cli_model
 from support import sharing_by_hand, tiny_hf_model, tiny_model
 from support_gguf import write_gguf
 
@@ -57,6 +58,25 @@ def test_card_tells_only_what_is_known(tmp_path: Path) -> None:
     assert "a/local" not in named.text
     hs.save(tiny_model(), tmp_path / "native")
     assert not (tmp_path / "native" / "README.md").exists()
+
+
+@pytest.mark.parametrize("to", ["hf", "hf-compact"])
+def test_no_file_tells_where_its_maker_keeps_things(tmp_path: Path, to: str) -> None:
+    dense = tiny_cli_model.saved_without_torch(tmp_path / "dense", hidden_size=32, intermediate_size=48)
+    text = tmp_path / "text.txt"
+    text.write_text("Some words to calibrate on. " * 40)
+    amount: dict[str, Any] = {"calibrate_tokens": 640, "seq_len": 64, "progress": False}
+    hs.compress(dense, tmp_path / "out", ratio=0.4, method="refit", calibrate=text, to=to, **amount)
+    files = [path for path in (tmp_path / "out").iterdir() if path.suffix in (".json", ".md", ".py")]
+    assert {"README.md", "config.json", "headshare_map.json", "headshare_fit.json"} <= {path.name for path in files}
+    assert [path.name for path in files if str(tmp_path.parent) in path.read_text()] == []
+    assert "`text.txt`" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_data_sets_keep_their_names() -> None:
+    for name in ("owner/texts", "owner/texts:en:train", "text.txt"):
+        assert card.public_name(name) == name
+    assert card.public_name("/home/me/text.txt") == card.public_name(r"C:\\Users\\me\\text.txt") == "text.txt"
 
 
 def test_garbled_provenance_is_left_out(tmp_path: Path) -> None:
