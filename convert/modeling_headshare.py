@@ -138,15 +138,13 @@ class Heads(nn.Module):
 class ReadsPools:
     """Reads also the files of headshare-jax 0.1, in which each pool was one tensor with an index beside it."""
 
-    config_class = HeadshareConfig
-
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         folder, load = Path(str(pretrained_model_name_or_path)), super().from_pretrained  # type: ignore[misc]
         files = [safe_open(file, framework="pt") for file in sorted(folder.glob("model*.safetensors"))]
         if not any(name.endswith("_pool.index") for file in files for name in file.keys()):  # noqa: SIM118
             return load(pretrained_model_name_or_path, *args, **kwargs)
-        kwargs["config"] = kwargs.get("config") or cls.config_class.from_pretrained(folder)
+        kwargs["config"] = kwargs.get("config") or HeadshareConfig.from_pretrained(folder)
         state = {name: file.get_tensor(name) for file in files for name in file.keys()}  # noqa: SIM118
         kwargs["state_dict"] = in_blocks(state, kwargs["config"])
         return load(None, *args, **kwargs)
@@ -190,6 +188,7 @@ class HeadshareModel(ReadsPools, LlamaModel):
     """LlamaModel with one pool of heads for every projection of which some unit does not store its own."""
 
     config: HeadshareConfig
+    config_class = HeadshareConfig
 
     def __init__(self, config: HeadshareConfig):
         super().__init__(config)
@@ -209,6 +208,7 @@ class HeadshareForCausalLM(ReadsPools, LlamaForCausalLM):
     """HeadshareModel with a language modelling head."""
 
     config: HeadshareConfig
+    config_class = HeadshareConfig
 
     def __init__(self, config: HeadshareConfig):
         super(LlamaForCausalLM, self).__init__(config)
@@ -222,6 +222,7 @@ class HeadshareForSequenceClassification(ReadsPools, GenericForSequenceClassific
     """HeadshareModel with a head that classifies texts."""
 
     config: HeadshareConfig
+    config_class = HeadshareConfig
 
     def __init__(self, config: HeadshareConfig):
         super(GenericForSequenceClassification, self).__init__(config)
