@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
+from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 
 
@@ -204,7 +204,7 @@ class HeadshareModel(ReadsPools, LlamaModel):
         self.post_init()
 
 
-class HeadshareForCausalLM(ReadsPools, LlamaForCausalLM):
+class HeadshareForCausalLM(ReadsPools, LlamaForCausalLM, GenerationMixin):
     """HeadshareModel with a language modelling head."""
 
     config: HeadshareConfig

@@ -189,7 +189,7 @@ def map_damage(edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a receiver less": (
         map_damage(lambda document: document["receivers"].pop()),
-        r"missing: model\.q_pool\.2_0\.weight.*model\.k_pool\.2_0\.weight.*model\.v_pool\.2_0\.weight",
+        r"missing: model\.q_pool\.2_1\.weight.*model\.k_pool\.2_1\.weight.*model\.v_pool\.2_1\.weight",
     ),
     "a donor outside the model": (
         map_damage(lambda document: document["receivers"][0].update(donor=[9, 0])),
