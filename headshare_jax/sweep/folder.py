@@ -18,6 +18,7 @@ from headshare_jax.convert.locks import held
 from headshare_jax.convert.partial import recover
 from headshare_jax.errors import HeadshareError, one_sentence
 from headshare_jax.report.page import page
+from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.scores import MatchResult
 
 PAGE, DATA, TABLE = "index.html", "sweep.json", "points.csv"
@@ -98,6 +99,8 @@ class SweepFolder:
         there = read_json(file, remedy="delete it")
         with one_sentence(f"{file}, which may be deleted,"):
             _Point.model_validate(there)
+        if there.get("map") is not None:
+            there["map"] = json.loads(SharingMap.from_json(json.dumps(there["map"])).to_json())
         return there
 
     def scores(self, name: str, score: Callable[[], MatchResult]) -> MatchResult:

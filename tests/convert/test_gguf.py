@@ -11,9 +11,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from fuzzing import damage_gguf_header
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from support import hf_logits, jax_logits, random_tokens, tiny_hf_model
 from support_gguf import Kind, adjacent_pairs, gguf_name, write_gguf
 
@@ -323,19 +320,3 @@ def test_another_version_or_byte_order_is_refused(tmp_path: Path, version: int) 
     path.write_bytes(content)
     with pytest.raises(HeadshareError, match="another version or byte order"):
         headshare_jax.open_checkpoint(path)
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    divisors = np.ones(8)
-    metadata = {"general.name": "tiny", "tokenizer.ggml.tokens": ["a", "b"], "tokenizer.ggml.scores": [0.5, 1.5]}
-    folder = tmp_path_factory.mktemp("pristine")
-    return write_gguf(folder / "model.gguf", tiny_hf_model(), rope_divisors=divisors, metadata=metadata)
-
-
-@settings(max_examples=150)
-@given(data=st.data())
-def test_a_damaged_header_never_gives_another_error(
-    tmp_path_factory: pytest.TempPathFactory, pristine: Path, data: st.DataObject
-) -> None:
-    damage_gguf_header(pristine, tmp_path_factory.mktemp("fuzz") / "model.gguf", data)

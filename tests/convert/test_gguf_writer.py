@@ -10,7 +10,6 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from fuzzing import damage_gguf_header
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import jax_logits, random_model, random_tokens, sharing_by_hand, tiny_model
@@ -368,21 +367,6 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, name:
     read = hs.open_checkpoint(write(source, tmp_path_factory.mktemp("gguf") / "model.gguf"))
     assert read.sharing == source.sharing
     check_same(read, source)
-
-
-@pytest.fixture(scope="module")
-def pruned_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = random_model(BASE)
-    pruned = hs.share(model, sharing_by_hand(model, "qkv", {}, (1, 4, 5)))
-    return write(pruned, tmp_path_factory.mktemp("pruned") / "model.gguf")
-
-
-@settings(max_examples=100)
-@given(data=st.data())
-def test_a_damaged_header_never_gives_another_error(
-    tmp_path_factory: pytest.TempPathFactory, pruned_file: Path, data: st.DataObject
-) -> None:
-    damage_gguf_header(pruned_file, tmp_path_factory.mktemp("fuzz") / "model.gguf", data)
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from fuzzing import damaged, open_or_refuse
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support import (
     saved_hf_model,
@@ -204,28 +201,3 @@ def test_a_lone_gguf_file_in_a_folder_is_found(tmp_path: Path) -> None:
 def test_names_of_nothing_are_refused(name: str) -> None:
     with pytest.raises(HeadshareError, match=r"is empty|does not exist|holds no checkpoint"):
         headshare_jax.open_checkpoint(name)
-
-
-@settings(max_examples=150)
-@given(data=st.data())
-def test_a_damaged_configuration_never_gives_another_error(
-    tmp_path_factory: pytest.TempPathFactory, pristine: Path, data: st.DataObject
-) -> None:
-    content = (pristine / "config.json").read_bytes()
-    folder = tmp_path_factory.mktemp("fuzz")
-    (folder / "model.safetensors").symlink_to(pristine / "model.safetensors")
-    (folder / "config.json").write_bytes(damaged(content, data))
-    open_or_refuse(folder)
-
-
-@settings(max_examples=150)
-@given(data=st.data())
-def test_a_damaged_safetensors_header_never_gives_another_error(
-    tmp_path_factory: pytest.TempPathFactory, pristine: Path, data: st.DataObject
-) -> None:
-    content = (pristine / "model.safetensors").read_bytes()
-    header = 8 + int.from_bytes(content[:8], "little")
-    folder = tmp_path_factory.mktemp("fuzz")
-    (folder / "config.json").symlink_to(pristine / "config.json")
-    (folder / "model.safetensors").write_bytes(damaged(content[:header], data) + content[header:])
-    open_or_refuse(folder)

@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from fuzzing import damaged, open_or_refuse
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from support import saved_hf_model, tiny_hf_model
 
 import headshare_jax
@@ -167,22 +164,3 @@ def test_without_pytorch_the_remedy_is_told(tmp_path: Path, monkeypatch: pytest.
     folder = write_bin(tmp_path / "bin")
     monkeypatch.setitem(sys.modules, "torch", None)
     assert "needs PyTorch: pip install 'headshare-jax[torch]'" in refused(folder)
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_bin(tmp_path_factory.mktemp("pristine"))
-
-
-@given(data=st.data())
-@settings(max_examples=60)
-def test_a_damaged_file_never_gives_another_error(
-    tmp_path_factory: pytest.TempPathFactory, pristine: Path, data: st.DataObject
-) -> None:
-    folder = tmp_path_factory.mktemp("fuzz")
-    (folder / "config.json").symlink_to(pristine / "config.json")
-    content = (pristine / "pytorch_model.bin").read_bytes()
-    # The pickle stands first; the directory of the archive last.
-    first, last = content[:6000], content[6000:]
-    (folder / "pytorch_model.bin").write_bytes(damaged(first, data) + last)
-    open_or_refuse(folder)

@@ -36,22 +36,19 @@ def _safetensors(made: Seeds) -> Inputs:
 
 
 def _gguf(made: Seeds) -> Inputs:
-    header, rest = gguf_file.parsed(made.read("model.gguf"))
+    return st.one_of(*(_one_gguf(made, name) for name in ("model.gguf", "pruned.gguf")))
+
+
+def _one_gguf(made: Seeds, name: str) -> Inputs:
+    header, rest = gguf_file.parsed(made.read(name))
     settings = {**header, "pairs": [pair for pair in header["pairs"] if not isinstance(pair["value"], dict)]}
     contents = st.one_of(
         changed(header).map(lambda value: gguf_file.written(value, rest)),
         # Of the settings alone, among which others are not drowned by the tokenizer.
         changed(settings).map(lambda value: gguf_file.written(value, rest)),
-        damaged(made.read("model.gguf")[:20_000]),
+        damaged(made.read(name)[:20_000]),
     )
-    return in_file(
-        "gguf",
-        "model.gguf",
-        contents,
-        (("inspect", "model.gguf"), ("convert", "model.gguf", "out", "--to", "hf")),
-        ("model.gguf",),
-        made,
-    )
+    return in_file("gguf", name, contents, (("inspect", name), ("convert", name, "out", "--to", "hf")), (name,), made)
 
 
 def _bin(made: Seeds) -> Inputs:

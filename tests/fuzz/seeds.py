@@ -86,6 +86,14 @@ def _gguf(seeds: Seeds, path: Path) -> None:
     shutil.rmtree(folder)
 
 
+def _pruned(seeds: Seeds, path: Path) -> None:
+    """Of llama.cpp's architecture whose layers differ; with settings and map as this library writes them."""
+    from support import sharing_by_hand, tiny_model
+
+    model = tiny_model(hidden_size=32, intermediate_size=32)
+    hs.save(hs.share(model, sharing_by_hand(model, "qkv", {}, (1, 4))), path, to="gguf")
+
+
 def _text(seeds: Seeds, path: Path) -> None:
     path.write_text(TEXT)
 
@@ -149,6 +157,7 @@ _MAKERS: dict[str, Callable[[Seeds, Path], None]] = {
     "sharded": _sharded,
     "bin": _torch,
     "model.gguf": _gguf,
+    "pruned.gguf": _pruned,
     "map.json": _written("maps/unit-ties.json"),
     "budget.json": _written("maps/budget.json"),
     "recipe.yaml": _recipe,
