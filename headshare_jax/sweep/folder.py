@@ -33,6 +33,16 @@ _JOURNALS = "scoring"
 _IDENTITY = "identity.json"
 
 
+class _Part(BaseModel):
+    part: str = "all"
+    dense: Annotated[int, Field(gt=0)]
+    stored: int
+
+
+class _Ledger(_Part):
+    rows: list[_Part]
+
+
 class _Point(BaseModel):
     """What must be there of a point that was measured; of one that could not be, `reason` alone."""
 
@@ -47,6 +57,7 @@ class _Point(BaseModel):
     parameters: int = 0
     bytes: int = 0
     attention_bytes: int = 0
+    ledger: _Ledger | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
