@@ -1,7 +1,7 @@
 """What a run is made from: devices, model, map and texts; all is checked before anything is written."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,12 +15,15 @@ from headshare_jax.convert.cache import cache_directory
 from headshare_jax.errors import HeadshareError
 from headshare_jax.loading import load_tokenizer, text_tokens
 from headshare_jax.matching.cosine import match
+from headshare_jax.matching.functional import FunctionalSettings, match_functional
 from headshare_jax.model.mesh import make_mesh
 from headshare_jax.sharing.choose import sharing_map
 from headshare_jax.sharing.map import SharingMap
+from headshare_jax.sharing.scores import MatchResult, best_donors
 from headshare_jax.sharing.source import fingerprint
 from headshare_jax.train import data
 from headshare_jax.train import recipe as recipes
+from headshare_jax.train.room import check_room
 from headshare_jax.train.run_folder import MAP
 from headshare_jax.train.step import StageContext, trainable_names
 
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Progress = Callable[[str, int, int], None]
+# Tokens in the windows that functional matching counts by.
+_USUAL_LENGTH = 512
 
 
 @dataclass(frozen=True)
@@ -48,13 +53,15 @@ class Run:
 
 
 def prepare(recipe: recipes.Recipe, output: Path, progress: Progress) -> Run:
-    """Opens the model, makes or reads the map (`map.json` in `output`), and tokenises the text; writes nothing."""
+    """Opens the model, tokenises the text, and makes or reads the map (`map.json` in `output`); writes nothing.
+
+    What can be wrong with any of it is looked at first, and whether memory and disk suffice.
+    """
+    mesh = check_devices(recipe)
     source, tokenizer, eval_tokens = open_inputs(recipe)
     stored = output / MAP
-    if stored.is_file():
-        sharing = map_file.read(stored)
-    else:
-        sharing = choose_pairs(recipe, source, recipe.sharing.match, partial(progress, "matching"))
+    sharing = map_file.read(stored) if stored.is_file() else pairs_to_plan(recipe, source)
+    check_room(recipe, source, sharing, mesh, output)
     blocks = data.prepare(
         recipe.data.train,
         tokenizer,
@@ -64,7 +71,10 @@ def prepare(recipe: recipes.Recipe, output: Path, progress: Progress) -> Run:
         cache=cache_directory() / "blocks",
         progress=partial(progress, "tokenising"),
     )
-    return Run(recipe, output, source, sharing, check_devices(recipe), blocks, eval_tokens)
+    if not stored.is_file() and _matches(recipe):
+        windows_wt = blocks.tokens[: recipe.sharing.refit_windows]
+        sharing = matched_pairs(recipe, source, windows_wt, partial(progress, "matching"))
+    return Run(recipe, output, source, sharing, mesh, blocks, eval_tokens)
 
 
 def check_devices(recipe: recipes.Recipe) -> Mesh:
@@ -111,30 +121,60 @@ def _check_text(recipe: recipes.Recipe, tokenizer: "PreTrainedTokenizerBase") ->
         )
 
 
-def choose_pairs(
-    recipe: recipes.Recipe,
-    source: convert.Checkpoint,
-    function: str,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> SharingMap:
-    """The map that the recipe names or whose model it begins with, or one made with a match function.
+def _matches(recipe: recipes.Recipe) -> bool:
+    return recipe.sharing.start is None and recipe.sharing.map is None
+
+
+def pairs_to_plan(recipe: recipes.Recipe, source: convert.Checkpoint) -> SharingMap:
+    """The map that the recipe names or whose model it begins with, or one like what matching will give, at random.
+
+    Sizes depend on ratio and tie alone.
 
     Raises:
       HeadshareError: a map or a model that cannot be read, is for another model, or changes nothing.
     """
-    settings = recipe.sharing
+    settings, config = recipe.sharing, source.config
+    if _matches(recipe):
+        scores = np.random.default_rng(0).random((config.num_units, config.num_units), np.float32)
+        layer = np.repeat(np.arange(config.num_layers), config.num_kv_heads)
+        scores = np.where(layer[:, None] > layer[None, :], scores, -np.inf).astype(np.float32)
+        best = best_donors(scores, config.num_kv_heads)
+        return _chosen(recipe, MatchResult(*best, heads_per_unit=config.heads_per_unit, scores=scores))
     given = settings.start or settings.map
-    if given is None:
-        scores = match(source, function, progress=progress)
-        sharing = sharing_map(scores, settings.ratio, chains=settings.chains, tie=settings.tie)
-    else:
-        found = map_file.read(Path(given)) if settings.start is None else convert.open_checkpoint(given).sharing
-        if found is None:
-            raise HeadshareError(f"sharing.start names {given}, which shares nothing; share {recipe.model} first.")
-        sharing = found
-        sharing.check_model(source.config)
-        if sharing.source is not None and sharing.source != fingerprint(source):
-            raise HeadshareError(f"The map of {given} was made for other weights than those of {recipe.model}.")
+    assert given is not None
+    sharing = map_file.read(Path(given)) if settings.start is None else convert.open_checkpoint(given).sharing
+    if sharing is None:
+        raise HeadshareError(f"sharing.start names {given}, which shares nothing; share {recipe.model} first.")
+    sharing.check_model(config)
+    if sharing.source is not None and sharing.source != fingerprint(source):
+        raise HeadshareError(f"The map of {given} was made for other weights than those of {recipe.model}.")
+    return _checked(sharing)
+
+
+def matched_pairs(
+    recipe: recipes.Recipe,
+    source: convert.Checkpoint,
+    windows_wt: np.ndarray,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> SharingMap:
+    """The map that the recipe's match function makes; `functional` looks at windows of text, int32 [W, T]."""
+    function = recipe.sharing.match
+    if function != "functional":
+        return _chosen(recipe, match(source, function, progress=progress))
+    # As many tokens as of windows of the usual length.
+    usual, seq_len = FunctionalSettings(), windows_wt.shape[1]
+    windows, first = (-(-count * _USUAL_LENGTH // seq_len) for count in (usual.windows, usual.prefilter))
+    settings = replace(usual, windows=windows, prefilter=first)
+    return _chosen(recipe, match_functional(source, windows_wt, settings, progress=progress))
+
+
+def _chosen(recipe: recipes.Recipe, scores: MatchResult) -> SharingMap:
+    settings = recipe.sharing
+    chains = "forbid" if settings.match == "functional" else settings.chains
+    return _checked(sharing_map(scores, settings.ratio, chains=chains, tie=settings.tie))
+
+
+def _checked(sharing: SharingMap) -> SharingMap:
     if not sharing.pooled:
         raise HeadshareError(
             "The map has no receivers and drops no unit, so there is nothing to share; raise the ratio."

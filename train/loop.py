@@ -18,7 +18,6 @@ from jax.sharding import NamedSharding
 from headshare_jax import convert
 from headshare_jax.convert.atomic import new_file
 from headshare_jax.errors import HeadshareError
-from headshare_jax.evaluate.perplexity import perplexity
 from headshare_jax.fit.refit import refit
 from headshare_jax.model.llama import Llama
 from headshare_jax.model.mesh import batch_sharding, replicated
@@ -32,11 +31,13 @@ from headshare_jax.signals import Stop, handled
 from headshare_jax.train import data, run_folder
 from headshare_jax.train import recipe as recipes
 from headshare_jax.train.checkpoints import RunCheckpoints
+from headshare_jax.train.held_out import HeldOut
 from headshare_jax.train.inputs import Progress, Run, check_devices, prepare
 from headshare_jax.train.losses import pair_cosine, tied_projections
 from headshare_jax.train.metrics import MetricsLog, is_spike, matrix_rate, step_flops
 from headshare_jax.train.placement import abstract_params, abstract_state, begin, gathered
 from headshare_jax.train.step import TrainState, make_step
+from headshare_jax.train.time_left import TimeLeft
 
 logger = logging.getLogger(__name__)
 
@@ -53,23 +54,28 @@ def run(
 ) -> dict[str, Any] | None:
     """Trains as the recipe says; returns the metrics of the last step, or None if it was stopped before that.
 
-    Those metrics are joined by `spikes`, the steps whose loss stood out; where the last stage is `align` and the recipe
-    refits, `shared_perplexity` is the refitted model's.
+    Those metrics are joined by `spikes`, the steps whose loss stood out; `skipped_steps`, how many were not finite; and
+    with a held-out text by `source_perplexity`, `start_perplexity` (before any training) and `agreement`, the final
+    model beside the dense one that the run began with. Where the last stage is `align` and the recipe refits,
+    `shared_perplexity` is the refitted model's.
 
-    The folder `output` gets `config.yaml`, `map.json`, `metrics.jsonl` (a line a step), `checkpoints/`, `refit.json`
-    (a `RefitReport`) if the recipe refits, and `final/`, the shared model. On SIGTERM and Ctrl-C it saves a checkpoint
+    The folder `output` gets `config.yaml`, `map.json`, `baseline.json` (the perplexities before training),
+    `metrics.jsonl` (a line a step), `checkpoints/`, `refit.json` (a `RefitReport`) if the recipe refits, and `final/`,
+    the shared model. On SIGTERM and Ctrl-C it saves a checkpoint
     and stops. Every process of a distributed run calls this.
 
     Args:
       recipe: the run.
       output: folder of the run; new unless `resume`.
       resume: go on after the newest checkpoint in `output`, whose recipe must be the same but for the mesh.
-      report: called with every step's metrics.
+      report: called with every step's metrics, and `seconds_left`: of its stage and of each after it, or None. Before
+        the first step it is called with the perplexities alone, as of step 0.
       progress: called before the first step and during a refit, with what is being done, how much of it is, and the
         whole.
 
     Raises:
-      HeadshareError: the recipe cannot be run, or `output` is not a run to be resumed.
+      HeadshareError: the recipe cannot be run, `output` is not a run to be resumed, or too many steps were not finite;
+        a checkpoint is then kept.
       TryAgain: another process is at work on this run.
       KeyboardInterrupt: it was stopped by Ctrl-C.
     """
@@ -102,6 +108,8 @@ class _Trainer:
     ):
         self.task, self.checkpoints, self.stopping = task, checkpoints, stopping
         self.report, self.progress = report, progress
+        self.held_out = HeldOut(task.recipe.data, task.eval_tokens)
+        self.time_left = TimeLeft([stage.steps for stage in task.recipe.stages])
         self.limit = matrix_rate(task.recipe.compute_dtype)
         cosine = partial(pair_cosine, sharing=task.sharing)
         self.pair_cosine = jax.jit(cosine, out_shardings=replicated(task.mesh))
@@ -114,8 +122,11 @@ class _Trainer:
     def start(self, resume: bool) -> None:
         """Takes over the newest checkpoint, or begins the first stage."""
         found = self.checkpoints.restore(self._abstract) if resume else None
+        beginning = self._beginning() if found is None else None
+        if self.held_out and not (resume and self.held_out.restore(self.task.output)):
+            self._measure_baseline(beginning)
         if found is None:
-            self._enter(0, self._beginning())
+            self._enter(0, beginning)
         else:
             _, arrays, document = found
             self._enter(document["stage"], None)
@@ -123,7 +134,29 @@ class _Trainer:
             self.step_in_stage = int(self.state.step)
         self.log = MetricsLog(self.task.output, from_step=self.step)
         lines = self.log.lines()
+        self.skipped = sum(line.get("skipped", 0) for line in lines)
         self.losses = [line["lm_loss"] or math.nan for line in lines[len(lines) - self.step_in_stage :]]
+
+    def _measure_baseline(self, beginning: WeightSource | None) -> None:
+        """Measures the dense model and, where training begins now, the shared one that it begins with."""
+        started = time.perf_counter()
+        measured = partial(self.held_out.perplexity, progress=partial(self.progress, "measuring the dense model"))
+        self.held_out.source_perplexity = measured(self._placed(self.task.source))
+        self.time_left.pause(time.perf_counter() - started)
+        if beginning is not None:
+            sharing = self.task.sharing
+            shared = beginning if beginning.sharing else SharedView(beginning, sharing, check_source=False)
+            progress = partial(self.progress, "measuring the shared model")
+            self.held_out.start_perplexity = self.held_out.perplexity(self._placed(shared), progress)
+        self.held_out.keep(self.task.output)
+        self.report(
+            {
+                "step": 0,
+                "stage": self.task.recipe.stages[0].kind,
+                "shared_perplexity": self.held_out.start_perplexity,
+                "source_perplexity": self.held_out.source_perplexity,
+            }
+        )
 
     def _beginning(self) -> WeightSource:
         """What the first stage begins with."""
@@ -150,11 +183,19 @@ class _Trainer:
         finished, source = self._finished("tied"), self.task.source
         self.log.close()
         lines = self.log.lines()
-        last = (lines[-1] if lines else {}) | {"spikes": [line["step"] for line in lines if line.get("spike")]}
+        last = (lines[-1] if lines else {}) | {
+            "spikes": [line["step"] for line in lines if line.get("spike")],
+            "skipped_steps": int(self.skipped),
+        }
+        if self.held_out:
+            last["start_perplexity"] = self.held_out.start_perplexity
         refitted = self.context.stage.kind == "align" and self.task.recipe.sharing.refit_windows
         if refitted and "shared_perplexity" in last:
-            last["shared_perplexity"] = self._perplexity(self._placed(finished))
+            last["shared_perplexity"] = self.held_out.perplexity(self._placed(finished))
         whole = finished if jax.process_count() == 1 else gathered(self._placed(finished))
+        if jax.process_count() == 1:
+            found = self.held_out.agreement(source, whole, partial(self.progress, "comparing with the dense model"))
+            last["agreement"] = None if found is None else asdict(found)
         if jax.process_index() == 0:
             convert.save(
                 cast(whole, str(source.dtype("embed_vd"))),
@@ -169,6 +210,7 @@ class _Trainer:
     def _enter(self, number: int, source: WeightSource | None) -> None:
         """Makes a stage the current one, from a source's weights unless its state is to be restored."""
         self.number, self.context, self.step_in_stage, self.losses = number, self.task.context(number), 0, []
+        self.time_left.enter()
         if source is not None:
             self.state, self.frozen = begin(self.context, source, self.task.mesh)
         taught = parameter_names(self.context.config) if self.context.stage.distill_weight else ()
@@ -191,6 +233,7 @@ class _Trainer:
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             self.step_in_stage += 1
             seconds, tokens = time.perf_counter() - start, values["tokens"]
+            self.time_left.step(seconds)
             mfu = step_flops(self.context.config, recipe.data.seq_len, int(tokens)) / seconds / self.limit
             values |= {"seconds": seconds, "tokens_per_second": tokens / seconds, "mfu": mfu}
             if not self._after_step(values):
@@ -200,12 +243,8 @@ class _Trainer:
 
     def _after_step(self, values: dict[str, float]) -> bool:
         """Logs, evaluates and saves where that is due; False if the run is to stop here."""
-        recipe = self.task.recipe
-        if values["bad_in_row"] >= recipe.max_bad_steps:
-            raise HeadshareError(
-                f"The loss or its gradients were NaN or infinite in {recipe.max_bad_steps} steps in a row, until step "
-                f"{self.step}; lower the learning rate and begin a new run."
-            )
+        recipe, started = self.task.recipe, time.perf_counter()
+        self.skipped += values["skipped"]
         loss = values["lm_loss"]
         spike = is_spike(self.losses, loss)
         self.losses.append(loss)
@@ -214,38 +253,61 @@ class _Trainer:
         line: dict[str, Any] = {"step": self.step, "stage": self.context.stage.kind, **values, "spike": float(spike)}
         if self._due(recipe.checkpoints.eval_every):
             line |= self._evaluate()
+            self.time_left.pause(time.perf_counter() - started)
         self.log.add(line)
-        self.report(line)
-        stopping = self.stopping()
-        if stopping or self._due(recipe.checkpoints.every):
+        self.report(line | {"seconds_left": self._seconds_left()})
+        stopping, hopeless = self.stopping(), self._hopeless(values["bad_in_row"])
+        if stopping or hopeless or self._due(recipe.checkpoints.every):
             self._save(line.get("shared_perplexity"))
+        if hopeless:
+            raise HeadshareError(
+                f"The loss or its gradients were NaN or infinite in {hopeless}, until step {self.step}; such steps are "
+                "skipped. Lower the learning rate and begin a new run, or allow more (max_bad_steps, max_skipped) and "
+                f"resume from the checkpoint of step {self.step}."
+            )
         return not stopping or self.step == recipe.total_steps
+
+    def _hopeless(self, bad_in_row: float) -> str | None:
+        """What of the skipped steps is more than the recipe allows."""
+        recipe = self.task.recipe
+        if bad_in_row >= recipe.max_bad_steps:
+            return f"{recipe.max_bad_steps} steps in a row"
+        if self.skipped >= recipe.max_bad_steps and self.skipped > recipe.max_skipped * self.step:
+            return f"{self.skipped:.0f} of {self.step} steps"
+        return None
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step_in_stage == self.context.stage.steps
 
-    def _evaluate(self) -> dict[str, float]:
+    def _seconds_left(self) -> list[float] | None:
+        """Of this stage and of each after it; None as long as nothing is known."""
+        ends = np.cumsum([stage.steps for stage in self.task.recipe.stages]).tolist()
+        starts, every = [self.step, *ends[self.number : -1]], self.task.recipe.checkpoints.eval_every
+        # Where a stage ends there is an evaluation too.
+        pauses = [
+            (end - 1) // every - start // every + (end > start)
+            for start, end in zip(starts, ends[self.number :], strict=True)
+        ]
+        return self.time_left.left(self.number, self.step_in_stage, pauses)
+
+    def _evaluate(self) -> dict[str, float | None]:
         """Held-out perplexity of the shared model; in an align stage also of the dense one, and the pairs' cosine."""
-        result, model, sharing = {}, self._trained(), self.task.sharing
+        model, sharing = self._trained(), self.task.sharing
+        result: dict[str, float | None] = {}
         aligns = self.context.stage.kind == "align"
         if aligns and len(sharing.receivers):
             pools = {name: model.array(name) for name in map(pool_name, tied_projections(sharing))}
             result["pair_cosine"] = float(self.pair_cosine(pools))
-        if self.task.eval_tokens.size:
-            result["shared_perplexity"] = self._perplexity(
-                share(model, sharing, check_source=False) if aligns else model
-            )
+        if self.held_out:
+            shared = share(model, sharing, check_source=False) if aligns else model
+            result["shared_perplexity"] = self.held_out.perplexity(shared)
+            result["source_perplexity"] = self.held_out.source_perplexity
             if aligns:
-                result["dense_perplexity"] = self._perplexity(model)
+                result["dense_perplexity"] = self.held_out.perplexity(model)
         return result
 
     def _placed(self, source: WeightSource) -> Llama:
         return Llama.of(source, mesh=self.task.mesh, compute_dtype=self.task.recipe.compute_dtype)
-
-    def _perplexity(self, model: Llama) -> float:
-        settings = self.task.recipe.data
-        tokens, windows = self.task.eval_tokens, settings.eval_windows
-        return perplexity(model, tokens, seq_len=settings.seq_len, max_windows=windows).token_perplexity
 
     def _trained(self) -> Llama:
         """The stage's model as trained so far."""

@@ -48,9 +48,10 @@ class Sharing(_Section):
         begins with its weights; no other field is used then, and `refit_windows` must be 0.
       map: file of a sharing map; `ratio`, `match`, `tie` and `chains` are not used then.
       ratio: as of `headshare share`.
-      match: likewise.
+      match: likewise; or `functional`, donors by what they compute on the windows that a refit takes, as the method
+        `fitted` finds them.
       tie: likewise.
-      chains: likewise.
+      chains: likewise; `functional` forbids them.
       refit_windows: windows of `data.seq_len` tokens of the training text, its first ones, that output weights are
         fitted on wherever a dense model becomes a shared one for good; 0 for no refit.
     """
@@ -58,7 +59,7 @@ class Sharing(_Section):
     start: str | None = None
     map: str | None = None
     ratio: Fraction = 0.3
-    match: Literal["q", "k", "v", "qk", "qkv", "total", "random"] = "qk"
+    match: Literal["q", "k", "v", "qk", "qkv", "total", "random", "functional"] = "qk"
     tie: str = "qkv"
     chains: Literal["resolve", "forbid"] = "resolve"
     refit_windows: Natural = 0
@@ -160,6 +161,7 @@ class Recipe(_Section):
       compute_dtype: `float32` or `bfloat16`; master weights and optimizer state are float32.
       remat: `none`, `dots` or `full`.
       max_bad_steps: steps in a row whose loss or gradients may be NaN or infinite (they are skipped) before it stops.
+      max_skipped: part of the steps so far that may be skipped before it stops, once they are `max_bad_steps`.
       seed: of the order of the blocks.
     """
 
@@ -175,6 +177,7 @@ class Recipe(_Section):
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: Literal["none", "dots", "full"] = "full"
     max_bad_steps: Count = 10
+    max_skipped: Fraction = 0.05
     seed: Natural = 0
 
     @model_validator(mode="after")
@@ -192,6 +195,8 @@ class Recipe(_Section):
                 raise HeadshareError("sharing.start is a shared model already; leave sharing.refit_windows out.")
             if kinds[0] != "tied":
                 raise HeadshareError("sharing.start is where a tied stage begins, but the first stage is align.")
+        elif self.sharing.map is None and self.sharing.match == "functional" and not self.sharing.refit_windows:
+            raise HeadshareError("sharing.match functional looks at text; give sharing.refit_windows, such as 24.")
         for number, stage in enumerate(self.stages):
             unused = [name for name in _ALIGN_ONLY if getattr(stage, name) != Stage.model_fields[name].default]
             if stage.kind == "tied" and unused:

@@ -13,6 +13,8 @@ from headshare_jax.sharing.map import SharingMap
 from headshare_jax.train import recipe as recipes
 
 CONFIG, MAP, REFIT, FINAL, CHECKPOINTS = "config.yaml", "map.json", "refit.json", "final", "checkpoints"
+# What a resumed run may have changed: where it runs, and when it gives up.
+_FREE = ("mesh.", "max_bad_steps:", "max_skipped:")
 
 
 def check(output: Path, recipe: recipes.Recipe, resume: bool) -> None:
@@ -27,7 +29,7 @@ def check(output: Path, recipe: recipes.Recipe, resume: bool) -> None:
         return
     if not path.is_file():
         raise HeadshareError(f"{output} holds no run to resume (no {CONFIG}); begin one there.", option="resume")
-    changed = [line for line in recipes.difference(recipes.load(path), recipe) if not line.startswith("mesh.")]
+    changed = [line for line in recipes.difference(recipes.load(path), recipe) if not line.startswith(_FREE)]
     if changed:
         raise HeadshareError(
             f"The recipe differs from that of the run in {output}: {'; '.join(changed)}. Undo the change (the run's "

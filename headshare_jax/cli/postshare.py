@@ -1,7 +1,9 @@
 """`headshare postshare`."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -12,13 +14,17 @@ from rich.console import RenderableType
 from rich.syntax import Syntax
 from rich.table import Table
 
+from headshare_jax import convert
 from headshare_jax.cli import kinds
 from headshare_jax.cli.command import Command
 from headshare_jax.cli.exit_codes import ExitCode
 from headshare_jax.errors import HeadshareError
+from headshare_jax.evaluate.agreement import Agreement
 from headshare_jax.plan.footprint import footprint
-from headshare_jax.report.progress import progress_with_text
+from headshare_jax.report.progress import Show, progress_with_text, say, spoken
+from headshare_jax.resources import peak_memory
 from headshare_jax.sharing.ledger import megabytes
+from headshare_jax.summary import Summary, next_command, sizes
 from headshare_jax.train import loop
 from headshare_jax.train import recipe as recipes
 from headshare_jax.train.run_folder import FINAL
@@ -68,15 +74,33 @@ class Postshare(Command):
                 raise HeadshareError(f"The other processes cannot be joined: {error}") from error
         if self.dry_run:
             return {"recipe": yaml.safe_load(recipes.to_yaml(recipe)), **footprint(recipe)}
+        started = time.monotonic()
         with progress_with_text() as show:
             last = loop.run(
                 recipe,
                 self.output,
                 resume=self.resume,
-                report=lambda line: show(line["step"], recipe.total_steps, _told(line)),
+                report=partial(_report, show, recipe.total_steps),
                 progress=lambda what, done, total: show(done, total, what),
             )
-        return {"output": str(self.output), "final": str(self.output / FINAL) if last else None, "last": last}
+        result = {"output": str(self.output), "final": None, "last": last}
+        if last is None:
+            return result
+        final = self.output / FINAL
+        source, model = (convert.open_checkpoint(path) for path in (recipe.model, final))
+        found = last.get("agreement")
+        summary = Summary(
+            output=str(final),
+            done=_done(last, model),
+            sizes=sizes(source, source.path, model, final),
+            quality=None if found is None else Agreement(**found),
+            text=recipe.data.eval or "",
+            quality_note=_quality_note(last, recipe.data.eval),
+            seconds=time.monotonic() - started,
+            memory=peak_memory(),
+            next=next_command(final),
+        )
+        return result | {"final": str(final), **summary.to_json(), "lines": str(summary).splitlines()}
 
     def exit_code(self, result: dict[str, Any]) -> ExitCode:
         # What starts it anew after a preemption must not take it for done.
@@ -90,22 +114,62 @@ class Postshare(Command):
                 table.add_row(name, *(megabytes(stage[name]) for stage in result["stages"]))
             yield table
             return
-        last = result["last"]
-        if last is None:
+        if result["last"] is None:
             yield f"{result['output']}: stopped, with a checkpoint of the last step; --resume goes on from there"
             return
-        perplexity = last.get("shared_perplexity")
-        held_out = "" if perplexity is None else f", held-out perplexity after sharing {perplexity:.2f}"
-        yield f"{result['final']}: the shared model after {last['step']} steps{held_out}"
-        if last["spikes"]:
-            yield f"The loss stood out at step {', '.join(map(str, last['spikes']))}."
-        yield f"metrics: {result['output']}/metrics.jsonl, metrics.png; next: headshare inspect {result['final']}"
+        yield "\n".join(result["lines"])
+
+
+def _done(last: dict[str, Any], model: convert.Checkpoint) -> str:
+    """What a run did."""
+    assert model.sharing is not None
+    spikes = f"; the loss stood out at step {', '.join(map(str, last['spikes']))}" if last["spikes"] else ""
+    return (
+        f"{model.sharing.summary()}; {last['step']} steps of training, {last['skipped_steps']} of them skipped as not "
+        f"finite{spikes}"
+    )
+
+
+def _quality_note(last: dict[str, Any], text: str | None) -> str:
+    """The shared model before training; or why its quality is not told."""
+    if text is None:
+        return "not measured, as the recipe names no held-out text (data.eval)"
+    if last.get("agreement") is None:
+        return f"{_perplexities(last)} ({text})"
+    return f"before training {_number(last.get('start_perplexity'))}"
+
+
+def _perplexities(line: dict[str, Any]) -> str:
+    """The shared model's perplexity beside the dense one's."""
+    dense, shared = line.get("source_perplexity"), line.get("shared_perplexity")
+    ratio = f" ({shared / dense:.2f}x)" if dense and shared else ""
+    return f"perplexity dense {_number(dense)}, shared {_number(shared)}{ratio}"
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:,.2f}"
+
+
+def _report(show: Show, total: int, line: dict[str, Any]) -> None:
+    """Shows a step, and leaves a line where the models were measured."""
+    if "shared_perplexity" in line:
+        say(f"step {line['step']}: {_perplexities(line)}")
+    if line["step"]:
+        show(line["step"], total, _told(line))
 
 
 def _told(line: dict[str, Any]) -> str:
-    parts = [f"{line['stage']} next-token loss {line['lm_loss']:.3f}"]
-    shown = {"sim_loss": "penalty", "shared_perplexity": "perplexity"}
-    parts += [f"{label} {line[name]:.2f}" for name, label in shown.items() if line.get(name)]
+    """A step as a line of progress shows it."""
+    parts = [f"{line['stage']}: next-token loss {line['lm_loss']:.3f}"]
+    if line.get("sim_loss"):
+        parts.append(f"penalty {line['sim_loss']:.2f}")
     if line["skipped"]:
         parts.append("skipped: not finite")
-    return ", ".join([*parts, f"{line['tokens_per_second']:,.0f} tokens/s"])
+    return ", ".join([*parts, f"{line['tokens_per_second']:,.0f} tokens/s", *_left(line["seconds_left"])])
+
+
+def _left(seconds: list[float] | None) -> list[str]:
+    if seconds is None:
+        return []
+    rest = f" of this stage, {spoken(sum(seconds))} of the run" if len(seconds) > 1 else ""
+    return [f"about {spoken(seconds[0])} left{rest}"]

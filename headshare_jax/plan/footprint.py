@@ -10,7 +10,7 @@ from headshare_jax.errors import HeadshareError
 from headshare_jax.model.mesh import batch_sharding
 from headshare_jax.parameters import parameter_names
 from headshare_jax.train import recipe as recipes
-from headshare_jax.train.inputs import check_devices, choose_pairs, open_inputs
+from headshare_jax.train.inputs import check_devices, open_inputs, pairs_to_plan
 from headshare_jax.train.placement import abstract_params, abstract_state, bytes_on_device, split_names
 from headshare_jax.train.step import StageContext, make_step
 
@@ -27,7 +27,7 @@ def footprint(recipe: recipes.Recipe) -> dict[str, Any]:
     """
     mesh = check_devices(recipe)
     source, _, _ = open_inputs(recipe)
-    sharing = choose_pairs(recipe, source, "random")
+    sharing = pairs_to_plan(recipe, source)
     stages = []
     for stage in recipe.stages:
         context = StageContext(source.config, sharing, stage, recipe)

@@ -61,7 +61,7 @@ def test_values_that_are_given_are_used_and_others_are_the_published_ones() -> N
 @pytest.mark.parametrize(
     ("section", "key", "choices"),
     [
-        (recipes.Sharing, "match", MATCH_FUNCTIONS),
+        (recipes.Sharing, "match", (*MATCH_FUNCTIONS, "functional")),
         (recipes.Stage, "penalty", PENALTIES),
         (recipes.Recipe, "compute_dtype", COMPUTE_DTYPES),
         (recipes.Recipe, "remat", REMAT_POLICIES),
