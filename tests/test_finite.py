@@ -166,6 +166,8 @@ def test_predictions_that_are_not_finite_are_a_sentence() -> None:
     model = large("down_lfd", 3e38)
     with pytest.raises(NotFinite, match=r"perplexity is not finite: \d+ of 63 predictions"):
         hs.perplexity(model, random_tokens((256,)), seq_len=64)
+    with pytest.raises(NotFinite, match=r"The model's logits are NaN or infinite"):
+        hs.generate(model, [[5, 6], [7]], max_new_tokens=4)
     with pytest.raises(NotFinite, match="The other model's predictions on this text are not finite"):
         hs.agreement(tiny_model(), model, random_tokens((2, 32)))
 

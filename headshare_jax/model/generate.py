@@ -22,6 +22,7 @@ from headshare_jax.model.reading import (
     choose_for_prompts,
     unstacked,
 )
+from headshare_jax.sharing import finite
 from headshare_jax.typed import check_fields, typed
 
 # Prompts and answers are padded to multiples of this, so that nearby lengths share one compilation.
@@ -29,6 +30,8 @@ BUCKET = 64
 MOST_NEW_TOKENS = 2**20
 # How many times the model's context a prompt may be long.
 MOST_CONTEXTS = 16
+# What is drawn from logits that are not finite.
+NOT_FINITE = -1
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ def generate(
 
     Raises:
       HeadshareError: no prompt, an empty prompt, or a token outside the vocabulary.
+      NotFinite: logits that are NaN or infinite.
 
     Examples:
       >>> prompts = [tokenizer("Once upon a time").input_ids, tokenizer("The sea").input_ids]
@@ -143,6 +147,7 @@ def _continued(
 ) -> list[list[int]]:
     first_key, key = jax.random.split(jax.random.key(seed))
     token_b, cache = read_prompts(model, prompts, max_new_tokens, first_key, sampling)
+    check_drawn(token_b)
     if max_new_tokens == 1:
         return [[] if token in stops else [token] for token in token_b.tolist()]
     out_bt, length_b, _ = decode(
@@ -157,7 +162,20 @@ def _continued(
         sampling=sampling,
         reading=reading_to_decode(model, len(prompts)),
     )
-    return [row[:length].tolist() for row, length in zip(np.asarray(out_bt), np.asarray(length_b), strict=True)]
+    found_bt, found_b = np.asarray(out_bt), np.asarray(length_b)
+    check_drawn(ends(found_bt, found_b))
+    return [row[:length].tolist() for row, length in zip(found_bt, found_b, strict=True)]
+
+
+def ends(out_bt: np.ndarray, length_b: np.ndarray) -> np.ndarray:
+    """What ended every row of `decode`, int32 [B]: a stop token, `NOT_FINITE`, or nothing of note."""
+    return out_bt[np.arange(len(out_bt)), np.minimum(length_b, out_bt.shape[1] - 1)]
+
+
+def check_drawn(token_b: jax.typing.ArrayLike) -> None:
+    """Raises NotFinite if some token was drawn from logits that are not finite."""
+    if (np.asarray(token_b) == NOT_FINITE).any():
+        raise finite.NotFinite(f"The model's logits are NaN or infinite, so that no token can be drawn: {finite.CAUSE}")
 
 
 def read_prompts(
@@ -225,7 +243,7 @@ def decode(
     sampling: Sampling,
     reading: Reading | None = None,
 ) -> tuple[jax.Array, jax.Array, KVCache]:
-    """Adds tokens until every row has met a stop token or `limit` is reached.
+    """Adds tokens until every row has met a stop token or `NOT_FINITE`, or `limit` is reached.
 
     Args:
       model: dense or shared.
@@ -240,7 +258,7 @@ def decode(
       reading: as for `Llama.extend`.
 
     Returns:
-      Tokens, int32 [B, room]; how many of each row come before its stop token, int32 [B]; and the cache, so that the
+      Tokens, int32 [B, room]; how many of each row come before its end, int32 [B]; and the cache, so that the
       donated one can be written in place.
     """
 
@@ -254,7 +272,8 @@ def decode(
         return placed(draw(model.logits(features_btd[:, -1]), draw_key, sampling), rows, cache)
 
     def placed(token_b: jax.Array, rows: _Rows, cache: KVCache) -> _Rows:
-        done_b = rows.done_b | jnp.any(token_b[:, None] == stop_tokens[None, :], axis=1)
+        ended_b = jnp.any(token_b[:, None] == stop_tokens[None, :], axis=1) | (token_b == NOT_FINITE)
+        done_b = rows.done_b | ended_b
         filled = rows.filled + 1
         out_bt = jax.lax.dynamic_update_slice(rows.out_bt, token_b[:, None], (0, rows.filled))
         return _Rows(filled, token_b, out_bt, done_b, rows.length_b + (~done_b).astype(jnp.int32), cache)
@@ -278,7 +297,11 @@ class _Rows(NamedTuple):
 
 
 def draw(logits_bv: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """The next token of every row, int32 [B]."""
+    """The next token of every row, int32 [B]; `NOT_FINITE` where logits are NaN or infinite."""
+    return jnp.where(jnp.isfinite(logits_bv).all(axis=-1), _drawn(logits_bv, key, sampling), NOT_FINITE)
+
+
+def _drawn(logits_bv: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     if sampling.temperature == 0:
         return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
     logits_bv = logits_bv / sampling.temperature

@@ -16,9 +16,11 @@ from headshare_jax.model.generate import (
     Sampling,
     before_long_factors,
     bucket,
+    check_drawn,
     checked,
     decode,
     draw,
+    ends,
     read_prompts,
     reading_to_decode,
 )
@@ -199,6 +201,7 @@ def _decoded(
       stops: they end before the first of these.
       sampling: how tokens are drawn.
     """
+    check_drawn(token_b)
     token, count, most = int(token_b[0]), 1, 1
     if token in stops:
         return
@@ -218,6 +221,7 @@ def _decoded(
             sampling=sampling,
             reading=reading,
         )
+        check_drawn(ends(np.asarray(out_bt), np.asarray(length_b)))
         tokens = np.asarray(out_bt)[0, 1 : int(length_b[0])].tolist()
         yield tokens, cache
         if len(tokens) < wanted:
