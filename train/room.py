@@ -13,7 +13,7 @@ from headshare_jax.resources import check_disk, check_memory, gigabytes
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.train import recipe as recipes
 from headshare_jax.train.placement import abstract_params, abstract_state, bytes_on_device, split_names
-from headshare_jax.train.step import Params, StageContext, TrainState
+from headshare_jax.train.step import StageContext, TrainState
 
 
 def check_room(recipe: recipes.Recipe, source: Checkpoint, sharing: SharingMap, mesh: Mesh, output: Path) -> None:
@@ -54,7 +54,7 @@ def check_room(recipe: recipes.Recipe, source: Checkpoint, sharing: SharingMap, 
         )
 
 
-def _arrays(context: StageContext, source: Checkpoint, mesh: Mesh) -> tuple[TrainState, Params]:
+def _arrays(context: StageContext, source: Checkpoint, mesh: Mesh) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
     """Shapes of a stage's state and of its frozen parameters."""
     dtypes = {name: source.dtype(name) for name in split_names(context)[1]}
     return abstract_state(context, mesh), abstract_params(context.config, context.model_sharing, mesh, dtypes)
