@@ -3,11 +3,15 @@
 import json
 import logging
 import math
+import os
+import re
 import shutil
+import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Self
 
 import jax
@@ -51,11 +55,17 @@ class RunCheckpoints:
             raise HeadshareError(f"The checkpoints in {folder} cannot be listed: {error}.") from error
 
     def __enter__(self) -> Self:
+        logging.getLogger("absl").addFilter(_below_errors)
+        self._excepthook, sys.excepthook = sys.excepthook, _without_echoes
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+            self._manager.close()
+        finally:
+            logging.getLogger("absl").removeFilter(_below_errors)
+            sys.excepthook = self._excepthook
 
     def save(self, step: int, arrays: Any, document: dict[str, Any], perplexity: float | None) -> None:
         """Begins to save; an earlier save that failed shows here or in `wait`.
@@ -81,7 +91,7 @@ class RunCheckpoints:
             yield
         except (OSError, ValueError) as error:
             raise HeadshareError(
-                f"A checkpoint in {self.folder} could not be written ({error}); earlier ones are intact."
+                f"A checkpoint in {self.folder} could not be written ({_reason(error)}); earlier ones are intact."
             ) from error
 
     def restore(self, abstract: Callable[[dict[str, Any]], Any]) -> tuple[int, Any, dict[str, Any]] | None:
@@ -133,6 +143,23 @@ class RunCheckpoints:
         if "checksums" not in document:
             raise HeadshareError("it is of an earlier version, which kept no checksums; begin a new run")
         return document
+
+
+def _below_errors(record: logging.LogRecord) -> bool:
+    """Orbax logs every error of its threads with a traceback, and raises it too."""
+    return record.levelno < logging.ERROR
+
+
+def _without_echoes(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Leaves out what TensorStore's threads say after a write failed, of which Orbax no longer waits for the others."""
+    if str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)
+
+
+def _reason(error: Exception) -> str:
+    """The system's own reason, which TensorStore tells in its text alone."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else textwrap.shorten(str(error), 160, placeholder=" ...")
 
 
 def checksums(arrays: Any) -> list[int]:

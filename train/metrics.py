@@ -14,6 +14,8 @@ import numpy as np
 
 from headshare_jax.config import LlamaConfig
 from headshare_jax.convert.atomic import own_file
+from headshare_jax.convert.atomic import new_file
+from headshare_jax.errors import HeadshareError
 
 METRICS, PLOT = "metrics.jsonl", "metrics.png"
 _RATE_SIZE = 2048
@@ -47,12 +49,17 @@ class MetricsLog:
             return
         numbers = {name: value for name, value in line.items() if isinstance(value, float)}
         nulls = {name: None for name, value in numbers.items() if not math.isfinite(value)}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line | nulls, allow_nan=False) + "\n")
-        if self._board is not None:
-            for name, value in numbers.items():
-                self._board.add_scalar(name, value, line["step"])
-            self._board.flush()
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line | nulls, allow_nan=False) + "\n")
+            if self._board is not None:
+                for name, value in numbers.items():
+                    self._board.add_scalar(name, value, line["step"])
+                self._board.flush()
+        except OSError as error:
+            raise HeadshareError(
+                f"{self.path} cannot be written ({error.strerror}); make room, and resume the run.", option="resume"
+            ) from error
 
     def close(self) -> None:
         """Draws the plot and closes the files."""

@@ -54,7 +54,9 @@ def check_room(recipe: recipes.Recipe, source: Checkpoint, sharing: SharingMap, 
         )
 
 
-def _arrays(context: StageContext, source: Checkpoint, mesh: Mesh) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
+def _arrays(
+    context: StageContext, source: Checkpoint, mesh: Mesh
+) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
     """Shapes of a stage's state and of its frozen parameters."""
     dtypes = {name: source.dtype(name) for name in split_names(context)[1]}
     return abstract_state(context, mesh), abstract_params(context.config, context.model_sharing, mesh, dtypes)

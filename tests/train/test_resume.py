@@ -131,7 +131,10 @@ def test_steps_of_an_unusable_checkpoint_are_done_and_saved_again(
 
 
 def told(short: recipes.Recipe, run: Path, *, until: str | int | None = None, resume: bool = False) -> list[str | int]:
-    """The kinds of work and the steps that a run tells of, in order; it is interrupted at one of them, or never."""
+    """The kinds of work and the steps that a run tells of, in order; it is interrupted at one of them, or never.
+
+    What it tells of the measures before training and at the end is left out.
+    """
     seen: list[str | int] = []
 
     def note(place: str | int) -> None:
@@ -147,7 +150,7 @@ def told(short: recipes.Recipe, run: Path, *, until: str | int | None = None, re
             report=lambda line: note(line["step"]),
             progress=lambda what, done, total: note(what),
         )
-    return list(dict.fromkeys(seen))
+    return [place for place in dict.fromkeys(seen) if place and not str(place).startswith(("measuring", "comparing"))]
 
 
 def test_a_run_without_a_checkpoint_begins_anew_with_its_own_map(workplace: Path, tmp_path: Path) -> None:
