@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from headshare_jax.convert.atomic import new_file
+from headshare_jax.convert.atomic import own_file
 from headshare_jax.evaluate.agreement import Agreement, agreement
 from headshare_jax.evaluate.perplexity import perplexity
 from headshare_jax.model.llama import Llama
@@ -64,7 +64,7 @@ class HeldOut:
         """Writes both into the run's folder."""
         if jax.process_index() == 0:
             values = {"source_perplexity": self.source_perplexity, "start_perplexity": self.start_perplexity}
-            with new_file(folder / BASELINE, overwrite=True) as path:
+            with own_file(folder / BASELINE) as path:
                 path.write_text(json.dumps(values, indent=1))
 
     def agreement(

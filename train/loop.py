@@ -179,7 +179,7 @@ class _Trainer:
         return True
 
     def export(self) -> dict[str, Any]:
-        """Writes the shared model, in the source's own types, with its tokenizer; returns the last step's metrics."""
+        """Writes the shared model, in the source's type, with its tokenizer; returns the last step's metrics."""
         finished, source = self._finished("tied"), self.task.source
         self.log.close()
         lines = self.log.lines()
@@ -193,12 +193,13 @@ class _Trainer:
         if refitted and "shared_perplexity" in last:
             last["shared_perplexity"] = self.held_out.perplexity(self._placed(finished))
         whole = finished if jax.process_count() == 1 else gathered(self._placed(finished))
+        whole = cast(whole, convert.output_dtype(source, "native") or str(source.dtype("embed_vd")))
         if jax.process_count() == 1:
             found = self.held_out.agreement(source, whole, partial(self.progress, "comparing with the dense model"))
             last["agreement"] = None if found is None else asdict(found)
         if jax.process_index() == 0:
             convert.save(
-                cast(whole, str(source.dtype("embed_vd"))),
+                whole,
                 self.task.output / run_folder.FINAL,
                 tokenizer_from=source.path,
                 overwrite=True,

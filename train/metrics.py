@@ -14,7 +14,6 @@ import numpy as np
 
 from headshare_jax.config import LlamaConfig
 from headshare_jax.convert.atomic import own_file
-from headshare_jax.convert.atomic import new_file
 from headshare_jax.errors import HeadshareError
 
 METRICS, PLOT = "metrics.jsonl", "metrics.png"

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,12 +22,13 @@ from headshare_jax.cli.exit_codes import ExitCode
 from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluate.agreement import Agreement
 from headshare_jax.plan.footprint import footprint
-from headshare_jax.report.progress import Show, progress_with_text, say, spoken
+from headshare_jax.report.progress import Course, Show, Step, progress_with_text, say, spoken
 from headshare_jax.resources import peak_memory
 from headshare_jax.sharing.ledger import megabytes
 from headshare_jax.summary import Summary, next_command, sizes
 from headshare_jax.train import loop
 from headshare_jax.train import recipe as recipes
+from headshare_jax.train.inputs import Progress
 from headshare_jax.train.run_folder import FINAL
 
 
@@ -75,13 +77,13 @@ class Postshare(Command):
         if self.dry_run:
             return {"recipe": yaml.safe_load(recipes.to_yaml(recipe)), **footprint(recipe)}
         started = time.monotonic()
-        with progress_with_text() as show:
+        with progress_with_text() as show, ExitStack() as phases:
             last = loop.run(
                 recipe,
                 self.output,
                 resume=self.resume,
                 report=partial(_report, show, recipe.total_steps),
-                progress=lambda what, done, total: show(done, total, what),
+                progress=_phases(show, phases),
             )
         result = {"output": str(self.output), "final": None, "last": last}
         if last is None:
@@ -156,6 +158,18 @@ def _report(show: Show, total: int, line: dict[str, Any]) -> None:
         say(f"step {line['step']}: {_perplexities(line)}")
     if line["step"]:
         show(line["step"], total, _told(line))
+
+
+def _phases(show: Show, stack: ExitStack) -> Progress:
+    """Shows what comes before and after the steps, each with the time left."""
+    steps: dict[str, Step] = {}
+
+    def tell(what: str, done: int, total: int) -> None:
+        if what not in steps:
+            steps[what] = stack.enter_context(Course({what: 1.0}, show).phase(what))
+        steps[what](done, total)
+
+    return tell
 
 
 def _told(line: dict[str, Any]) -> str:
