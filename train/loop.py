@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from headshare_jax import convert
-from headshare_jax.convert.atomic import new_file
+from headshare_jax.convert.atomic import own_file
 from headshare_jax.errors import HeadshareError
 from headshare_jax.fit.refit import refit
 from headshare_jax.model.llama import Llama
@@ -334,7 +334,7 @@ class _Trainer:
             dense, shared, self.task.blocks.tokens[:windows], progress=partial(self.progress, "refitting")
         )
         if jax.process_index() == 0:
-            with new_file(self.task.output / run_folder.REFIT, overwrite=True) as path:
+            with own_file(self.task.output / run_folder.REFIT) as path:
                 path.write_text(json.dumps(asdict(report), indent=1))
         return fitted
 
