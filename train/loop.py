@@ -41,6 +41,7 @@ from headshare_jax.train.time_left import TimeLeft
 
 logger = logging.getLogger(__name__)
 
+SPEEDS = ("seconds", "tokens_per_second", "mfu")
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -203,7 +204,11 @@ class _Trainer:
                 self.task.output / run_folder.FINAL,
                 tokenizer_from=source.path,
                 overwrite=True,
-                provenance={"source": self.task.recipe.model, "postshare": last},
+                # Without times, so that the same run gives the same bytes.
+                provenance={
+                    "source": self.task.recipe.model,
+                    "postshare": {name: value for name, value in last.items() if name not in SPEEDS},
+                },
             )
         run_folder.wait_for_all("exported")
         return last
@@ -236,7 +241,7 @@ class _Trainer:
             seconds, tokens = time.perf_counter() - start, values["tokens"]
             self.time_left.step(seconds)
             mfu = step_flops(self.context.config, recipe.data.seq_len, int(tokens)) / seconds / self.limit
-            values |= {"seconds": seconds, "tokens_per_second": tokens / seconds, "mfu": mfu}
+            values |= dict(zip(SPEEDS, (seconds, tokens / seconds, mfu), strict=True))
             if not self._after_step(values):
                 return False
             start = time.perf_counter()
