@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 # In each journal: what it belongs to, for those who read it; its folder's name is what tells journals apart.
 KEY = "key.json"
+# Among the arrays of a step: the SHA-256 of the others.
+_SUM = "sha256"
 
 
 class JournalFolder:
@@ -94,15 +96,29 @@ class _FolderJournal:
         reader = SafetensorsReader([file])
         try:
             infos, _ = reader.infos()
-            return {name: reader.read(info, name) for name, info in infos.items()}
+            arrays = {name: reader.read(info, name) for name, info in infos.items()}
         except HeadshareError:
+            arrays = {_SUM: np.zeros(0, np.uint8)}
+        # Journals of 0.1.0 have no checksums.
+        kept = arrays.pop(_SUM, None)
+        if kept is not None and not np.array_equal(kept, _checksum(arrays)):
             logger.warning("%s is damaged; what it held is computed again.", file)
             return None
+        return arrays
 
     def write(self, step: str, arrays: Mapping[str, np.ndarray]) -> None:
+        arrays = {**arrays, _SUM: _checksum(arrays)}
         layout = {name: (array.shape, array.dtype) for name, array in arrays.items()}
         with own_file(self._file(step)) as partial:
             write_safetensors(partial, layout, arrays.values())
 
     def _file(self, step: str) -> Path:
         return self.folder / f"{step}.safetensors"
+
+
+def _checksum(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return np.frombuffer(digest.digest(), np.uint8)
