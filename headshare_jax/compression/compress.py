@@ -190,7 +190,7 @@ def compress(
     return Compressed(
         model=model, map=sharing, ledger=ledger(found, path=after), sizes=sizes(source, path, found, after),
         fit=report, calibration=texts.calibration, quality=quality, measured_on=texts.measured_on,
-        overlap=texts.overlap,        seconds=time.monotonic() - started, memory=peak_memory(), path=after,
+        overlap=texts.overlap, seconds=time.monotonic() - started, memory=peak_memory(), path=after,
     )  # fmt: skip
 
 
