@@ -154,7 +154,9 @@ def _number(stop: BaseException) -> int:
 def _stop_again(unraisable: Any) -> None:
     """Sends a stop once more that met a destructor or callback, as of the garbage collector: Python drops it there."""
     if not isinstance(unraisable.exc_value, KeyboardInterrupt):
-        sys.__unraisablehook__(unraisable)
+        # Of a library's own callbacks, as of an event loop that a full disk has closed; what counts is raised besides.
+        if os.environ.get("HEADSHARE_TRACEBACK"):
+            sys.__unraisablehook__(unraisable)
         return
     again = threading.Timer(0.1, os.kill, (os.getpid(), _number(unraisable.exc_value)))
     again.daemon = True
@@ -167,5 +169,7 @@ def _quieten_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.basicConfig(format="headshare: %(message)s", level=logging.WARNING)
-    for name in ("absl", "orbax", "jax._src.xla_bridge"):
+    for name in ("orbax", "jax._src.xla_bridge"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Orbax tells failures of its threads there, with tracebacks, before it raises them.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
