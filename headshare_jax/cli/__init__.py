@@ -169,7 +169,5 @@ def _quieten_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.basicConfig(format="headshare: %(message)s", level=logging.WARNING)
-    for name in ("orbax", "jax._src.xla_bridge"):
+    for name in ("absl", "orbax", "jax._src.xla_bridge"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # Orbax tells failures of its threads there, with tracebacks, before it raises them.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
