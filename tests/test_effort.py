@@ -30,6 +30,14 @@ def test_twice_the_text_takes_twice_the_fit_and_its_files() -> None:
     assert twice.temporary == 64 / 16 * replace(EFFORT, method=METHODS["refit"]).temporary
 
 
+def test_the_first_third_of_matching_costs_less_than_its_steps() -> None:
+    parts = [EFFORT.matched(steps) for steps in (0.0, 1 / 3, 2 / 3, 1.0)]
+    assert parts[0] == 0
+    assert parts[3] == pytest.approx(1)
+    assert 0 < parts[1] < parts[2] == pytest.approx((parts[1] + 1) / 2)
+    assert replace(EFFORT, method=METHODS["direct"]).matched(0.4) == 0.4
+
+
 def test_a_model_that_writes_text_is_in_memory_as_a_whole() -> None:
     whole = 4 * hs.ledger(support.tiny_model()).stored
     assert 0.9 * whole < replace(EFFORT, own=24).memory - EFFORT.memory <= whole

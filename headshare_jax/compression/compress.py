@@ -46,7 +46,7 @@ _WINDOW = 512
 # Called with what is being done, how much of it is, and the whole.
 Progress = Callable[[str, int, int], None]
 Step = Callable[[int, int], None]
-Phases = Callable[[str], AbstractContextManager[Step]]
+Phases = Callable[..., AbstractContextManager[Step]]
 
 
 @typed
@@ -160,7 +160,7 @@ def compress(
                 texts = texts.with_own(source, show)
         if sharing is None:
             assert amount is not None
-            with phase("matching") as show:
+            with phase("matching", effort.matched) as show:
                 scores = chosen.scores(Scoring(source, of_method, texts.windows_wt, journals, show))
             sharing = methods.choose(chosen, scores, amount, source.config, of_method)
         with phase("refitting") if chosen.refits else nullcontext(_silent) as show:
@@ -262,7 +262,7 @@ def _phases(progress: bool | Progress, costs: Mapping[str, float]) -> Iterator[P
         with course(costs) as bar:
             yield bar.phase
     else:
-        yield lambda label: nullcontext(partial(progress, label) if progress else _silent)
+        yield lambda label, part=None: nullcontext(partial(progress, label) if progress else _silent)
 
 
 def _silent(done: int, total: int) -> None:

@@ -13,7 +13,7 @@ from headshare_jax.parameters import layered_names, slice_shape
 
 # What phases cost against plain products of matrices, measured on SmolLM2-135M and Qwen2.5-Coder-0.5B: the two models
 # of a refit and its sums, gradients forward and backward, attention of narrow heads, a token at a time, files.
-_REFITTING, _GRADIENTS, _TRIED, _MEASURING, _DECODING, _WRITING = 2.1, 4.0, 18.0, 2.6, 4.0, 1500.0
+_REFITTING, _GRADIENTS, _TRIED, _MEASURING, _DECODING, _WRITING = 2.1, 3.6, 20.0, 2.6, 4.0, 1500.0
 # Tokens that phases run at a time.
 _BATCH_TOKENS = 2048
 
@@ -43,26 +43,36 @@ class Effort:
     @property
     def costs(self) -> dict[str, float]:
         """Multiply-adds of every phase, by its label."""
-        config, head = self.config, self._head
-        through = config.num_layers * self._layer
-        functional = self.method.scores is functional_scores
-        matched = self.seq_len * min(self.calibration, FunctionalSettings().windows)
+        through = self.config.num_layers * self._layer
         tokens, measured = self.seq_len * self.calibration, self.seq_len * self.measured
-        # Scores of attention, of every donor that is tried.
-        tried = (
-            2 * (FunctionalSettings().span + 1) * config.num_layers * config.num_heads * config.head_dim * self.seq_len
-        )
-        matching = matched * (_GRADIENTS * (through + head) + _TRIED * tried)
-        if not functional:
-            matching = through * config.num_units / 2
         costs = {
-            "writing text": self.seq_len * self.own * (through + head) * _DECODING,
-            "matching": matching if self.matches else 0.0,
+            "writing text": self.seq_len * self.own * (through + self._head) * _DECODING,
+            "matching": sum(self._matching) if self.matches else 0.0,
             "refitting": tokens * through * _REFITTING if self.method.refits else 0.0,
             "writing": through * _WRITING,
-            "measuring": measured * _MEASURING * (through + head),
+            "measuring": measured * _MEASURING * (through + self._head),
         }
         return {label: float(cost) for label, cost in costs.items() if cost}
+
+    def matched(self, steps: float) -> float:
+        """The part of matching's cost that a part of its steps is: by function, the first third are the gradients."""
+        gradients, pairs = self._matching
+        first = gradients / (gradients + pairs)
+        if not gradients:
+            return steps
+        return min(3 * steps, 1.0) * first + max(1.5 * steps - 0.5, 0.0) * (1 - first)
+
+    @property
+    def _matching(self) -> tuple[float, float]:
+        """Costs of matching: gradients of the model's predictions, and pairs."""
+        config, through = self.config, self.config.num_layers * self._layer
+        if self.method.scores is not functional_scores:
+            return 0.0, through * config.num_units / 2
+        tokens = self.seq_len * min(self.calibration, FunctionalSettings().windows)
+        # Scores of attention, of every donor that is tried.
+        width = config.num_layers * config.num_heads * config.head_dim
+        tried = 2 * (FunctionalSettings().span + 1) * width * self.seq_len
+        return tokens * _GRADIENTS * (through + self._head), tokens * _TRIED * tried
 
     @property
     def memory(self) -> int:

@@ -36,18 +36,23 @@ class Course:
         self._told = False
 
     @contextmanager
-    def phase(self, label: str) -> Iterator[Step]:
-        """The next phase; yields the function to call with its steps done and in all."""
+    def phase(self, label: str, part: Callable[[float], float] = lambda done: done) -> Iterator[Step]:
+        """The next phase; yields the function to call with its steps done and in all.
+
+        Args:
+          label: of the phase.
+          part: what part of its cost a part of its steps is, where they do not all cost the same.
+        """
         started, before, cost = time.monotonic(), self._done, self._costs.get(label, 0.0)
 
         def step(done: int, total: int) -> None:
-            self._done = before + cost * done / max(total, 1)
+            self._done = before + cost * part(done / max(total, 1))
             self._show(round(1000 * self._part), 1000, f"{label} {done} of {total}{self._left()}")
 
         yield step
         if time.monotonic() - started < 0.5:
             # It was there already, and says nothing of how long the others take.
-            self._costs[label], self._done = 0.0, before
+            self._costs[label], self._done, self._begun = 0.0, before, None
         else:
             self._done = before + cost
 
