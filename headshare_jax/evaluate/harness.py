@@ -17,7 +17,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from headshare_jax.convert.tokenizer import decode, encode
-from headshare_jax.errors import HeadshareError
+from headshare_jax.convert.hub import is_unreached
+from headshare_jax.errors import HeadshareError, TryAgain
 from headshare_jax.evaluate.perplexity import next_token_scores
 from headshare_jax.model.generate import Sampling, generate
 from headshare_jax.model.llama import Llama
@@ -78,7 +79,8 @@ def run_tasks(
         raise
     except Exception as error:  # tasks and their data sets have their own ways to fail
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise HeadshareError(f"The tasks {', '.join(tasks)} cannot be run: {reason}") from error
+        later = TryAgain if is_unreached(error) else HeadshareError
+        raise later(f"The tasks {', '.join(tasks)} cannot be run: {reason}") from error
     return {
         task: {metric.removesuffix(",none"): value for metric, value in values.items() if _is_number(value)}
         for task, values in found["results"].items()
