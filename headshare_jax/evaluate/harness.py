@@ -16,8 +16,8 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from headshare_jax.convert.tokenizer import decode, encode
 from headshare_jax.convert.hub import is_unreached
+from headshare_jax.convert.tokenizer import decode, encode
 from headshare_jax.errors import HeadshareError, TryAgain
 from headshare_jax.evaluate.perplexity import next_token_scores
 from headshare_jax.model.generate import Sampling, generate
