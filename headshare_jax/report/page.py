@@ -12,7 +12,7 @@ import numpy as np
 from headshare_jax.report.curves import draw_perplexity, method_styles
 from headshare_jax.report.heatmap import draw_scores
 from headshare_jax.report.map import draw_map
-from headshare_jax.sharing.ledger import megabytes
+from headshare_jax.sharing.ledger import NOT_SAVED, megabytes
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.scores import MatchResult
 
@@ -46,6 +46,7 @@ def page(record: dict[str, Any], scores: Sequence[MatchResult]) -> str:
         ],
         undrawn=[point for point in points if "attention_bytes" not in point],
         maps=maps,
+        not_saved=NOT_SAVED,
         # The middle one.
         shown=best[(len(best) - 1) // 2] if best else None,
         scores=[

@@ -47,8 +47,8 @@ def test_what_cannot_be_written_is_refused(count: int, seq_len: int, beginnings:
 
 
 def test_windows_beyond_the_context_are_refused() -> None:
-    with pytest.raises(HeadshareError, match="context has 64 tokens"):
+    with pytest.raises(HeadshareError, match="a context of 64 tokens"):
         own_text(tiny_model(), 1, 65)
     # Beyond the original context all keys would turn by other factors.
-    with pytest.raises(HeadshareError, match="context has 32 tokens"):
+    with pytest.raises(HeadshareError, match="a context of 32 tokens"):
         own_text(tiny_model(**ALL_VARIANTS["phi3, longrope"]), 1, 33)
