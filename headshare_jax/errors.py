@@ -3,8 +3,10 @@
 import difflib
 import errno
 import os
+import reprlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -35,6 +37,23 @@ def explained(error: OSError) -> str:
     if error.filename is None:
         return f"A file, or standard output, cannot be used: {reason}." if error.errno else f"{reason}."
     return f"{os.fsdecode(error.filename)[:200] or 'A file without a name'} cannot be used: {reason}."
+
+
+# What YAML's references share would be written out again and again.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = (
+    4,
+    8,
+    8,
+    200,
+    200,
+    200,
+)
+
+
+def shown(value: Any) -> str:
+    """Plain data as an error shows it, cut short."""
+    return f"{_SHORT.repr(value):.99}"
 
 
 @contextmanager
@@ -70,4 +89,4 @@ def _sentence(error: ValidationError, where: str, known: Collection[str]) -> str
         return f"{subject} is not valid JSON ({first['ctx']['error']})."
     if not said.startswith("Input should"):
         return f"{subject} is not usable ({said})."
-    return f"{subject} {said.replace('Input should', 'must')}, not {first['input']!r:.99}."
+    return f"{subject} {said.replace('Input should', 'must')}, not {shown(first['input'])}."

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from headshare_jax.errors import HeadshareError, explained
+from headshare_jax.errors import HeadshareError, explained, shown
 from headshare_jax.sharing.tie import check_tie
 
 # Recipes that come with the package, by name.
@@ -294,7 +294,7 @@ def _sentence(error: ValidationError) -> str:
     if kind == "value_error":
         return str(entry["ctx"]["error"])
     said = _SAID.get(kind) or entry["msg"].replace("Input should", "must")
-    return f"{key or 'The recipe'} {said}, not {entry['input']!r:.99}."
+    return f"{key or 'The recipe'} {said}, not {shown(entry['input'])}."
 
 
 def to_yaml(recipe: Recipe) -> str:

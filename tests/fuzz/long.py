@@ -72,7 +72,7 @@ def _work(number: int, seed: int, kinds: list[str] | None, output: Path) -> None
     from hypothesis import HealthCheck, Phase, given, settings
 
     from fuzz.inputs import KINDS
-    from fuzz.named import NAMED
+    from fuzz.named import NAMED, SLOW
     from fuzz.oracle import Input, try_input
     from fuzz.seeds import Seeds
 
@@ -96,7 +96,7 @@ def _work(number: int, seed: int, kinds: list[str] | None, output: Path) -> None
         )
 
     if seed == number:
-        for case in NAMED:
+        for case in (*NAMED, *SLOW):
             attempt(case.given)
     for turn in range(10**9):
         for kind in kinds or KINDS:

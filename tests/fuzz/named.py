@@ -55,6 +55,7 @@ def _scores() -> bytes:
 
 
 _LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60)) + "data: *a59\n"
+_LAUGHS_IN_A_FIELD = "model:\n- &a0 [x]\n" + "".join(f"- &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60))
 POSTSHARE = ("postshare", "--config", "recipe.yaml", "-o", "run", "--dry-run")
 
 NAMED: list[Case] = [
@@ -81,6 +82,7 @@ NAMED: list[Case] = [
         _fields("hf", "generation_config.json", eos_token_id=10**12),
     ),
     _refused("recipe", "unknown key", POSTSHARE, {"recipe.yaml": _LAUGHS.encode()}),
+    _refused("recipe", "must be a valid string", POSTSHARE, {"recipe.yaml": _LAUGHS_IN_A_FIELD.encode()}),
     _refused("recipe", "not readable YAML", POSTSHARE, {"recipe.yaml": b"!!python/object/apply:os.system [ls]"}),
     _refused("sweep folder", "delete", (*SWEEP, "-o", "report", "--resume"), {"report/cache/identity.json": b"[]"}),
     _refused("command line", "max", (*GENERATE[:-1], "1" + "0" * 30), {}),
