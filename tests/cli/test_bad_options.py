@@ -30,7 +30,9 @@ def test_wrong_arguments_are_refused_in_one_sentence(refused: Any) -> None:
         assert words in refused(*args), args
 
 
-def test_options_that_would_do_nothing_are_refused_by_name(refused: Any) -> None:
+def test_options_that_would_do_nothing_are_refused_by_name(refused: Any, model: Path) -> None:
+    # Whose temperature is the model's own.
+    greedy = ("generate", model, "--prompt", "a")
     share, evaluate = ("share", "absent", "out", "--ratio", 0.3), ("eval", "absent")
     post = ("postshare", "--config", "smollm2-cpu", "-o", "run")
     sweep = ("sweep", "absent", "-o", "report", "--ratios", 0.3, "--methods", "direct", "--text", __file__)
@@ -43,15 +45,15 @@ def test_options_that_would_do_nothing_are_refused_by_name(refused: Any) -> None
         ((*evaluate, "--tasks", "piqa", "--max-windows", 3), "--max-windows does nothing without --text"),
         ((*evaluate, "--text", "absent.txt", "--task-folder", "tasks"), "--task-folder does nothing without --tasks"),
         ((*evaluate, "--text", "absent.txt", "--task-limit", 3), "--task-limit does nothing without --tasks"),
-        (("generate", "absent", "--prompt", "a", "--seed", 3), "--seed does nothing without a --temperature above 0"),
-        (("generate", "absent", "--prompt", "a", "--top-k", 3), "--top-k does nothing without a --temperature"),
-        (("generate", "absent", "--prompt", "a", "--top-p", 0.5), "--top-p does nothing without a --temperature"),
+        ((*greedy, "--seed", 3), "--seed does nothing without a --temperature above 0"),
+        ((*greedy, "--top-k", 3), "--top-k does nothing without a --temperature"),
+        ((*greedy, "--top-p", 0.5), "--top-p does nothing without a --temperature"),
         ((*share, *DIRECT, "--seq-len", 64), "leave seq_len out (--seq-len)."),
         ((*share, *DIRECT, "--calibrate-tokens", 64), "leave calibrate_tokens out (--calibrate-tokens)."),
         ((*share, "--method", "direct", "--seed", 3), "leave seed out (--seed)."),
         # Their defaults do nothing either.
         (("match", "absent", "--seed", 0), "--seed does nothing without --match random"),
-        (("generate", "absent", "--prompt", "a", "--top_p=1"), "--top-p does nothing without a --temperature"),
+        ((*greedy, "--top_p=1"), "--top-p does nothing without a --temperature"),
         ((*evaluate, "--text", __file__, "--text-field", "text"), "--text-field does nothing without rows in --text"),
         ((*post, "--coordinator", "host:1"), "--coordinator does nothing without --distributed"),
         ((*post, "--processes", 2), "--processes does nothing without --coordinator"),
@@ -71,12 +73,12 @@ def test_a_message_names_only_options_that_the_command_has(
 
     monkeypatch.setattr("headshare_jax.convert.locate", refuse)
     said = {
-        "inspect": "That will not do; give another.",
+        "generate": "That will not do; give another.",
         "match": "That will not do; give another (--overwrite).",
         "share": "That will not do; give another (--within-shards, --overwrite).",
     }
     for command, sentence in said.items():
-        args = ("out", "--ratio", 0.3, *DIRECT) if command == "share" else ()
+        args = {"share": ("out", "--ratio", 0.3, *DIRECT), "generate": ("a prompt",)}.get(command, ())
         assert refused(command, model, *args) == f"headshare: {sentence}"
 
 

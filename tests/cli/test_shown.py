@@ -52,7 +52,7 @@ def test_a_pipe_gets_whole_lines(capsys: pytest.CaptureFixture[str], headshare: 
         assert any(part in line for line in lines)
     assert not any(line.endswith(" ") for line in lines)
     folder = tiny_cli_model.saved_without_torch(tmp_path / LONG)
-    assert f"{folder}: 3 layers" in headshare("inspect", folder)
+    assert f"{folder}: hf, family llama" in headshare("inspect", folder)
     assert cli.run(["share", "--help"]) == 0
     described = next(line for line in capsys.readouterr().out.splitlines() if "direct: the paper's" in line)
     assert "random-refit" in described
