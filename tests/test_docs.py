@@ -2,6 +2,7 @@
 
 import contextlib
 import doctest
+import io
 import json
 import os
 import re
@@ -59,6 +60,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("text.txt", "train.txt", "held-out.txt"):
         (tmp_path / name).write_text(TEXT)
     monkeypatch.chdir(tmp_path)
+    # What is said to `chat`.
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n")))
     monkeypatch.setenv("HEADSHARE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(demo, "smollm2", lambda: tmp_path / "my-llama")
     return tmp_path

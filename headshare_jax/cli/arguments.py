@@ -48,7 +48,7 @@ def parse(commands: dict[str, type[Command]], args: list[str]) -> Command | None
 def _parsed(kind: type[Command], name: str, args: list[str]) -> Command | None:
     config = (tyro.conf.FlagCreatePairsOff,)
     try:
-        with tyro_errors.on_parse_error(partial(_refuse, kind)), _whole_lines():
+        with tyro_errors.on_parse_error(partial(_refuse, kind)), _page_wide():
             command = tyro.cli(kind, prog=f"headshare {name}", args=args, config=config, registry=_REGISTRY)
     except SystemExit as done:
         if done.code:
@@ -59,11 +59,11 @@ def _parsed(kind: type[Command], name: str, args: list[str]) -> Command | None:
 
 
 @contextmanager
-def _whole_lines() -> Iterator[None]:
-    """Lets tyro break no line of help that goes through a pipe."""
+def _page_wide() -> Iterator[None]:
+    """Has tyro write help that goes through a pipe as wide as a page, not as wide as no terminal would be."""
     columns = os.environ.get("COLUMNS")
     if columns is None and not sys.stdout.isatty():
-        os.environ["COLUMNS"] = "1000"
+        os.environ["COLUMNS"] = "120"
     try:
         yield
     finally:

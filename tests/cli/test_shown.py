@@ -54,8 +54,8 @@ def test_a_pipe_gets_whole_lines(capsys: pytest.CaptureFixture[str], headshare: 
     folder = tiny_cli_model.saved_without_torch(tmp_path / LONG)
     assert f"{folder}: hf, family llama" in headshare("inspect", folder)
     assert cli.run(["share", "--help"]) == 0
-    described = next(line for line in capsys.readouterr().out.splitlines() if "direct: the paper's" in line)
-    assert "random-refit" in described
+    # Help is a page to read.
+    assert max(map(len, capsys.readouterr().out.splitlines())) == 120
 
 
 def test_a_pipe_without_a_reader_and_a_full_device(model: Path) -> None:
