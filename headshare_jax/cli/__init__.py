@@ -128,8 +128,10 @@ def _prepare_streams() -> None:
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Whether the host's or a device's memory was too small."""
+    # XLA's CPU backend says it in its own way.
+    said = ("RESOURCE_EXHAUSTED", "Out of memory")
     return isinstance(error, MemoryError) or (
-        isinstance(error, jax.errors.JaxRuntimeError) and str(error).startswith("RESOURCE_EXHAUSTED")
+        isinstance(error, jax.errors.JaxRuntimeError) and any(words in str(error) for words in said)
     )
 
 
