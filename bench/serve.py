@@ -69,7 +69,7 @@ def run(options: Options) -> dict[str, Any]:
         models = {name: Path(folder) / name for name in ("dense", "shared", "hf")}
         headshare("convert", src, models["dense"], "--to", "native")
         headshare("convert", src, models["hf"], "--to", "hf")
-        headshare("share", src, models["shared"], "--ratio", str(RATIO), "--match", "qk")
+        headshare("share", src, models["shared"], "--ratio", str(RATIO), "--method", "direct", "--no-eval")
         measured = timed(options, models, Path(folder) / "cache")
         peaks = memory(options, models, Path(folder) / "cache")
         first = first_tokens(options, {name: models[name] for name in ("dense", "shared")}, Path(folder))

@@ -14,9 +14,15 @@ def check_tokens(tokens_bt: Any, vocab_size: int) -> None:
     dtype, shape = getattr(tokens_bt, "dtype", type(tokens_bt).__name__), np.shape(tokens_bt)
     if not isinstance(tokens_bt, jax.Array | np.ndarray) or len(shape) != 2 or not jnp.issubdtype(dtype, jnp.integer):
         raise HeadshareError(f"Tokens must be an array of whole numbers [B, T], not {dtype} {list(shape)}.")
-    if isinstance(tokens_bt, jax.core.Tracer) or not tokens_bt.size:
+    if (
+        isinstance(tokens_bt, jax.core.Tracer)
+        or not tokens_bt.size
+        or not getattr(tokens_bt, "is_fully_addressable", True)
+    ):
         return
-    low, high = int(tokens_bt.min()), int(tokens_bt.max())
+    # Computed by JAX they would be traced inside of `jit`, even of an array that is not.
+    values_bt = np.asarray(tokens_bt)
+    low, high = int(values_bt.min()), int(values_bt.max())
     if low < 0 or high >= vocab_size:
         wrong = low if low < 0 else high
         raise HeadshareError(f"The tokens hold {wrong}, which is outside the model's vocabulary of {vocab_size}.")

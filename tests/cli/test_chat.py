@@ -83,7 +83,12 @@ def test_the_oldest_turns_of_a_long_chat_are_forgotten(
     assert "context 256; give a shorter one" in capsys.readouterr().err
 
 
-def test_ctrl_c_stops_an_answer_and_not_the_chat(chat: Any, roomy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_stops_an_answer_and_not_the_chat(
+    chat: Any, roomy: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    # Tests that run in a shell's background ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     whole = chat(roomy, "Hello\nAgain\n", "--max-new-tokens", 30)
     answer = streaming.Conversation.answer
 

@@ -48,7 +48,7 @@ def test_share_by_a_map_edited_to_drop_a_unit(headshare: Any, model: Path, tmp_p
     picture = (tmp_path / "map.svg").read_text()
     assert summary in " ".join(re.findall("<text[^>]*>([^<]*)", picture))
     assert ">dropped</text>" in picture
-    assert "2 receivers, 1 dropped" in headshare("inspect", tmp_path / "out")
+    assert f"Map: {summary}" in headshare("inspect", tmp_path / "out")
 
 
 def test_share_and_refit_keeps_the_record_beside_the_model(

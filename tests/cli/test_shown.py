@@ -55,7 +55,7 @@ def test_a_pipe_gets_whole_lines(capsys: pytest.CaptureFixture[str], headshare: 
     assert f"{folder}: hf, family llama" in headshare("inspect", folder)
     assert cli.run(["share", "--help"]) == 0
     # Help is a page to read.
-    assert max(map(len, capsys.readouterr().out.splitlines())) == 120
+    assert 80 < max(map(len, capsys.readouterr().out.splitlines())) <= 120
 
 
 def test_a_pipe_without_a_reader_and_a_full_device(model: Path) -> None:

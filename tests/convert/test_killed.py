@@ -125,7 +125,7 @@ def test_temporary_folders_of_killed_processes_go(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_while_tidying_up_waits_for_it(
-    tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt(number)
@@ -140,6 +140,9 @@ def test_a_stop_while_tidying_up_waits_for_it(
         removed.append(path)
 
     monkeypatch.setattr("shutil.rmtree", rmtree)
+    # Tests that run in a shell's background ignore Ctrl-C.
+    before = signal.signal(number, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(number, before))
     with handled(interrupt):
         with pytest.raises(KeyboardInterrupt) as stopped, new_directory(tmp_path / "out") as folder:  # noqa: PT012
             (folder / "part").write_text("half")
