@@ -6,6 +6,8 @@ Costs are in multiply-adds, memory in bytes; both are estimates. What a text cos
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
+
 from headshare_jax.config import LlamaConfig
 from headshare_jax.fit.methods import Method, functional_scores
 from headshare_jax.matching.functional import FunctionalSettings
@@ -13,7 +15,7 @@ from headshare_jax.parameters import layered_names, slice_shape
 
 # What phases cost against plain products of matrices, measured on SmolLM2-135M and Qwen2.5-Coder-0.5B: the two models
 # of a refit and its sums, gradients forward and backward, attention of narrow heads, a token at a time, files.
-_REFITTING, _GRADIENTS, _TRIED, _MEASURING, _DECODING, _WRITING = 2.1, 3.6, 20.0, 2.6, 4.0, 1500.0
+_REFITTING, _GRADIENTS, _TRIED, _MEASURING, _DECODING, _WRITING = 2.1, 4.1, 12.5, 2.6, 4.0, 1500.0
 # Tokens that phases run at a time.
 _BATCH_TOKENS = 2048
 
@@ -55,24 +57,22 @@ class Effort:
         return {label: float(cost) for label, cost in costs.items() if cost}
 
     def matched(self, steps: float) -> float:
-        """The part of matching's cost that a part of its steps is: by function, the first third are the gradients."""
-        gradients, pairs = self._matching
-        first = gradients / (gradients + pairs)
-        if not gradients:
-            return steps
-        return min(3 * steps, 1.0) * first + max(1.5 * steps - 0.5, 0.0) * (1 - first)
+        """The part of matching's cost that a part of its steps is: its costs have as many steps each."""
+        costs = np.cumsum([0.0, *self._matching])
+        return float(np.interp(steps, np.linspace(0, 1, len(costs)), costs / costs[-1]))
 
     @property
-    def _matching(self) -> tuple[float, float]:
-        """Costs of matching: gradients of the model's predictions, and pairs."""
+    def _matching(self) -> list[float]:
+        """Costs of matching: of the model forward, of gradients backward, and of pairs; by weights, of pairs alone."""
         config, through = self.config, self.config.num_layers * self._layer
         if self.method.scores is not functional_scores:
-            return 0.0, through * config.num_units / 2
+            return [through * config.num_units / 2]
         tokens = self.seq_len * min(self.calibration, FunctionalSettings().windows)
         # Scores of attention, of every donor that is tried.
         width = config.num_layers * config.num_heads * config.head_dim
         tried = 2 * (FunctionalSettings().span + 1) * width * self.seq_len
-        return tokens * _GRADIENTS * (through + self._head), tokens * _TRIED * tried
+        gradients = _GRADIENTS * (through + self._head)
+        return [tokens * cost for cost in (through, gradients - through, _TRIED * tried)]
 
     @property
     def memory(self) -> int:
