@@ -13,9 +13,10 @@ from headshare_jax.fit.methods import Method, functional_scores
 from headshare_jax.matching.functional import FunctionalSettings
 from headshare_jax.parameters import layered_names, slice_shape
 
-# What phases cost against plain products of matrices, measured on SmolLM2-135M and Qwen2.5-Coder-0.5B: the two models
-# of a refit and its sums, gradients forward and backward, attention of narrow heads, a token at a time, files.
-_REFITTING, _GRADIENTS, _TRIED, _MEASURING, _DECODING, _WRITING = 2.1, 4.1, 12.5, 2.6, 4.0, 1500.0
+# What phases cost against plain products of matrices, by SmolLM2-135M on two cores: gradients and pairs of matching,
+# both models of a refit and its sums, the measurement of both, a token at a time, files.
+_FORWARD, _HEAD, _BACKWARD, _TRIED = 0.7, 6.4, 2.6, 12.5
+_REFITTING, _MEASURING, _DECODING, _WRITING = 2.1, 2.6, 4.0, 1500.0
 # Tokens that phases run at a time.
 _BATCH_TOKENS = 2048
 
@@ -57,13 +58,19 @@ class Effort:
         return {label: float(cost) for label, cost in costs.items() if cost}
 
     def matched(self, steps: float) -> float:
-        """The part of matching's cost that a part of its steps is: its costs have as many steps each."""
-        costs = np.cumsum([0.0, *self._matching])
-        return float(np.interp(steps, np.linspace(0, 1, len(costs)), costs / costs[-1]))
+        """The part of matching's cost that a part of its steps is; by function, they do not all cost the same."""
+        if self.method.scores is not functional_scores:
+            return steps
+        layers, costs = self.config.num_layers, self._matching
+        forward, head, backward, _ = costs
+        # A third of the steps each is for the layers forward, backward, and their pairs; the head comes in between.
+        ends = np.array([0, 1, 1 + 1 / layers, 2, 3]) / 3
+        done = np.array([0, forward, forward + head + backward / layers, forward + head + backward, sum(costs)])
+        return float(np.interp(steps, ends, done / done[-1]))
 
     @property
     def _matching(self) -> list[float]:
-        """Costs of matching: of the model forward, of gradients backward, and of pairs; by weights, of pairs alone."""
+        """Costs of matching: layers forward, gradients of the head and backward, and pairs; or pairs alone."""
         config, through = self.config, self.config.num_layers * self._layer
         if self.method.scores is not functional_scores:
             return [through * config.num_units / 2]
@@ -71,8 +78,8 @@ class Effort:
         # Scores of attention, of every donor that is tried.
         width = config.num_layers * config.num_heads * config.head_dim
         tried = 2 * (FunctionalSettings().span + 1) * width * self.seq_len
-        gradients = _GRADIENTS * (through + self._head)
-        return [tokens * cost for cost in (through, gradients - through, _TRIED * tried)]
+        costs = (_FORWARD * through, _HEAD * self._head, _BACKWARD * through, _TRIED * tried)
+        return [tokens * cost for cost in costs]
 
     @property
     def memory(self) -> int:
