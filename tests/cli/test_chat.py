@@ -107,11 +107,10 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(
 def test_a_chat_on_a_terminal(roomy: Path) -> None:
     main, side = pty.openpty()
     command = [sys.executable, "-m", "headshare_jax", "chat", str(roomy), "--max-new-tokens", "5"]
-    process = subprocess.Popen(
-        command, stdin=side, stdout=side, stderr=side, env=os.environ | {"TERM": "dumb"},
-        # Tests that run in a shell's background ignore it, and so would the process.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    # A process inherits that Ctrl-C is ignored, as it is by tests in a shell's background.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, stdin=side, stdout=side, stderr=side, env=os.environ | {"TERM": "dumb"})
+    signal.signal(signal.SIGINT, before)
     os.close(side)
     said = b""
 
