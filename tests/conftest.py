@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from compiled import CACHE, DAYS_KEPT, folder
@@ -34,3 +35,16 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     for program in CACHE.glob("*/*"):
         if time.time() - program.stat().st_mtime > DAYS_KEPT * 24 * 3600:
             program.unlink(missing_ok=True)
+
+
+# Every compiled program is mapped into memory in pieces, of which Linux allows a process 65,530; one more ends it.
+MOST_MAPPED = 25_000
+
+
+@pytest.fixture(autouse=True)
+def few_compiled_programs() -> Iterator[None]:
+    """Forgets compiled programs, which are read again from disk, before a process holds too many."""
+    yield
+    mapped = Path("/proc/self/maps")
+    if mapped.exists() and mapped.read_bytes().count(b"\n") > MOST_MAPPED:
+        jax.clear_caches()
