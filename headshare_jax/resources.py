@@ -43,7 +43,12 @@ def peak_memory() -> int:
 
 def gigabytes(count: int) -> str:
     """Bytes in GB (10^9), or in MB below that."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else megabytes(count)
+
+
+def megabytes(count: int) -> str:
+    """Bytes in MB (10^6), to one decimal."""
+    return f"{count / 1e6:,.1f} MB"
 
 
 def _available() -> int | None:

@@ -103,7 +103,7 @@ class Summary:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The figures as plain data."""
+        """The figures as plain data, and the lines."""
         quality = None if self.quality is None else asdict(self.quality) | {"ratio": self.quality.ratio}
         return {
             "sizes": asdict(self.sizes) | {"note": self.sizes.note},
@@ -112,6 +112,7 @@ class Summary:
             "seconds": self.seconds,
             "memory": self.memory,
             "next": self.next,
+            "lines": str(self).splitlines(),
         }
 
 

@@ -23,7 +23,8 @@ from headshare_jax.evaluate.agreement import Agreement, agreement
 from headshare_jax.loading import load_tokenizer
 from headshare_jax.model.generate import generate
 from headshare_jax.report.progress import progress
-from headshare_jax.sharing.ledger import ledger, megabytes
+from headshare_jax.resources import megabytes
+from headshare_jax.sharing.ledger import ledger
 from headshare_jax.signals import handled
 
 _PROMPTS = ("The capital of France is", "Water boils when", "Once upon a time, there was")

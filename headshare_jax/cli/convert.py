@@ -47,7 +47,6 @@ class Convert(Command):
             "disk_bytes": done.ledger.disk_bytes,
             "shared": done.model.sharing is not None,
             **done.summary.to_json(),
-            "lines": str(done.summary).splitlines(),
         }
 
     def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:

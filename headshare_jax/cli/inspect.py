@@ -18,8 +18,9 @@ from headshare_jax.errors import HeadshareError
 from headshare_jax.report.map import draw_map
 from headshare_jax.report.picture import check_name
 from headshare_jax.report.progress import progress
+from headshare_jax.resources import megabytes
 from headshare_jax.sharing.budget import crossing_parameters
-from headshare_jax.sharing.ledger import NOT_SAVED, ledger, megabytes, short
+from headshare_jax.sharing.ledger import NOT_SAVED, ledger, short
 from headshare_jax.sharing.map import shard_of_units
 from headshare_jax.sharing.source import stored_shape
 

@@ -23,8 +23,7 @@ from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluate.agreement import Agreement
 from headshare_jax.plan.footprint import footprint
 from headshare_jax.report.progress import Course, Show, Step, progress_with_text, say, spoken
-from headshare_jax.resources import peak_memory
-from headshare_jax.sharing.ledger import megabytes
+from headshare_jax.resources import megabytes, peak_memory
 from headshare_jax.summary import Summary, next_command, sizes
 from headshare_jax.train import loop
 from headshare_jax.train import recipe as recipes
@@ -102,7 +101,7 @@ class Postshare(Command):
             memory=peak_memory(),
             next=next_command(final),
         )
-        return result | {"final": str(final), **summary.to_json(), "lines": str(summary).splitlines()}
+        return result | {"final": str(final), **summary.to_json()}
 
     def exit_code(self, result: dict[str, Any]) -> ExitCode:
         # What starts it anew after a preemption must not take it for done.

@@ -111,7 +111,6 @@ class Share(Command):
             **done.summary.to_json(),
             "fit": done.record,
             "ledger": done.ledger.to_json(),
-            "lines": str(done.summary).splitlines(),
         }
 
     def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:

@@ -20,7 +20,7 @@ from headshare_jax.fit import methods
 from headshare_jax.fit.methods import METHODS, Amount, Method, MethodSettings
 from headshare_jax.loading import calibration_text, text_tokens
 from headshare_jax.report.progress import progress_with_text
-from headshare_jax.sharing.ledger import megabytes
+from headshare_jax.resources import megabytes
 from headshare_jax.sharing.tie import check_tie
 from headshare_jax.sweep.folder import COLUMNS, DATA, PAGE, TABLE
 from headshare_jax.sweep.points import Measurements

@@ -150,7 +150,11 @@ def compress(
     effort = Effort(
         source.config, chosen, seq_len, texts.calibrated, texts.own, texts.measured, matches=sharing is None
     )
-    check_memory(effort.memory, "This", "close other programs, or use a smaller seq_len or a machine with more")
+    check_memory(
+        effort.memory,
+        f"The method {chosen.name}",
+        "close other programs, or use a smaller seq_len or a machine with more",
+    )
     check_disk(Path(tempfile.gettempdir()), effort.temporary, "The text's hidden states, in temporary files,")
     journals = None if work is None else _journals(work, dst)
     report = quality = None

@@ -100,7 +100,7 @@ def agreement(
         _final_states(first, windows_wt, batch_tokens, lambda done: progress(done, total)) as first_wtd,
         _final_states(second, windows_wt, batch_tokens, lambda done: progress(layers[0] + done, total)) as second_wtd,
     ):
-        heads = (_head(first), _head(second))
+        heads = (output_head(first), output_head(second))
         sums_wc = np.empty((windows, 4))
         for window in range(windows):
             target_t = jnp.asarray(windows_wt[window, 1:], jnp.int32)
@@ -127,10 +127,6 @@ def _final_states(
         for part in parts:
             x_wtd[part] = rms_norm(jnp.asarray(x_wtd[part]), norm_d, config.rms_norm_eps)
         yield x_wtd
-
-
-def _head(source: WeightSource) -> jax.Array:
-    return jnp.asarray(output_head(source), jnp.float32)
 
 
 @jax.jit

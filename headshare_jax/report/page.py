@@ -12,7 +12,8 @@ import numpy as np
 from headshare_jax.report.curves import draw_perplexity, method_styles
 from headshare_jax.report.heatmap import draw_scores
 from headshare_jax.report.map import draw_map
-from headshare_jax.sharing.ledger import NOT_SAVED, megabytes
+from headshare_jax.resources import megabytes
+from headshare_jax.sharing.ledger import NOT_SAVED
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.scores import MatchResult
 

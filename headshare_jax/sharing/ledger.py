@@ -149,8 +149,3 @@ def short(count: int) -> str:
 def disk_bytes(path: Path) -> int:
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)
-
-
-def megabytes(count: int) -> str:
-    """Bytes in MB (10^6), to one decimal."""
-    return f"{count / 1e6:,.1f} MB"
