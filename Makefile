@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-oldest fuzz bench check clean
+.PHONY: demo test slow test-oldest fuzz bench check clean
 
 demo: .venv/base
 	$(BIN)/headshare demo --overwrite
 
 test: .venv/test
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# What takes minutes: several processes that fail, whole runs in emulated buckets, large models.
+slow: .venv/test
+	$(BIN)/python -m pytest -m slow -n 1
 
 # The fast part on the oldest releases that pyproject.toml admits, among which old ones warn of what new ones changed.
 # PyTorch, of which old CPU builds are not on PyPI, is left out: what is compared with transformers is skipped; so is
