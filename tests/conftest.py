@@ -41,7 +41,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 MOST_MAPPED = 25_000
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def few_compiled_programs() -> Iterator[None]:
     """Forgets compiled programs, which are read again from disk, before a process holds too many."""
     yield
