@@ -1,12 +1,10 @@
 """A PostShare run: stages, steps, evaluation, checkpoints and metrics. The work itself is done in `step`."""
 
-import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,33 +13,28 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from headshare_jax import convert
-from headshare_jax.convert.atomic import own_file
 from headshare_jax.errors import HeadshareError
-from headshare_jax.fit.refit import refit
-from headshare_jax.model.llama import Llama
 from headshare_jax.model.mesh import batch_sharding, replicated
-from headshare_jax.model.place import place
 from headshare_jax.model.share import share
-from headshare_jax.parameters import parameter_names, pool_name
-from headshare_jax.sharing.map import SharingMap
+from headshare_jax.parameters import pool_name
 from headshare_jax.sharing.source import WeightSource
-from headshare_jax.sharing.view import SharedView, cast
+from headshare_jax.sharing.view import SharedView
 from headshare_jax.signals import Stop, handled
 from headshare_jax.train import data, run_folder
 from headshare_jax.train import recipe as recipes
 from headshare_jax.train.checkpoints import RunCheckpoints
+from headshare_jax.train.current import Current
+from headshare_jax.train.export import export
 from headshare_jax.train.held_out import HeldOut
 from headshare_jax.train.inputs import Progress, Run, check_devices, prepare
 from headshare_jax.train.losses import pair_cosine, tied_projections
-from headshare_jax.train.metrics import MetricsLog, is_spike, matrix_rate, step_flops
-from headshare_jax.train.placement import abstract_params, abstract_state, begin, gathered
-from headshare_jax.train.step import TrainState, make_step
+from headshare_jax.train.metrics import SPEEDS, MetricsLog, is_spike, matrix_rate, step_flops
+from headshare_jax.train.placement import abstract_state
+from headshare_jax.train.step import make_step
 from headshare_jax.train.time_left import TimeLeft
 
 logger = logging.getLogger(__name__)
 
-SPEEDS = ("seconds", "tokens_per_second", "mfu")
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -108,7 +101,7 @@ class _Trainer:
         self, task: Run, checkpoints: RunCheckpoints, stopping: Callable[[], bool], report: Report, progress: Progress
     ):
         self.task, self.checkpoints, self.stopping = task, checkpoints, stopping
-        self.report, self.progress = report, progress
+        self.report, self.progress, self.current = report, progress, Current(task, progress)
         self.held_out = HeldOut(task.recipe.data, task.eval_tokens)
         self.time_left = TimeLeft([stage.steps for stage in task.recipe.stages])
         self.limit = matrix_rate(task.recipe.compute_dtype)
@@ -118,21 +111,20 @@ class _Trainer:
     @property
     def step(self) -> int:
         """Steps done in the run."""
-        return self.step_in_stage + sum(stage.steps for stage in self.task.recipe.stages[: self.number])
+        return self.step_in_stage + sum(stage.steps for stage in self.task.recipe.stages[: self.current.number])
 
     def start(self, resume: bool) -> None:
         """Takes over the newest checkpoint, or begins the first stage."""
-        found = self.checkpoints.restore(self._abstract) if resume else None
-        beginning = self._beginning() if found is None else None
+        found = self.checkpoints.restore(self.current.abstract) if resume else None
+        beginning = self.current.first_source() if found is None else None
         if self.held_out and not (resume and self.held_out.restore(self.task.output)):
             self._measure_baseline(beginning)
-        if found is None:
-            self._enter(0, beginning)
-        else:
-            _, arrays, document = found
-            self._enter(document["stage"], None)
-            self.state, self.frozen = TrainState(**arrays["state"]), arrays["frozen"]
-            self.step_in_stage = int(self.state.step)
+        if beginning is not None:
+            self.current.begin(0, beginning)
+        elif found is not None:
+            self.current.resume(found[1], found[2])
+        self._entered()
+        self.step_in_stage = int(self.current.state.step)
         self.log = MetricsLog(self.task.output, from_step=self.step)
         lines = self.log.lines()
         self.skipped = sum(line.get("skipped", 0) for line in lines)
@@ -142,13 +134,13 @@ class _Trainer:
         """Measures the dense model and, where training begins now, the shared one that it begins with."""
         started = time.perf_counter()
         measured = partial(self.held_out.perplexity, progress=partial(self.progress, "measuring the dense model"))
-        self.held_out.source_perplexity = measured(self._placed(self.task.source))
+        self.held_out.source_perplexity = measured(self.current.placed(self.task.source))
         self.time_left.pause(time.perf_counter() - started)
         if beginning is not None:
             sharing = self.task.sharing
             shared = beginning if beginning.sharing else SharedView(beginning, sharing, check_source=False)
             progress = partial(self.progress, "measuring the shared model")
-            self.held_out.start_perplexity = self.held_out.perplexity(self._placed(shared), progress)
+            self.held_out.start_perplexity = self.held_out.perplexity(self.current.placed(shared), progress)
         self.held_out.keep(self.task.output)
         self.report(
             {
@@ -159,88 +151,52 @@ class _Trainer:
             }
         )
 
-    def _beginning(self) -> WeightSource:
-        """What the first stage begins with."""
-        recipe = self.task.recipe
-        if recipe.sharing.start is not None:
-            return convert.open_checkpoint(recipe.sharing.start)
-        return self.task.source if recipe.stages[0].kind == "align" else self._shared(self.task.source)
-
     def train(self) -> bool:
         """Runs every stage that is left; False if it was told to stop before the end."""
-        stages = self.task.recipe.stages
-        for number in range(self.number, len(stages)):
-            if number > self.number:
-                begun = self._finished(stages[number].kind)
-                # The optimizer's moments make room for those of the next stage.
-                del self.state
-                self._enter(number, begun)
+        for number in range(self.current.number, len(self.task.recipe.stages)):
+            if number > self.current.number:
+                self.current.begin_next()
+                self._entered()
             if not self._train_stage():
                 return False
         return True
 
+    def _entered(self) -> None:
+        self.step_in_stage, self.losses = 0, []
+        self.time_left.enter()
+
     def export(self) -> dict[str, Any]:
-        """Writes the shared model, in the source's type, with its tokenizer; returns the last step's metrics."""
-        finished, source = self._finished("tied"), self.task.source
+        """Writes the shared model; returns the last step's metrics, and what the run came to."""
         self.log.close()
         lines = self.log.lines()
         last = (lines[-1] if lines else {}) | {
             "spikes": [line["step"] for line in lines if line.get("spike")],
             "skipped_steps": int(self.skipped),
         }
-        if self.held_out:
-            last["start_perplexity"] = self.held_out.start_perplexity
-        refitted = self.context.stage.kind == "align" and self.task.recipe.sharing.refit_windows
-        if refitted and "shared_perplexity" in last:
-            last["shared_perplexity"] = self.held_out.perplexity(self._placed(finished))
-        whole = finished if jax.process_count() == 1 else gathered(self._placed(finished))
-        whole = cast(whole, convert.output_dtype(source, "native") or str(source.dtype("embed_vd")))
-        if jax.process_count() == 1:
-            found = self.held_out.agreement(source, whole, partial(self.progress, "comparing with the dense model"))
-            last["agreement"] = None if found is None else asdict(found)
-        if jax.process_index() == 0:
-            convert.save(
-                whole,
-                self.task.output / run_folder.FINAL,
-                tokenizer_from=source.path,
-                overwrite=True,
-                # Without times, so that the same run gives the same bytes.
-                provenance={
-                    "source": self.task.recipe.model,
-                    "postshare": {name: value for name, value in last.items() if name not in SPEEDS},
-                },
-            )
-        run_folder.wait_for_all("exported")
-        return last
-
-    def _enter(self, number: int, source: WeightSource | None) -> None:
-        """Makes a stage the current one, from a source's weights unless its state is to be restored."""
-        self.number, self.context, self.step_in_stage, self.losses = number, self.task.context(number), 0, []
-        self.time_left.enter()
-        if source is not None:
-            self.state, self.frozen = begin(self.context, source, self.task.mesh)
-        taught = parameter_names(self.context.config) if self.context.stage.distill_weight else ()
-        self.teacher = place(self.task.source, taught, self.task.mesh)
+        return export(self.current, self.held_out, last)
 
     def _train_stage(self) -> bool:
-        recipe, stage, mesh = self.task.recipe, self.context.stage, self.task.mesh
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(self.context, mesh))
-        step = make_step(self.context, state_sharding=shardings)
+        recipe, current, mesh = self.task.recipe, self.current, self.task.mesh
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(current.context, mesh))
+        step = make_step(current.context, state_sharding=shardings)
         batches = data.Batches(
-            self.task.blocks, batch_size=recipe.batch_size, accumulate=recipe.accumulate, seed=recipe.seed + self.number
+            self.task.blocks,
+            batch_size=recipe.batch_size,
+            accumulate=recipe.accumulate,
+            seed=recipe.seed + current.number,
         )
         sharding = batch_sharding(mesh, axis=1)
         shape = (recipe.accumulate, recipe.batch_size // recipe.accumulate, recipe.data.seq_len)
         mine = _local_rows(sharding, shape)
         start = time.perf_counter()
-        for parts in batches.stream(self.step_in_stage, stage.steps, rows=mine):
+        for parts in batches.stream(self.step_in_stage, current.stage.steps, rows=mine):
             batch = (jax.make_array_from_process_local_data(sharding, part, shape) for part in parts)
-            self.state, metrics = step(self.state, self.frozen, self.teacher, *batch)
+            current.state, metrics = step(current.state, current.frozen, current.teacher, *batch)
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             self.step_in_stage += 1
             seconds, tokens = time.perf_counter() - start, values["tokens"]
             self.time_left.step(seconds)
-            mfu = step_flops(self.context.config, recipe.data.seq_len, int(tokens)) / seconds / self.limit
+            mfu = step_flops(current.context.config, recipe.data.seq_len, int(tokens)) / seconds / self.limit
             values |= dict(zip(SPEEDS, (seconds, tokens / seconds, mfu), strict=True))
             if not self._after_step(values):
                 return False
@@ -256,7 +212,7 @@ class _Trainer:
         self.losses.append(loss)
         if spike:
             logger.warning("Step %d: the loss rose to %.3f, far above the steps before it.", self.step, loss)
-        line: dict[str, Any] = {"step": self.step, "stage": self.context.stage.kind, **values, "spike": float(spike)}
+        line: dict[str, Any] = {"step": self.step, "stage": self.current.stage.kind, **values, "spike": float(spike)}
         if self._due(recipe.checkpoints.eval_every):
             line |= self._evaluate()
             self.time_left.pause(time.perf_counter() - started)
@@ -283,24 +239,24 @@ class _Trainer:
         return None
 
     def _due(self, every: int) -> bool:
-        return self.step % every == 0 or self.step_in_stage == self.context.stage.steps
+        return self.step % every == 0 or self.step_in_stage == self.current.stage.steps
 
     def _seconds_left(self) -> list[float] | None:
         """Of this stage and of each after it; None as long as nothing is known."""
         ends = np.cumsum([stage.steps for stage in self.task.recipe.stages]).tolist()
-        starts, every = [self.step, *ends[self.number : -1]], self.task.recipe.checkpoints.eval_every
+        starts, every = [self.step, *ends[self.current.number : -1]], self.task.recipe.checkpoints.eval_every
         # Where a stage ends there is an evaluation too.
         pauses = [
             (end - 1) // every - start // every + (end > start)
-            for start, end in zip(starts, ends[self.number :], strict=True)
+            for start, end in zip(starts, ends[self.current.number :], strict=True)
         ]
-        return self.time_left.left(self.number, self.step_in_stage, pauses)
+        return self.time_left.left(self.current.number, self.step_in_stage, pauses)
 
     def _evaluate(self) -> dict[str, float | None]:
         """Held-out perplexity of the shared model; in an align stage also of the dense one, and the pairs' cosine."""
-        model, sharing = self._trained(), self.task.sharing
+        model, sharing = self.current.model(), self.task.sharing
         result: dict[str, float | None] = {}
-        aligns = self.context.stage.kind == "align"
+        aligns = self.current.stage.kind == "align"
         if aligns and len(sharing.receivers):
             pools = {name: model.array(name) for name in map(pool_name, tied_projections(sharing))}
             result["pair_cosine"] = float(self.pair_cosine(pools))
@@ -312,58 +268,8 @@ class _Trainer:
                 result["dense_perplexity"] = self.held_out.perplexity(model)
         return result
 
-    def _placed(self, source: WeightSource) -> Llama:
-        return Llama.of(source, mesh=self.task.mesh, compute_dtype=self.task.recipe.compute_dtype)
-
-    def _trained(self) -> Llama:
-        """The stage's model as trained so far."""
-        return self.context.model({**self.frozen, **self.state.params})
-
-    def _finished(self, kind: str) -> WeightSource:
-        """What a stage of a kind goes on from: the stage's model, shared for good where it is `tied`."""
-        model = self._trained()
-        if kind == "align" or model.sharing is not None:
-            return model
-        if self.task.recipe.sharing.refit_windows:
-            model = gathered(model)
-        return self._shared(model)
-
-    def _shared(self, dense: WeightSource) -> WeightSource:
-        """A model shared for good, its output weights fitted to the dense one if the recipe says so."""
-        # Whether the map is for these weights was looked at when the run began.
-        shared = SharedView(dense, self.task.sharing, check_source=False)
-        windows = self.task.recipe.sharing.refit_windows
-        if not windows:
-            return shared
-        fitted, report = refit(
-            dense, shared, self.task.blocks.tokens[:windows], progress=partial(self.progress, "refitting")
-        )
-        if jax.process_index() == 0:
-            with own_file(self.task.output / run_folder.REFIT) as path:
-                path.write_text(json.dumps(asdict(report), indent=1))
-        return fitted
-
     def _save(self, perplexity: float | None) -> None:
-        arrays = {"state": vars(self.state), "frozen": self.frozen}
-        document = {
-            "stage": self.number,
-            "recipe": recipes.to_yaml(self.task.recipe),
-            "map": self.task.sharing.to_json(),
-            "data": self.task.blocks.digest,
-            # What an earlier stage trained is float32, whatever the model is stored in.
-            "frozen": {name: str(value.dtype) for name, value in self.frozen.items()},
-        }
-        self.checkpoints.save(self.step, arrays, document, perplexity)
-
-    def _abstract(self, document: Mapping[str, Any]) -> Any:
-        """The arrays of a checkpoint of this run, as shapes on this run's mesh."""
-        if document["data"] != self.task.blocks.digest:
-            raise HeadshareError("The checkpoint was trained on other data: the text or the tokenizer has changed.")
-        if SharingMap.from_json(document["map"]) != self.task.sharing:
-            raise HeadshareError(f"The checkpoint was trained with another map than the run's {run_folder.MAP}.")
-        context, mesh = self.task.context(document["stage"]), self.task.mesh
-        frozen = abstract_params(context.config, context.model_sharing, mesh, document["frozen"])
-        return {"state": vars(abstract_state(context, mesh)), "frozen": frozen}
+        self.checkpoints.save(self.step, self.current.arrays(), self.current.document(), perplexity)
 
 
 def _local_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:

@@ -17,6 +17,8 @@ from headshare_jax.convert.atomic import own_file
 from headshare_jax.errors import HeadshareError
 
 METRICS, PLOT = "metrics.jsonl", "metrics.png"
+# Of a line's values, those that depend on the machine.
+SPEEDS = ("seconds", "tokens_per_second", "mfu")
 _RATE_SIZE = 2048
 
 
