@@ -27,7 +27,7 @@ _MODEL = re.compile(
 )
 _DEMO = re.compile(r"map\.(json|png)")
 # Packed text in the cache.
-_BLOCKS = re.compile(r"blocks\.(json|int32)|(tokens|segments)\.npy")
+_BLOCKS = re.compile(r"blocks\.(json|packed|int32)|(tokens|segments)\.npy")
 # What a folder is that is only ever gone on with, by what lies in it.
 _NEVER = {
     "a PostShare run": "checkpoints",

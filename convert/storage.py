@@ -46,6 +46,16 @@ def in_bucket(place: object) -> bool:
     return getattr(place, "protocol", "") in _OPENED_BY
 
 
+def version(file: Path) -> str:
+    """What tells a file's content from others without reading it: its place, size and time, or a bucket's own tag."""
+    if not in_bucket(file):
+        stat = file.stat()
+        return f"{file.absolute()} {stat.st_size} {stat.st_mtime_ns}"
+    about = cast(Any, file).fs.info(cast(Any, file).path)
+    tag = next(about[name] for name in ("ETag", "etag", "generation") if name in about)
+    return f"{file} {about['size']} {tag}"
+
+
 def kvstore(folder: Path) -> dict[str, Any]:
     """TensorStore's specification of a folder, as the kvstore of arrays."""
     if not in_bucket(folder):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from headshare_jax.convert import storage
 from headshare_jax.convert.hub import is_unreached
 from headshare_jax.errors import HeadshareError, TryAgain, explained
 
@@ -40,14 +41,16 @@ class Corpus:
     """Documents that are read one after another, as often as wanted, a little at a time.
 
     Attributes:
-      size: bytes of a text or JSONL file, rows of a parquet file or data set.
+      size: bytes of a text or JSONL file, rows of a parquet file or data set; 0 for rows that are not counted.
       digest: gives a key of the content and of how it is read; a file is read for it.
       pieces: gives the documents from the first on; raises HeadshareError where they cannot be read.
+      version: tells a file's content from others without reading it; None where the digest does.
     """
 
     size: int
     digest: Callable[[], str]
     pieces: Callable[[], Iterator[Piece]]
+    version: str | None = None
 
 
 def read(spec: str, *, field: str = "text") -> str:
@@ -66,7 +69,7 @@ def read(spec: str, *, field: str = "text") -> str:
     return text
 
 
-def open_corpus(spec: str, *, field: str = "text", split: str = "train") -> Corpus:
+def open_corpus(spec: str, *, field: str = "text", split: str = "train", streaming: bool = False) -> Corpus:
     """Opens a local file or a data set.
 
     Args:
@@ -75,20 +78,23 @@ def open_corpus(spec: str, *, field: str = "text", split: str = "train") -> Corp
         data set, whose rows are.
       field: field or column that holds the text of a row; a null there is an empty document.
       split: of a data set whose name has none.
+      streaming: a data set is read as it comes, and no copy is kept on this machine.
 
     Raises:
       HeadshareError: nothing there, or not readable, or without that column.
     """
     check_name(spec)
     path = Path(spec)
-    ending = path.suffix.lower()
     if not path.exists():
-        return _data_set(spec, field, split)
+        return _data_set(spec, field, split, streaming)
+    ending, size = path.suffix.lower(), path.stat().st_size
     if ending == ".parquet":
-        return _parquet(path, field)
-    if ending in _JSON_LINES:
-        return Corpus(path.stat().st_size, lambda: f"json {sha256(path)}", lambda: _json_lines(path, field))
-    return Corpus(path.stat().st_size, lambda: f"text {sha256(path)}", lambda: _text_file(path))
+        kind, size, pieces = "parquet", *_parquet(path, field)
+    elif ending in _JSON_LINES:
+        kind, pieces = "json", lambda: _json_lines(path, field)
+    else:
+        kind, pieces = "text", lambda: _text_file(path)
+    return Corpus(size, lambda: f"{kind} {sha256(path)}", pieces, f"{kind} {storage.version(path)}")
 
 
 def check_name(spec: str) -> None:
@@ -142,7 +148,8 @@ def _json_lines(path: Path, field: str) -> Iterator[Piece]:
             yield Piece(_text(value, f"Line {number} of {path}", field), True, done)
 
 
-def _parquet(path: Path, field: str) -> Corpus:
+def _parquet(path: Path, field: str) -> tuple[int, Callable[[], Iterator[Piece]]]:
+    """The number of rows, and the documents."""
     try:
         from pyarrow import parquet
     except ImportError as error:
@@ -156,29 +163,52 @@ def _parquet(path: Path, field: str) -> Corpus:
             batches = file.iter_batches(_ROWS, columns=[field])
             yield from _rows((batch.column(0).to_pylist() for batch in batches), str(path), field)
 
-    return Corpus(size, lambda: f"parquet {sha256(path)}", pieces)
+    return size, pieces
 
 
-def _data_set(spec: str, field: str, split: str) -> Corpus:
+def _data_set(spec: str, field: str, split: str, streaming: bool) -> Corpus:
     try:
         import datasets
     except ImportError as error:
         raise HeadshareError(_needs_datasets(f"{spec} is not a file; to read it as a data set")) from error
     name, config, own_split = [*spec.split(":"), "", ""][:3]
-    try:
-        data = datasets.load_dataset(name, config or None, split=own_split or split)
-    except Exception as error:  # every data set has its own ways to fail
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise (TryAgain if is_unreached(error) else HeadshareError)(
-            f"{spec} is neither a file nor a data set that can be loaded: {reason}"
-        ) from error
+    split = own_split or split
+    with _loading(f"{spec} is neither a file nor a data set that can be loaded"):
+        if streaming:
+            builder = datasets.load_dataset_builder(name, config or None)
+            data = builder.as_streaming_dataset(split=split)
+            size, digest = _streamed(builder, split)
+        else:
+            data = datasets.load_dataset(name, config or None, split=split)
+            size, digest = len(data), f"data set {data._fingerprint}"
     _check_column(field, data.column_names, f"The data set {spec}")
     column = data.select_columns([field])
 
     def pieces() -> Iterator[Piece]:
-        yield from _rows((batch[field] for batch in column.iter(_ROWS)), f"the data set {spec}", field)
+        with _loading(f"The data set {spec} cannot be read"):
+            yield from _rows((batch[field] for batch in column.iter(_ROWS)), f"the data set {spec}", field)
 
-    return Corpus(len(data), lambda: f"data set {data._fingerprint}", pieces)
+    return Corpus(size, lambda: digest, pieces)
+
+
+def _streamed(builder: Any, split: str) -> tuple[int, str]:
+    """Rows of a data set that is not copied, 0 where they are not counted, and a key: its files and their versions."""
+    files = builder.config.data_files[split]
+    key = hashlib.sha256(json.dumps([builder.hash, list(files), files.origin_metadata]).encode()).hexdigest()
+    counted = (builder.info.splits or {}).get(split)
+    return counted.num_examples if counted else 0, f"stream {split} {key}"
+
+
+@contextmanager
+def _loading(failed: str) -> Iterator[None]:
+    """Every data set has its own ways to fail."""
+    try:
+        yield
+    except HeadshareError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise (TryAgain if is_unreached(error) else HeadshareError)(f"{failed}: {reason}") from error
 
 
 def _rows(batches: Iterator[list[Any]], where: str, field: str) -> Iterator[Piece]:

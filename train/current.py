@@ -109,7 +109,7 @@ class Current:
         if not windows:
             return shared
         fitted, report = refit(
-            dense, shared, self.task.blocks.tokens[:windows], progress=partial(self.progress, "refitting")
+            dense, shared, self.task.blocks.first(windows), progress=partial(self.progress, "refitting")
         )
         if jax.process_index() == 0:
             with own_file(self.task.output / run_folder.REFIT) as path:

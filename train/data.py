@@ -1,53 +1,35 @@
-"""Training data: documents packed into fixed blocks of tokens on disk, and their order, a pure function of the step."""
+"""Training data: texts packed into blocks once, their mixture, and the batches of every step."""
 
 import hashlib
 import json
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import grain
 import numpy as np
 
 from headshare_jax.convert import text
-from headshare_jax.convert.atomic import new_directory
+from headshare_jax.convert.atomic import new_directory, own_file
 from headshare_jax.convert.partial import temporary_folder
-from headshare_jax.convert.tokenizer import encode_each
 from headshare_jax.convert.tokenizer import save as save_tokenizer
 from headshare_jax.errors import HeadshareError
+from headshare_jax.train import blocks as packed
+from headshare_jax.train.blocks import Blocks
+from headshare_jax.train.packing import no_threads_in_tokenizers, pack
+from headshare_jax.train.recipe import Data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-T = TypeVar("T")
-R = TypeVar("R")
-
 # To be raised when the same text is packed into other blocks than before; checkpoints of a run know its data by it.
 _FORMAT = 2
-# Little-endian int32 [n, 2, T]: tokens and segments of every block.
-_BLOCKS, _DOCUMENT = "blocks.int32", "blocks.json"
-# Characters that are tokenised at a time.
-_BATCH_CHARACTERS = 2**20
-
-
-@dataclass(frozen=True, eq=False)
-class Blocks:
-    """Packed blocks, read from disk as they are used.
-
-    Attributes:
-      tokens: int32 [n, T], read-only.
-      segments: int32 [n, T], read-only; the document of every token, counted from 1 in its block; 0 is padding.
-      digest: key of the content: of the text, the tokenizer, and how they were packed.
-    """
-
-    tokens: np.ndarray
-    segments: np.ndarray
-    digest: str
+# In the cache: the digests of files that were read, by their place, size and time.
+_KNOWN = "known"
+_DIGEST = re.compile(r"\w+ [0-9a-f]{64}")
 
 
 def prepare(
@@ -56,72 +38,123 @@ def prepare(
     *,
     seq_len: int,
     text_field: str = "text",
-    workers: int = 1,
+    streaming: bool = False,
+    workers: int | None = None,
     cache: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Blocks:
-    """Tokenises and packs a text, or finds that done in the cache.
+    """Tokenises and packs a text as `packing.pack` does, or finds that done in the cache.
 
     A row of a JSONL or parquet file or of a data set is one document, a text file as a whole is one (tokenised in
-    pieces that end with a line). Each is followed by the tokenizer's end-of-sequence token, if it has one. They are
-    packed back to back: one that crosses a block's border goes on in the next block, as document 1 there. What is left
-    after the last whole block is dropped.
+    pieces that end with a line). A file is read through for its digest once; from then on its place, size and time
+    stand for it.
 
     Args:
       source: as for `headshare_jax.convert.text.open_corpus`; a data set's split is `train` by default.
       tokenizer: it adds no other special tokens.
       seq_len: T, tokens in a block.
       text_field: field or column that holds the text of a row.
-      workers: threads that tokenise; the result does not depend on them.
-      cache: folder of all packed texts, made if absent; each is in a folder of its own, named by its digest. A damaged
-        one is made anew.
+      streaming: a data set is read from its hub as it comes, and no copy is kept.
+      workers: threads that tokenise, by default one a core; the result does not depend on them.
+      cache: folder of all packed texts, made if absent; each is in a folder of its own, named by its digest. One that
+        is not whole is made anew.
       progress: called with what has been read and the whole: bytes of a text or JSONL file, rows of any other.
 
     Raises:
       HeadshareError: a text that cannot be read or is shorter than a block, or a cache that cannot be written.
     """
-    corpus = text.open_corpus(source, field=text_field)
-    parts = [_FORMAT, corpus.digest(), _tokenizer_digest(tokenizer), seq_len, text_field]
-    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    folder = cache / digest
-    if not _is_stored(folder):
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            with new_directory(folder, overwrite=folder.exists()) as partial, _no_threads_in_tokenizers():
-                with (partial / _BLOCKS).open("wb") as file:
-                    for blocks in _packed(_encoded(corpus, tokenizer, workers, progress), seq_len, source):
-                        file.write(blocks.astype("<i4").tobytes())
-                document = {"source": source, "sha256": text.sha256(partial / _BLOCKS)}
-                (partial / _DOCUMENT).write_text(json.dumps(document, indent=2))
-        except OSError as error:
-            raise HeadshareError(f"The cache {cache} cannot be made: {error.strerror}.") from error
-        except HeadshareError:
-            # Another process may have been first to write the same.
-            if not _is_stored(folder):
-                raise
-    stored = np.memmap(folder / _BLOCKS, "<i4", "r").reshape(-1, 2, seq_len)
-    return Blocks(stored[:, 0], stored[:, 1], digest)
+    corpus = text.open_corpus(source, field=text_field, streaming=streaming)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        parts = [_FORMAT, _digest(corpus, cache), _tokenizer_digest(tokenizer), seq_len, text_field]
+        digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        folder = cache / digest
+        if (found := packed.stored(folder, digest)) is None:
+            made = pack(corpus, tokenizer, seq_len=seq_len, source=source, workers=workers, progress=progress)
+            largest = max(tokenizer.get_vocab().values())
+            try:
+                with new_directory(folder, overwrite=folder.exists()) as unfinished, no_threads_in_tokenizers():
+                    packed.write(unfinished, made, seq_len=seq_len, largest=largest, source=source)
+            except HeadshareError:
+                # Another process may have been first to write the same.
+                if packed.stored(folder, digest) is None:
+                    raise
+            found = packed.stored(folder, digest)
+            assert found is not None
+    except OSError as error:
+        raise HeadshareError(f"The cache {cache} cannot be made: {error.strerror}.") from error
+    return found
 
 
-def count_blocks(
-    source: str, tokenizer: "PreTrainedTokenizerBase", *, seq_len: int, text_field: str = "text", most: int = 1
-) -> int:
-    """Counts the blocks that a text gives; reads little further than the first `most`, and writes nothing.
+def mixture(
+    settings: Data,
+    tokenizer: "PreTrainedTokenizerBase",
+    cache: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> "Mixture":
+    """The texts of a recipe, each prepared; raises HeadshareError as `prepare`."""
+    how = partial(
+        prepare,
+        seq_len=settings.seq_len,
+        streaming=settings.streaming,
+        workers=settings.workers,
+        cache=cache,
+        progress=progress,
+    )
+    parts = [how(name, tokenizer, text_field=field) for name, field, _ in _sources(settings)]
+    return Mixture(tuple(parts), tuple(weight for *_, weight in _sources(settings)))
+
+
+def check_length(settings: Data, tokenizer: "PreTrainedTokenizerBase", windows: int) -> None:
+    """Reads as much of each text as a mixture's first blocks take, or a block; writes nothing.
 
     Args:
-      source, tokenizer, seq_len, text_field: as for `prepare`.
-      most: blocks that matter; a text that has more is not counted to its end.
+      settings: the texts, and how they are packed.
+      tokenizer: as for `prepare`.
+      windows: blocks that a refit takes.
 
     Raises:
-      HeadshareError: a text that cannot be read or is shorter than a block.
+      HeadshareError: a text that cannot be read, or is shorter.
     """
-    corpus = text.open_corpus(source, field=text_field)
-    count = 0
-    for blocks in _packed(_encoded(corpus, tokenizer, 1, lambda done, total: None), seq_len, source):
-        count += len(blocks)
-        if count >= most:
-            break
-    return count
+    for (name, field, _), share in zip(_sources(settings), _shares(settings, windows), strict=True):
+        corpus, blocks = text.open_corpus(name, field=field, streaming=settings.streaming), 0
+        for tokens, _ in pack(corpus, tokenizer, seq_len=settings.seq_len, source=name, workers=1):
+            blocks += len(tokens)
+            if blocks >= max(1, share):
+                break
+        if blocks < share:
+            raise HeadshareError(
+                f"sharing.refit_windows ({windows}) takes {share} blocks of seq_len {settings.seq_len} from {name}, "
+                f"which has {blocks}; lower it, or give more text."
+            )
+
+
+def _sources(settings: Data) -> list[tuple[str, str, float]]:
+    """Every text's name, the field that holds it, and its weight."""
+    return [(each.source, each.text_field or settings.text_field, each.weight) for each in settings.train]
+
+
+def _shares(settings: Data, count: int) -> list[int]:
+    """How many of a mixture's first blocks come from each text."""
+    turns = _in_turns(
+        [grain.MapDataset.source([place]) for place in range(len(settings.train))],
+        [source.weight for source in settings.train],
+    )
+    return np.bincount([turns[place] for place in range(count)], minlength=len(settings.train)).tolist()
+
+
+def _digest(corpus: text.Corpus, cache: Path) -> str:
+    """The corpus's digest, remembered in the cache where that takes reading a file."""
+    if corpus.version is None:
+        return corpus.digest()
+    known = cache / _KNOWN / f"{hashlib.sha256(corpus.version.encode()).hexdigest()}.txt"
+    if known.is_file() and _DIGEST.fullmatch(digest := known.read_text(encoding="utf-8")):
+        return digest
+    digest = corpus.digest()
+    known.parent.mkdir(exist_ok=True)
+    with own_file(known) as unfinished:
+        unfinished.write_text(digest, encoding="utf-8")
+    return digest
 
 
 def _tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -136,99 +169,71 @@ def _tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
-def _is_stored(folder: Path) -> bool:
-    """Whether a folder of the cache is there and undamaged."""
-    try:
-        return bool(json.loads((folder / _DOCUMENT).read_text())["sha256"] == text.sha256(folder / _BLOCKS))
-    except (HeadshareError, OSError, ValueError, KeyError, TypeError):
-        return False
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """Blocks of one text, or of several that take turns.
+
+    Attributes:
+      parts: the blocks of every text; they are numbered through, one text after another.
+      weights: how often a block comes from each, against the others.
+    """
+
+    parts: tuple[Blocks, ...]
+    weights: tuple[float, ...] = (1.0,)
+
+    @property
+    def digest(self) -> str:
+        """Key of the content; checkpoints of a run know its data by it."""
+        if len(self.parts) == 1:
+            return self.parts[0].digest
+        parts = [[part.digest, weight] for part, weight in zip(self.parts, self.weights, strict=True)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def read(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and segments of blocks, as `Blocks.read` gives them."""
+        starts = np.cumsum([0, *(len(part) for part in self.parts)])
+        part_of = np.searchsorted(starts, numbers, "right") - 1
+        shape = (*numbers.shape, self.parts[0].seq_len)
+        tokens, segments = np.empty(shape, np.int32), np.empty(shape, np.int32)
+        for place in np.unique(part_of):
+            here = part_of == place
+            tokens[here], segments[here] = self.parts[place].read(numbers[here] - starts[place])
+        return tokens, segments
+
+    def first(self, count: int) -> np.ndarray:
+        """Tokens of the first blocks, int32 [count, T]: each text's first, in turns."""
+        return self.read(np.array([self.order(None)[place] for place in range(count)]))[0]
+
+    def order(self, seed: int | None) -> grain.MapDataset:
+        """Numbers of blocks, for ever: the texts in turns, each in random order anew in every epoch of its own.
+
+        Args:
+          seed: of the order; None for the blocks as they come.
+        """
+        ends = np.cumsum([len(part) for part in self.parts]).tolist()
+        turns = [grain.MapDataset.range(end - len(part), end) for end, part in zip(ends, self.parts, strict=True)]
+        if seed is not None:
+            # Grain takes seed + epoch for an epoch's seed: seeds in a row would give the same orders one epoch apart.
+            seeds = np.random.SeedSequence(seed).generate_state(len(turns)).tolist()
+            turns = [blocks.shuffle(seed=mixed) for blocks, mixed in zip(turns, seeds, strict=True)]
+        return _in_turns(turns, self.weights)
 
 
-def _packed(encoded: Iterable[np.ndarray], seq_len: int, source: str) -> Iterator[np.ndarray]:
-    """Tokens and segments [some, 2, seq_len] from tokens and their documents' numbers, [2, some]."""
-    rest, any_block = np.empty((2, 0), np.int64), False
-    for pair in encoded:
-        pair = np.concatenate([rest, pair], axis=1)
-        whole = pair.shape[1] - pair.shape[1] % seq_len
-        rest, any_block = pair[:, whole:], any_block or whole > 0
-        tokens, documents = pair[:, :whole].reshape(2, -1, seq_len)
-        begins = np.diff(documents, axis=1, prepend=documents[:, :1]) != 0
-        yield np.stack([tokens, 1 + np.cumsum(begins, axis=1)], axis=1)
-    if not any_block:
-        raise HeadshareError(
-            f"{source} has {rest.shape[1]} tokens, but one block takes seq_len {seq_len}; give more text or a smaller "
-            "seq_len."
-        )
-
-
-def _encoded(
-    corpus: text.Corpus, tokenizer: "PreTrainedTokenizerBase", workers: int, progress: Callable[[int, int], None]
-) -> Iterator[np.ndarray]:
-    """Tokens and the numbers of their documents, int64 [2, some], in order."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-
-    def encode(batch: list[tuple[int, text.Piece]]) -> tuple[np.ndarray, int]:
-        texts = [piece.text for _, piece in batch]
-        rows = encode_each(tokenizer, texts)
-        rows = [row + end * piece.last for row, (_, piece) in zip(rows, batch, strict=True)]
-        documents = np.repeat([number for number, _ in batch], [len(row) for row in rows])
-        return np.stack([np.concatenate([np.array(row, np.int64) for row in rows]), documents]), batch[-1][1].done
-
-    for pair, done in _in_order(encode, _batches(corpus.pieces()), workers):
-        yield pair
-        progress(done, corpus.size)
-    progress(corpus.size, corpus.size)
-
-
-def _batches(pieces: Iterable[text.Piece]) -> Iterator[list[tuple[int, text.Piece]]]:
-    """Pieces with the numbers of their documents, some at a time; empty documents are left out."""
-    batch: list[tuple[int, text.Piece]] = []
-    number = size = 0
-    for piece in pieces:
-        if piece.text:
-            batch.append((number, piece))
-            size += len(piece.text)
-        number += piece.last
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """The function's values, computed in threads, for a few items ahead of the value that is wanted."""
-    with ThreadPoolExecutor(workers) as threads:
-        running: deque[Future[R]] = deque()
-        for item in items:
-            running.append(threads.submit(function, item))
-            if len(running) > 2 * workers:
-                yield running.popleft().result()
-        yield from (future.result() for future in running)
-
-
-@contextmanager
-def _no_threads_in_tokenizers() -> Iterator[None]:
-    """Lets a call of a tokenizer use one thread instead of all cores, so that `workers` means what it says."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
+def _in_turns(parts: Sequence[grain.MapDataset], weights: Sequence[float]) -> grain.MapDataset:
+    """Elements of data sets in turns, for ever; grain's mixing takes whole numbers, of which the least is 100."""
+    turns = [part.repeat() for part in parts]
+    return turns[0] if len(turns) == 1 else grain.MapDataset.mix(turns, weights)
 
 
 class Batches:
-    """The batches of every step, from all blocks in random order, anew in every epoch, for ever.
+    """The batches of every step, in the mixture's order, for ever.
 
     Which blocks a step sees follows from the seed and the step alone: there is no position to save, and a run resumes
-    exactly, with any number of hosts. Every block comes once in an epoch; a batch may lie across two epochs.
+    exactly, with any number of hosts. Every block of a text comes once before any comes again; a batch may lie across
+    two epochs.
     """
 
-    def __init__(self, blocks: Blocks, *, batch_size: int, accumulate: int, seed: int) -> None:
+    def __init__(self, blocks: Mixture, *, batch_size: int, accumulate: int, seed: int) -> None:
         """Orders the blocks.
 
         Args:
@@ -238,9 +243,7 @@ class Batches:
           seed: of the order, not negative.
         """
         self._blocks, self._accumulate = blocks, accumulate
-        # Grain takes seed + epoch for an epoch's seed, so seeds in a row would give the same orders one epoch apart.
-        mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-        self._order = grain.MapDataset.range(len(blocks.tokens)).shuffle(seed=mixed).repeat().batch(batch_size)
+        self._order = blocks.order(seed).batch(batch_size)
 
     def at(self, step: int, rows: slice | np.ndarray = slice(None)) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and segments of a step, int32 [A, B / A, T].
@@ -249,8 +252,7 @@ class Batches:
           step: counted from 0.
           rows: the rows wanted of every part, of B / A; no other is read.
         """
-        block_ab = self._order[step].reshape(self._accumulate, -1)[:, rows]
-        return np.asarray(self._blocks.tokens[block_ab]), np.asarray(self._blocks.segments[block_ab])
+        return self._blocks.read(self._order[step].reshape(self._accumulate, -1)[:, rows])
 
     def stream(
         self, start: int, stop: int, rows: slice | np.ndarray = slice(None)

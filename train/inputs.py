@@ -26,6 +26,7 @@ from headshare_jax.train import recipe as recipes
 from headshare_jax.train.room import check_room
 from headshare_jax.train.run_folder import MAP
 from headshare_jax.train.step import StageContext, trainable_names
+from headshare_jax.train.turns import first_alone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +45,7 @@ class Run:
     source: convert.Checkpoint
     sharing: SharingMap
     mesh: Mesh
-    blocks: data.Blocks
+    blocks: data.Mixture
     eval_tokens: np.ndarray
 
     def context(self, number: int) -> StageContext:
@@ -62,17 +63,10 @@ def prepare(recipe: recipes.Recipe, output: Path, progress: Progress) -> Run:
     stored = output / MAP
     sharing = map_file.read(stored) if stored.is_file() else pairs_to_plan(recipe, source)
     check_room(recipe, source, sharing, mesh, output)
-    blocks = data.prepare(
-        recipe.data.train,
-        tokenizer,
-        seq_len=recipe.data.seq_len,
-        text_field=recipe.data.text_field,
-        workers=recipe.data.workers,
-        cache=cache_directory() / "blocks",
-        progress=partial(progress, "tokenising"),
-    )
+    mixture = partial(data.mixture, recipe.data, tokenizer, cache_directory() / "blocks")
+    blocks = first_alone("tokenising", mixture, partial(progress, "tokenising"))
     if not stored.is_file() and _matches(recipe):
-        windows_wt = blocks.tokens[: recipe.sharing.refit_windows]
+        windows_wt = blocks.first(recipe.sharing.refit_windows)
         sharing = matched_pairs(recipe, source, windows_wt, partial(progress, "matching"))
     return Run(recipe, output, source, sharing, mesh, blocks, eval_tokens)
 
@@ -102,23 +96,10 @@ def open_inputs(recipe: recipes.Recipe) -> tuple[convert.Checkpoint, "PreTrained
     for stage in recipe.stages:
         trainable_names(source.config, stage.trainable)
     tokenizer, held_out = load_tokenizer(path), recipe.data.eval
-    _check_text(recipe, tokenizer)
+    data.check_length(recipe.data, tokenizer, recipe.sharing.refit_windows)
     if held_out is None:
         return source, tokenizer, np.empty(0, np.int32)
     return source, tokenizer, text_tokens(held_out, tokenizer, field=recipe.data.text_field)
-
-
-def _check_text(recipe: recipes.Recipe, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Reads as much of the training text as a refit takes, or a block; HeadshareError if there is less."""
-    windows, settings = recipe.sharing.refit_windows, recipe.data
-    blocks = data.count_blocks(
-        settings.train, tokenizer, seq_len=settings.seq_len, text_field=settings.text_field, most=max(1, windows)
-    )
-    if windows > blocks:
-        raise HeadshareError(
-            f"sharing.refit_windows ({windows}) is more than the {blocks} blocks of seq_len {settings.seq_len} that "
-            f"{settings.train} has; lower it, or give more text."
-        )
 
 
 def _matches(recipe: recipes.Recipe) -> bool:

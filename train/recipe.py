@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from headshare_jax.errors import HeadshareError, explained, shown
 from headshare_jax.sharing.tie import check_tie
@@ -65,23 +65,52 @@ class Sharing(_Section):
     refit_windows: Natural = 0
 
 
+class Source(_Section):
+    """A text to train on.
+
+    Attributes:
+      source: text, JSONL or parquet file, or data set `name[:config[:split]]` (split `train` by default).
+      weight: how often a block comes from it, against the weights of the other texts.
+      text_field: field or column that holds its text; None for that of `data`.
+    """
+
+    source: str
+    weight: Positive = 1.0
+    text_field: str | None = None
+
+
+def _as_sources(value: Any) -> Any:
+    return [{"source": value}] if isinstance(value, str) else value
+
+
+def _as_written(sources: tuple[Source, ...]) -> Any:
+    """A single text by its name alone, as recipes have it."""
+    if sources == (Source(source=sources[0].source),):
+        return sources[0].source
+    return [source.model_dump(mode="json") for source in sources]
+
+
 class Data(_Section):
     """Text to train and to evaluate on.
 
     Attributes:
-      train: text, JSONL or parquet file, or data set `name[:config[:split]]` (split `train` by default).
+      train: a text by its name, or a list of several (`Source`), from which batches are mixed.
       eval: held-out text of the same kinds; None for no evaluation.
       text_field: field or column that holds the text.
+      streaming: data sets to train on are read from their hub as they come, and no copy is kept.
       seq_len: tokens in a training block.
-      workers: threads that tokenise.
+      workers: threads that tokenise; None for one a core.
       eval_windows: windows of `seq_len` tokens to evaluate on.
     """
 
-    train: str
+    train: Annotated[
+        tuple[Source, ...], Field(min_length=1), BeforeValidator(_as_sources), PlainSerializer(_as_written)
+    ]
     eval: str | None = None
     text_field: str = "text"
+    streaming: bool = False
     seq_len: Annotated[Whole, Field(ge=2)] = 4096
-    workers: Count = 1
+    workers: Count | None = None
     eval_windows: Count = 16
 
 
@@ -275,8 +304,14 @@ def from_mapping(document: Any) -> Recipe:
 
 
 # Where pydantic's own words are Python's, not YAML's.
-_SAID = {"model_type": "must be a mapping of keys to values", "tuple_type": "must be a list"}
-_SECTIONS = {kind.__name__.lower(): kind for kind in (Data, Sharing, Optimizer, Mesh, Checkpoints)} | {"stages": Stage}
+_SAID = {
+    "model_type": "must be a mapping of keys to values",
+    "tuple_type": "must be a list",
+    "too_short": "must have at least one entry",
+}
+# By their keys, without places in lists.
+_SECTIONS: dict[str, type[BaseModel]] = {"stages": Stage, "data.train": Source}
+_SECTIONS |= {kind.__name__.lower(): kind for kind in (Data, Sharing, Optimizer, Mesh, Checkpoints)}
 
 
 def _sentence(error: ValidationError) -> str:
@@ -284,8 +319,9 @@ def _sentence(error: ValidationError) -> str:
     entry = min(error.errors(), key=lambda entry: entry["type"] not in ("extra_forbidden", "invalid_key"))
     key, kind = ".".join(map(str, entry["loc"])), entry["type"]
     if kind in ("extra_forbidden", "invalid_key"):
-        section, _, name = key.rpartition(".")
-        keys = _SECTIONS.get(section.partition(".")[0], Recipe).model_fields
+        *within, name = map(str, entry["loc"])
+        section = ".".join(part for part in within if not part.isdecimal())
+        keys = _SECTIONS.get(section, Recipe).model_fields
         near = difflib.get_close_matches(name, keys, 1, 0.5)
         hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(keys)}."
         return f"The recipe has an unknown key {key}; {hint}"

@@ -13,8 +13,8 @@ from headshare_jax.sharing.map import SharingMap
 from headshare_jax.train import recipe as recipes
 
 CONFIG, MAP, REFIT, FINAL, CHECKPOINTS = "config.yaml", "map.json", "refit.json", "final", "checkpoints"
-# What a resumed run may have changed: where it runs, and when it gives up.
-_FREE = ("mesh.", "max_bad_steps:", "max_skipped:")
+# What a resumed run may have changed: where it runs, by how many threads, and when it gives up.
+_FREE = ("mesh.", "data.workers:", "max_bad_steps:", "max_skipped:")
 
 
 def check(output: Path, recipe: recipes.Recipe, resume: bool) -> None:

@@ -183,7 +183,7 @@ def _training(
     workload: Workload, layout: Layout, mesh: Mesh, *, shared: bool
 ) -> tuple[jax.stages.Lowered, dict[str, int]]:
     stage = recipes.Stage(kind="tied" if shared else "align")
-    text = recipes.Data(train="", seq_len=workload.length)
+    text = recipes.Data(train=(recipes.Source(source=""),), seq_len=workload.length)
     recipe = recipes.Recipe(
         model="", data=text, stages=(stage,), batch_size=workload.batch, remat=cast(Any, layout.remat)
     )

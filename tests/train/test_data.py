@@ -21,8 +21,10 @@ from transformers import PreTrainedTokenizerFast
 
 from headshare_jax import HeadshareError
 from headshare_jax.convert import text
-from headshare_jax.train import data
-from headshare_jax.train.data import Blocks, prepare
+from headshare_jax.errors import TryAgain
+from headshare_jax.train import packing
+from headshare_jax.train.blocks import Blocks
+from headshare_jax.train.data import prepare
 
 EOS = "</s>"
 DOCUMENTS = ["One document.", "", "Another one,\nwith two lines: é.", "x", "The last of them."]
@@ -73,6 +75,11 @@ def packed_by_hand(documents: list[str], seq_len: int, eos: str | None = EOS) ->
     return np.reshape(tokens[: len(blocks) * seq_len], shape), np.reshape(segments, shape)
 
 
+def everything(blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and segments of all blocks."""
+    return blocks.read(np.arange(len(blocks)))
+
+
 # Packing.
 
 
@@ -87,7 +94,7 @@ def test_blocks_hold_the_documents(
     documents: list[str], seq_len: int, batch_characters: int, workers: int, eos: str | None
 ) -> None:
     tokens, segments = packed_by_hand(documents, seq_len, eos)
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(data, "_BATCH_CHARACTERS", batch_characters):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(packing, "_BATCH_CHARACTERS", batch_characters):
         source = json_lines(Path(folder) / "documents.jsonl", [*documents, None])
 
         def blocks() -> Blocks:
@@ -98,10 +105,9 @@ def test_blocks_hold_the_documents(
                 blocks()
             return
         result = blocks()
-        np.testing.assert_array_equal(result.tokens, tokens)
-        np.testing.assert_array_equal(result.segments, segments)
-    assert result.tokens.dtype == result.segments.dtype == np.int32
-    assert len(result.tokens) == len(tokens)
+        for found, expected in zip(everything(result), (tokens, segments), strict=True):
+            np.testing.assert_array_equal(found, expected)
+            assert found.dtype == np.int32
 
 
 def test_a_text_file_is_one_document(
@@ -110,18 +116,32 @@ def test_a_text_file_is_one_document(
     words = "\n\n".join(DOCUMENTS) * 3
     (tmp_path / "words.txt").write_text(words)
     monkeypatch.setattr(text, "PIECE", 16)
-    monkeypatch.setattr(data, "_BATCH_CHARACTERS", 50)
+    monkeypatch.setattr(packing, "_BATCH_CHARACTERS", 50)
     blocks = prepare(str(tmp_path / "words.txt"), tokenizer, seq_len=1, workers=2, cache=tmp_path / "cache")
-    assert tokenizer.decode(blocks.tokens.ravel().tolist()) == words + EOS
-    assert (blocks.segments == 1).all()
+    tokens, segments = everything(blocks)
+    assert tokenizer.decode(tokens.ravel().tolist()) == words + EOS
+    assert (segments == 1).all()
 
 
-def test_blocks_are_read_as_they_are_used_and_only_read(tokenizer: RecordingTokenizer, tmp_path: Path) -> None:
+def test_blocks_are_read_in_any_order_and_shape(tokenizer: RecordingTokenizer, tmp_path: Path) -> None:
     source = json_lines(tmp_path / "documents.jsonl", [*DOCUMENTS])
     blocks = prepare(source, tokenizer, seq_len=8, cache=tmp_path / "cache")
-    for array in (blocks.tokens, blocks.segments):
-        assert isinstance(array, np.memmap)
-        assert not array.flags.writeable
+    numbers = np.array([[3, 0, 3], [1, 2, 0]])
+    for found, whole in zip(blocks.read(numbers), everything(blocks), strict=True):
+        np.testing.assert_array_equal(found, whole[numbers])
+    assert blocks.read(numbers[:, :0])[0].shape == (2, 0, 8)
+
+
+@pytest.mark.parametrize(("vocabulary", "most"), [(2**16, 2.2), (2**16 + 1, 4.2)])
+def test_a_token_takes_few_bytes(vocabulary: int, most: float, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([f"<{number}>" for number in range(vocabulary - len(tokenizer))])
+    last = f"<{vocabulary - 258}>"
+    source = json_lines(tmp_path / "documents.jsonl", ["x" * 4000, last * 500])
+    blocks = prepare(source, tokenizer, seq_len=256, cache=tmp_path / "cache")
+    assert everything(blocks)[0].max() == vocabulary - 1
+    stored = sum(file.stat().st_size for file in blocks.folder.glob("*.packed"))
+    assert stored <= most * 256 * len(blocks)
 
 
 def of_jsonl(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -143,6 +163,27 @@ def of_data_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "some/set:raw"
 
 
+def of_stream(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    rows = of_jsonl(folder, monkeypatch)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "copies"))
+    builder = datasets.load_dataset_builder("json", data_files={"train": rows})
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, config: builder)
+    return "some/set:raw"
+
+
+def test_a_stream_keeps_no_copy(tokenizer: RecordingTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepared() -> Blocks:
+        return prepare(source, tokenizer, seq_len=6, text_field="content", streaming=True, cache=tmp_path / "cache")
+
+    source = of_stream(tmp_path, monkeypatch)
+    blocks = prepared()
+    np.testing.assert_array_equal(everything(blocks), packed_by_hand(DOCUMENTS, 6))
+    assert not [file for file in tmp_path.rglob("*") if file.suffix == ".arrow"]
+    # A second start reads no row.
+    monkeypatch.setattr(datasets.IterableDataset, "iter", None)
+    assert prepared().digest == blocks.digest
+
+
 @pytest.mark.parametrize("make", [of_jsonl, of_parquet, of_data_set])
 def test_rows_are_documents(
     make: Callable[[Path, pytest.MonkeyPatch], str],
@@ -151,7 +192,7 @@ def test_rows_are_documents(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[tuple[int, int]] = []
-    monkeypatch.setattr(data, "_BATCH_CHARACTERS", 20)
+    monkeypatch.setattr(packing, "_BATCH_CHARACTERS", 20)
     blocks = prepare(
         make(tmp_path, monkeypatch),
         tokenizer,
@@ -161,8 +202,7 @@ def test_rows_are_documents(
         progress=lambda done, total: seen.append((done, total)),
     )
     tokens, segments = packed_by_hand(DOCUMENTS, 6)
-    np.testing.assert_array_equal(blocks.tokens, tokens)
-    np.testing.assert_array_equal(blocks.segments, segments)
+    np.testing.assert_array_equal(everything(blocks), (tokens, segments))
     assert len(seen) > 2
     assert seen == sorted(seen)
     assert seen[-1][0] == seen[-1][1]
@@ -172,7 +212,7 @@ def test_workers_are_all_the_threads_there_are(
     tokenizer: RecordingTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = set()
-    monkeypatch.setattr(data, "_BATCH_CHARACTERS", 10)
+    monkeypatch.setattr(packing, "_BATCH_CHARACTERS", 10)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "before")
     prepare(
         json_lines(tmp_path / "documents.jsonl", [*DOCUMENTS]),
@@ -198,7 +238,7 @@ def test_a_second_call_does_not_tokenise(tmp_path: Path) -> None:
     second = prepare(str(moved), tokenizer, seq_len=8, workers=2, cache=tmp_path / "cache")
     assert tokenizer.seen == []
     assert second.digest == first.digest
-    np.testing.assert_array_equal(second.tokens, first.tokens)
+    np.testing.assert_array_equal(everything(second), everything(first))
 
 
 def test_the_digest_is_of_all_that_makes_the_blocks(tokenizer: RecordingTokenizer, tmp_path: Path) -> None:
@@ -220,7 +260,7 @@ def test_the_digest_is_of_all_that_makes_the_blocks(tokenizer: RecordingTokenize
     ]
     digests = {prepare(path, words, cache=tmp_path / "cache", **how).digest for path, words, how in calls}
     assert len(digests) == len(calls)
-    assert {folder.name for folder in (tmp_path / "cache").iterdir()} == digests
+    assert folders(tmp_path / "cache") == digests
 
 
 def test_a_tokenizer_that_was_stored_to_cut_texts_does_not(tmp_path: Path) -> None:
@@ -229,7 +269,7 @@ def test_a_tokenizer_that_was_stored_to_cut_texts_does_not(tmp_path: Path) -> No
     tokenizer.backend_tokenizer.enable_padding(length=10)
     source = json_lines(tmp_path / "documents.jsonl", [*DOCUMENTS])
     blocks = prepare(source, tokenizer, seq_len=8, cache=tmp_path / "cache")
-    np.testing.assert_array_equal(blocks.tokens, packed_by_hand(DOCUMENTS, 8)[0])
+    np.testing.assert_array_equal(everything(blocks)[0], packed_by_hand(DOCUMENTS, 8)[0])
     assert prepare(source, tokenizer, seq_len=8, cache=tmp_path / "cache").digest == blocks.digest
 
 
@@ -242,34 +282,72 @@ def test_a_tokenizer_that_was_loaded_offline_is_the_same(tmp_path: Path) -> None
     assert len(digests) == 1
 
 
-def flip_last_byte(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
+def folders(cache: Path) -> set[str]:
+    """What is packed in a cache."""
+    return {entry.name for entry in cache.iterdir()} - {"known"}
+
+
+def test_a_text_is_read_for_its_digest_once(
+    tokenizer: RecordingTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(json_lines(tmp_path / "documents.jsonl", [*DOCUMENTS]))
+    read: list[Path] = []
+    monkeypatch.setattr(text, "sha256", lambda path, hashed=text.sha256: read.append(path) or hashed(path))
+
+    def digest() -> str:
+        return prepare(str(source), tokenizer, seq_len=8, cache=tmp_path / "cache").digest
+
+    first = digest()
+    assert digest() == first
+    assert read.count(source) == 1
+    os.utime(source, (1, 1))
+    assert digest() == first
+    assert read.count(source) == 2
+    # As long as before, but not the same.
+    source.write_text(source.read_text().replace("One", "Two"))
+    assert digest() != first
+    for known in (tmp_path / "cache" / "known").iterdir():
+        known.write_text("text 12")
+    assert prepare(str(source), tokenizer, seq_len=8, cache=tmp_path / "cache").digest == digest()
 
 
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        ("blocks.int32", flip_last_byte),
-        ("blocks.int32", lambda path: os.truncate(path, 200)),
-        ("blocks.int32", os.unlink),
+        ("blocks.packed", lambda path: os.truncate(path, 200)),
+        ("blocks.packed", os.unlink),
         ("blocks.json", os.unlink),
         ("blocks.json", lambda path: path.write_text("[]")),
+        ("blocks.json", lambda path: path.write_text('{"sha256": "of an older release"}')),
         ("blocks.json", lambda path: os.truncate(path, 5)),
     ],
 )
-def test_a_damaged_cache_is_made_anew(
+def test_a_cache_that_is_not_whole_is_made_anew(
     name: str, damage: Callable[[Path], Any], tokenizer: RecordingTokenizer, tmp_path: Path
 ) -> None:
     source, cache = json_lines(tmp_path / "documents.jsonl", [*DOCUMENTS]), tmp_path / "cache"
     blocks = prepare(source, tokenizer, seq_len=8, cache=cache)
-    tokens, segments = np.array(blocks.tokens), np.array(blocks.segments)
-    damage(cache / blocks.digest / name)
+    before = everything(blocks)
+    damage(blocks.folder / name)
     again = prepare(source, tokenizer, seq_len=8, cache=cache)
-    np.testing.assert_array_equal(again.tokens, tokens)
-    np.testing.assert_array_equal(again.segments, segments)
-    assert [folder.name for folder in cache.iterdir()] == [blocks.digest]
+    np.testing.assert_array_equal(everything(again), before)
+    assert folders(cache) == {blocks.digest}
+
+
+def test_damage_is_found_as_blocks_are_read_and_mended_by_the_next_start(
+    tokenizer: RecordingTokenizer, tmp_path: Path
+) -> None:
+    source, cache = json_lines(tmp_path / "documents.jsonl", [*DOCUMENTS]), tmp_path / "cache"
+    blocks = prepare(source, tokenizer, seq_len=8, cache=cache)
+    before = everything(blocks)
+    content = bytearray((blocks.folder / "blocks.packed").read_bytes())
+    content[-20] ^= 1
+    (blocks.folder / "blocks.packed").write_bytes(content)
+    damaged = prepare(source, tokenizer, seq_len=8, cache=cache)
+    np.testing.assert_array_equal(damaged.read(np.arange(3))[0], before[0][:3])
+    with pytest.raises(TryAgain, match=f"Block {len(blocks) - 1} of the packed text in .* made anew at the next start"):
+        everything(damaged)
+    np.testing.assert_array_equal(everything(prepare(source, tokenizer, seq_len=8, cache=cache)), before)
 
 
 def test_another_process_may_be_first(tmp_path: Path) -> None:
@@ -283,8 +361,8 @@ def test_another_process_may_be_first(tmp_path: Path) -> None:
 
     blocks = prepare(source, tokenizer, seq_len=8, cache=cache, progress=overtake)
     assert len(tokenizer.seen) == 2 * len(list(filter(None, DOCUMENTS)))
-    np.testing.assert_array_equal(blocks.tokens, others[0].tokens)
-    assert [folder.name for folder in cache.iterdir()] == [blocks.digest]
+    np.testing.assert_array_equal(everything(blocks), everything(others[0]))
+    assert folders(cache) == {blocks.digest}
 
 
 def test_an_interrupted_call_leaves_nothing(tokenizer: RecordingTokenizer, tmp_path: Path) -> None:
@@ -294,7 +372,7 @@ def test_an_interrupted_call_leaves_nothing(tokenizer: RecordingTokenizer, tmp_p
     source = json_lines(tmp_path / "documents.jsonl", [*DOCUMENTS])
     with pytest.raises(KeyboardInterrupt):
         prepare(source, tokenizer, seq_len=8, cache=tmp_path / "cache", progress=interrupt)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert folders(tmp_path / "cache") == set()
 
 
 # Bad input.
@@ -322,4 +400,4 @@ def test_text_files_need_no_data_sets(
     for name in ("datasets", "pyarrow"):
         monkeypatch.setitem(sys.modules, name, None)
     (tmp_path / "words.txt").write_text("just words")
-    assert len(prepare(str(tmp_path / "words.txt"), tokenizer, seq_len=4, cache=tmp_path / "cache").tokens) == 2
+    assert len(prepare(str(tmp_path / "words.txt"), tokenizer, seq_len=4, cache=tmp_path / "cache")) == 2

@@ -41,12 +41,22 @@ def written(folder: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("document", [SMALL, FULL], ids=["defaults", "all set"])
+SEVERAL = [{"source": "a.txt", "weight": 2, "text_field": "body"}, {"source": "b.jsonl"}]
+MIXED = {**SMALL, "data": {"train": SEVERAL, "streaming": True}}
+
+
+@pytest.mark.parametrize("document", [SMALL, FULL, MIXED], ids=["defaults", "all set", "several texts"])
 def test_yaml_round_trip(tmp_path: Path, document: dict[str, Any]) -> None:
     recipe = recipes.from_mapping(document)
     text = recipes.to_yaml(recipe)
     assert recipes.load(written(tmp_path, text)) == recipe
     assert recipes.to_yaml(recipes.load(written(tmp_path, text))) == text
+
+
+def test_one_text_is_written_by_its_name_and_several_as_a_list() -> None:
+    one, several = (yaml.safe_load(recipes.to_yaml(recipes.from_mapping(document))) for document in (SMALL, MIXED))
+    assert one["data"]["train"] == "text.txt"
+    assert several["data"]["train"] == [SEVERAL[0], {"source": "b.jsonl", "weight": 1.0, "text_field": None}]
 
 
 def test_values_that_are_given_are_used_and_others_are_the_published_ones() -> None:
@@ -133,7 +143,13 @@ def with_value(key: str, value: Any) -> dict[str, Any]:
         ("model", 3, "model must be a valid string, not 3"),
         ("model", None, "model must be a valid string, not None"),
         ("data", "text.txt", "data must be a mapping"),
-        ("data.train", ["a"], "data.train must be a valid string"),
+        ("data.train", 5, "data.train must be a list, not 5"),
+        ("data.train", [], r"data.train must have at least one entry, not \[\]"),
+        ("data.train", ["a"], "data.train.0 must be a mapping of keys to values, not 'a'"),
+        ("data.train", [{"weight": 1}], "lacks data.train.0.source"),
+        ("data.train", [{"source": "a", "wieght": 1}], "unknown key data.train.0.wieght; did you mean weight?"),
+        ("data.train", [{"source": "a", "weight": 0}], "data.train.0.weight must be greater than 0, not 0"),
+        ("data.train", [{"source": "a"}, {"source": "b", "weight": -1}], "data.train.1.weight must be greater than 0"),
         ("stages", {}, "stages must be a list"),
         ("stages", [3], "stages.0 must be a mapping"),
         ("stage.steps", 1.5, "stages.0.steps must be a valid integer, not 1.5"),

@@ -1,0 +1,94 @@
+"""Work that one process does for all of a run: the others wait, and find it done."""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from jax._src import distributed
+
+from headshare_jax.errors import HeadshareError, TryAgain
+
+T = TypeVar("T")
+Step = Callable[[int, int], None]
+
+# Between two looks at how far the first process is, and between two words of it.
+_SECONDS_TO_LOOK, _SECONDS_TO_SAY = 1.0, 5.0
+# Without a word of it, before the others give up.
+PATIENCE = 1800.0
+
+
+def first_alone(what: str, work: Callable[[Step], T], progress: Step) -> T:
+    """Calls a function in the first process, and then in the others; gives its value.
+
+    The others find what the first has made where they see the same storage, and make it themselves where they do not.
+
+    Args:
+      what: is being done, a word of its own for every call in a run.
+      work: given a function to call with what is done, and the whole.
+      progress: called with the same, in the processes that wait too.
+
+    Raises:
+      HeadshareError, TryAgain: as `work` in the first process.
+      TryAgain: the first process has said nothing for `PATIENCE` seconds.
+    """
+    if jax.process_count() == 1:
+        return work(progress)
+    key = f"headshare/{what}"
+    if jax.process_index():
+        _wait(key, what, progress)
+        return work(progress)
+    said = 0.0
+
+    def step(done: int, total: int) -> None:
+        nonlocal said
+        progress(done, total)
+        if time.monotonic() - said > _SECONDS_TO_SAY:
+            said = time.monotonic()
+            _say(key, state="working", steps=[done, total])
+
+    try:
+        result = work(step)
+    except BaseException as error:
+        known = isinstance(error, HeadshareError)
+        message = str(error) if known else f"Process 0 has stopped while {what}."
+        _say(key, state="failed", message=message, again=not known or isinstance(error, TryAgain))
+        raise
+    _say(key, state="done")
+    return result
+
+
+def _wait(key: str, what: str, progress: Step) -> None:
+    last, since = None, time.monotonic()
+    while True:
+        now = _said(key)
+        if now and now["state"] == "done":
+            return
+        if now and now["state"] == "failed":
+            raise (TryAgain if now["again"] else HeadshareError)(now["message"])
+        if now != last:
+            last, since = now, time.monotonic()
+            progress(*last["steps"])
+        if time.monotonic() - since > PATIENCE:
+            raise TryAgain(f"Process 0 has said nothing for {PATIENCE / 60:.0f} minutes while {what}; look at its log.")
+        time.sleep(_SECONDS_TO_LOOK)
+
+
+def _client() -> Any:
+    """Of the service by which processes of a run find each other."""
+    return distributed.global_state.client
+
+
+def _say(key: str, **values: Any) -> None:
+    _client().key_value_set(key, json.dumps(values), allow_overwrite=True)
+
+
+def _said(key: str) -> Any:
+    """What the first process said last; None if it has said nothing yet."""
+    try:
+        return json.loads(_client().key_value_try_get(key))
+    except jax.errors.JaxRuntimeError as error:
+        if "NOT_FOUND" not in str(error):
+            raise
+        return None
