@@ -14,6 +14,8 @@ from headshare_jax.sharing.tie import check_tie
 
 # Recipes that come with the package, by name.
 SHIPPED = {path.stem: path for path in sorted(Path(__file__).with_name("recipes").glob("*.yaml"))}
+# Tokens of a step, which are counted in int32.
+MOST_TOKENS = 2**31 - 1
 # Settings of the penalty, which `tied` stages do not have; the next-token loss has weight 1 there.
 _ALIGN_ONLY = ("lm_weight", "sim_weight", "sim_schedule", "penalty")
 
@@ -233,6 +235,11 @@ class Recipe(_Section):
         if self.batch_size % self.accumulate:
             raise HeadshareError(
                 f"batch_size ({self.batch_size}) must be a multiple of accumulate ({self.accumulate})."
+            )
+        if self.batch_size * self.data.seq_len > MOST_TOKENS:
+            raise HeadshareError(
+                f"A step of batch_size ({self.batch_size}) x data.seq_len ({self.data.seq_len}) tokens is more than can "
+                f"be counted ({MOST_TOKENS:,}); lower either."
             )
         return self
 
