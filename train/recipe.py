@@ -238,8 +238,8 @@ class Recipe(_Section):
             )
         if self.batch_size * self.data.seq_len > MOST_TOKENS:
             raise HeadshareError(
-                f"A step of batch_size ({self.batch_size}) x data.seq_len ({self.data.seq_len}) tokens is more than can "
-                f"be counted ({MOST_TOKENS:,}); lower either."
+                f"A step of batch_size ({self.batch_size}) x data.seq_len ({self.data.seq_len}) tokens is more than "
+                f"can be counted ({MOST_TOKENS:,}); lower either."
             )
         return self
 

@@ -186,7 +186,7 @@ def with_value(key: str, value: Any) -> dict[str, Any]:
         ("optimizer.clip", 0.0, "optimizer.clip must be greater than 0"),
         ("data.seq_len", 1, "data.seq_len must be greater than or equal to 2"),
         ("checkpoints.keep", 0, "checkpoints.keep must be greater than or equal to 1"),
-        ("batch_size", 10**30, "tokens is more than can be counted"),
+        ("batch_size", 10**30, "tokens is more than can be"),
         ("accumulate", 3, r"batch_size \(128\) must be a multiple of accumulate \(3\)"),
     ],
 )
