@@ -1,15 +1,15 @@
 """Signals that ask for a stop: Ctrl-C, and SIGTERM, which machines send that are to be taken away."""
 
 import logging
+import os
+import select
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
-
-import jax
-import numpy as np
 
 logger = logging.getLogger(__name__)
 
@@ -74,31 +74,36 @@ class _Deferrable:
             self.handler(number, frame)
 
 
-class Stop:
-    """Whether any process was told to stop after what it is doing; `note` is the handler that hears of it.
+@contextmanager
+def insistent(seconds: float = 10.0) -> Iterator[None]:
+    """Sees to it that a second signal ends the process: so many seconds later, if it has not ended by itself.
 
-    A second Ctrl-C raises KeyboardInterrupt at once.
+    Python's own handlers do not run as long as the main thread waits in a library, as for a process that never comes.
     """
+    if threading.current_thread() is not threading.main_thread():  # where no signal is heard
+        yield
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=_end_at_second, args=(reading, seconds), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writing)
 
-    def __init__(self) -> None:
-        self._told: list[int] = []
 
-    def __call__(self) -> bool:
-        if jax.process_count() == 1:
-            return bool(self._told)
-        from jax.experimental.multihost_utils import process_allgather
-
-        return bool(process_allgather(np.int32(len(self._told))).any())
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether this process was told by Ctrl-C."""
-        return signal.SIGINT in self._told
-
-    def note(self, number: int, frame: FrameType | None) -> None:
-        """Takes note of a signal."""
-        if number == signal.SIGINT:
-            if self.interrupted:
-                raise KeyboardInterrupt
-            logger.warning("Stopping after this step, with a checkpoint; Ctrl-C again stops at once, without.")
-        self._told.append(number)
+def _end_at_second(reading: int, seconds: float) -> None:
+    """Reads the numbers of the signals that come, until the other end is closed."""
+    came, until = 0, None
+    with open(reading, "rb", buffering=0) as signals:
+        while select.select([signals], [], [], None if until is None else max(0.0, until - time.monotonic()))[0]:
+            number = signals.read(1)
+            if not number:
+                return
+            came += number[0] in STOPS
+            if came == 2 and until is None:
+                last, until = number[0], time.monotonic() + seconds
+    os.write(2, b"headshare: stopped at the second signal, without a checkpoint.\n")
+    os._exit(128 + last)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from headshare_jax import convert
+from headshare_jax.processes.agreement import wait_for_all
 from headshare_jax.sharing.view import cast
 from headshare_jax.train import run_folder
 from headshare_jax.train.current import Current
@@ -48,5 +49,5 @@ def export(current: Current, held_out: HeldOut, last: dict[str, Any]) -> dict[st
                 "postshare": {name: value for name, value in last.items() if name not in SPEEDS},
             },
         )
-    run_folder.wait_for_all("exported")
+    wait_for_all("exported")
     return last

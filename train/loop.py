@@ -17,9 +17,12 @@ from headshare_jax.errors import HeadshareError
 from headshare_jax.model.mesh import batch_sharding, replicated
 from headshare_jax.model.share import share
 from headshare_jax.parameters import pool_name
+from headshare_jax.processes.agreement import together
+from headshare_jax.processes.start import leave, set_remedy
+from headshare_jax.processes.stop import Stop
 from headshare_jax.sharing.source import WeightSource
 from headshare_jax.sharing.view import SharedView
-from headshare_jax.signals import Stop, handled
+from headshare_jax.signals import handled
 from headshare_jax.train import data, run_folder
 from headshare_jax.train import recipe as recipes
 from headshare_jax.train.checkpoints import RunCheckpoints
@@ -30,6 +33,7 @@ from headshare_jax.train.inputs import Progress, Run, check_devices, prepare
 from headshare_jax.train.losses import pair_cosine, tied_projections
 from headshare_jax.train.metrics import SPEEDS, MetricsLog, is_spike, matrix_rate, step_flops
 from headshare_jax.train.placement import abstract_state
+from headshare_jax.train.same import beginning, inputs
 from headshare_jax.train.step import make_step
 from headshare_jax.train.time_left import TimeLeft
 
@@ -73,32 +77,60 @@ def run(
       TryAgain: another process is at work on this run.
       KeyboardInterrupt: it was stopped by Ctrl-C.
     """
-    check_devices(recipe)
-    run_folder.check(output, recipe, resume)
     stopping = Stop()
     with ExitStack() as stack:
-        if resume:
-            stack.enter_context(run_folder.locked(output))
-        task = prepare(recipe, output, progress)
-        if not resume:
-            run_folder.begin(output, recipe, task.sharing)
-            stack.enter_context(run_folder.locked(output))
-        checkpoints = stack.enter_context(RunCheckpoints(output / run_folder.CHECKPOINTS, recipe.checkpoints.keep))
+        task = _begun(recipe, output, resume, progress, stack)
+        folder = output / run_folder.CHECKPOINTS
+        set_remedy(partial(run_folder.remedy, folder))
+        checkpoints = stack.enter_context(RunCheckpoints(folder, recipe.checkpoints.keep))
         stack.enter_context(handled(stopping.note))
         trainer = _Trainer(task, checkpoints, stopping, report, progress)
         trainer.start(resume)
         if trainer.train():
             return trainer.export()
-        if stopping.interrupted:
-            raise KeyboardInterrupt
-        return None
+    if stopping.interrupted:
+        leave()
+        raise KeyboardInterrupt
+    return None
+
+
+def _begun(recipe: recipes.Recipe, output: Path, resume: bool, progress: Progress, stack: ExitStack) -> Run:
+    """All that a run is made from, once all processes have the same and see its folder, which is locked."""
+    with together("begin") as same:
+        same |= beginning(recipe, resume)
+        check_devices(recipe)
+        run_folder.check(output, recipe, resume)
+        if resume:
+            stack.enter_context(run_folder.locked(output))
+    with together("prepare") as same:
+        task = prepare(recipe, output, progress)
+        same |= inputs(task)
+    if not resume:
+        with together("make the folder"):
+            run_folder.begin(output, recipe, task.sharing)
+    try:
+        with together("see the folder"):
+            run_folder.check_seen(output)
+    except HeadshareError:
+        if not resume:
+            run_folder.undo(output)
+        raise
+    if not resume:
+        with together("lock the folder"):
+            stack.enter_context(run_folder.locked(output))
+    return task
 
 
 class _Trainer:
     """Walks through the stages; holds what changes from step to step."""
 
     def __init__(
-        self, task: Run, checkpoints: RunCheckpoints, stopping: Callable[[], bool], report: Report, progress: Progress
+        self,
+        task: Run,
+        checkpoints: RunCheckpoints,
+        stopping: Callable[[int], bool],
+        report: Report,
+        progress: Progress,
     ):
         self.task, self.checkpoints, self.stopping = task, checkpoints, stopping
         self.report, self.progress, self.current = report, progress, Current(task, progress)
@@ -218,7 +250,7 @@ class _Trainer:
             self.time_left.pause(time.perf_counter() - started)
         self.log.add(line)
         self.report(line | {"seconds_left": self._seconds_left()})
-        stopping, hopeless = self.stopping(), self._hopeless(values["bad_in_row"])
+        stopping, hopeless = self.stopping(self.step), self._hopeless(values["bad_in_row"])
         if stopping or hopeless or self._due(recipe.checkpoints.every):
             self._save(line.get("shared_perplexity"))
         if hopeless:

@@ -348,9 +348,14 @@ def to_yaml(recipe: Recipe) -> str:
 
 def difference(old: Recipe, new: Recipe) -> list[str]:
     """Lines `key: old -> new` for every value that differs."""
-    before, after = (_flat(recipe.model_dump(mode="json")) for recipe in (old, new))
+    before, after = flat(old), flat(new)
     both = {key: (before.get(key), after.get(key)) for key in before | after}
     return [f"{key}: {first!r} -> {second!r}" for key, (first, second) in both.items() if first != second]
+
+
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """Every value of a recipe by its dotted key, as `stages.0.steps`."""
+    return _flat(recipe.model_dump(mode="json"))
 
 
 def _flat(value: Any, where: str = "") -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The folder of a run: what lies in it, and whether a run may begin or go on there."""
 
+import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -9,10 +11,13 @@ import jax
 from headshare_jax.convert.atomic import check_output, check_place, new_directory
 from headshare_jax.convert.locks import held
 from headshare_jax.errors import HeadshareError
+from headshare_jax.processes.agreement import from_first, wait_for_all
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.train import recipe as recipes
 
 CONFIG, MAP, REFIT, FINAL, CHECKPOINTS = "config.yaml", "map.json", "refit.json", "final", "checkpoints"
+# So long may a network's file system take to show what another machine has written.
+_SECONDS_TO_APPEAR = 15.0
 # What a resumed run may have changed: where it runs, by how many threads, and when it gives up.
 _FREE = ("mesh.", "data.workers:", "max_bad_steps:", "max_skipped:")
 
@@ -51,17 +56,47 @@ def locked(output: Path) -> Iterator[None]:
 
 def begin(output: Path, recipe: recipes.Recipe, sharing: SharingMap) -> None:
     """Makes the run's folder with recipe and map, which appear together: without them, nothing could be resumed."""
-    wait_for_all("prepared")
     if jax.process_index() == 0:
         with new_directory(output) as folder:
             (folder / CONFIG).write_text(recipes.to_yaml(recipe))
             (folder / MAP).write_text(sharing.to_json())
-    wait_for_all("begun")
 
 
-def wait_for_all(name: str) -> None:
-    """Returns once every process has come to the place of this name."""
-    if jax.process_count() > 1:
-        from jax.experimental.multihost_utils import sync_global_devices
+def check_seen(output: Path) -> None:
+    """Raises HeadshareError in a process that does not see the folder as the first one does."""
+    if jax.process_count() == 1:
+        return
+    first = jax.process_index() == 0
+    mark = output / from_first("mark", f".seen-{secrets.token_hex(6)}" if first else "")
+    if first:
+        mark.touch()
+    wait_for_all("marked")
+    try:
+        deadline = time.monotonic() + _SECONDS_TO_APPEAR
+        # Listed again, as a network's file system may remember that a file was not there.
+        while not (mark.name in {path.name for path in output.glob(".seen-*")} or time.monotonic() > deadline):
+            time.sleep(0.5)
+        if time.monotonic() > deadline:
+            raise HeadshareError(
+                f"It does not see the folder {output} of the first process; name one that all processes see, such as a "
+                "shared disk or a bucket."
+            )
+    finally:
+        wait_for_all("looked for")
+        if first:
+            mark.unlink(missing_ok=True)
 
-        sync_global_devices(name)
+
+def undo(output: Path) -> None:
+    """Takes a folder away again that `begin` has made."""
+    if jax.process_index() == 0:
+        for name in (CONFIG, MAP):
+            (output / name).unlink(missing_ok=True)
+        output.rmdir()
+
+
+def remedy(checkpoints: Path) -> str:
+    """What to do when another process is gone, as it ends a sentence."""
+    steps = [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()] if checkpoints.is_dir() else []
+    last = f"the last checkpoint is of step {max(steps)}" if steps else "there is no checkpoint yet"
+    return f"{last}: start all processes again, and resume the run (--resume)"

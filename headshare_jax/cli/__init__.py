@@ -31,6 +31,7 @@ from headshare_jax.cli.postshare import Postshare
 from headshare_jax.cli.share import Share
 from headshare_jax.cli.sweep import Sweep
 from headshare_jax.errors import HeadshareError, TryAgain, explained
+from headshare_jax.processes.start import quit_apart
 from headshare_jax.signals import handled
 
 COMMANDS: dict[str, type[Command]] = {
@@ -56,7 +57,9 @@ _SIGNALLED = 128
 def main(args: list[str] | None = None) -> None:
     """Runs one command and exits, with one of the codes of `exit_codes`."""
     sys.unraisablehook = _stop_again
-    sys.exit(run(args))
+    code = run(args)
+    quit_apart(code)
+    sys.exit(code)
 
 
 def run(args: list[str] | None = None) -> int:

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-import jax
 import tyro
 import yaml
 from rich.console import RenderableType
@@ -19,11 +18,12 @@ from headshare_jax import convert
 from headshare_jax.cli import kinds
 from headshare_jax.cli.command import Command
 from headshare_jax.cli.exit_codes import ExitCode
-from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluate.agreement import Agreement
 from headshare_jax.plan.footprint import footprint
+from headshare_jax.processes.start import joined
 from headshare_jax.report.progress import Course, Show, Step, progress_with_text, say, spoken
 from headshare_jax.resources import megabytes, peak_memory
+from headshare_jax.signals import insistent
 from headshare_jax.summary import Summary, next_command, sizes
 from headshare_jax.train import loop
 from headshare_jax.train import recipe as recipes
@@ -46,12 +46,14 @@ class Postshare(Command):
       coordinator: With --distributed elsewhere: address:port of the first process.
       processes: With --coordinator: number of processes.
       process: With --coordinator: number of this process, from 0.
+      join_within: Seconds in which all processes must have come.
     """
 
     needs: ClassVar = {
         "coordinator": ("distributed",),
         "processes": ("coordinator",),
         "process": ("coordinator",),
+        "join_within": ("distributed",),
     }
 
     config: Annotated[
@@ -65,14 +67,17 @@ class Postshare(Command):
     coordinator: str | None = None
     processes: kinds.Count | None = None
     process: kinds.Natural | None = None
+    join_within: kinds.Count = 300
 
     def run(self) -> dict[str, Any]:
         recipe = recipes.load(self.config, self.set)
-        if self.distributed:
-            try:
-                jax.distributed.initialize(self.coordinator, self.processes, self.process)
-            except (ValueError, RuntimeError) as error:
-                raise HeadshareError(f"The other processes cannot be joined: {error}") from error
+        with ExitStack() as stack:
+            stack.enter_context(insistent())
+            if self.distributed:
+                stack.enter_context(joined(self.coordinator, self.processes, self.process, within=self.join_within))
+            return self._run(recipe)
+
+    def _run(self, recipe: recipes.Recipe) -> dict[str, Any]:
         if self.dry_run:
             return {"recipe": yaml.safe_load(recipes.to_yaml(recipe)), **footprint(recipe)}
         started = time.monotonic()
