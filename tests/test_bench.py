@@ -90,3 +90,13 @@ def test_a_gpu_is_compared_with_transformers_on_it(tmp_path: Path) -> None:
         rates = row["tokens_per_second"]
         assert rates.keys() == {"decode 1", "prompts 2 x 64", "train 2 x 64"}
         assert row["speedup"] == {stage: rate / rival["tokens_per_second"][stage] for stage, rate in rates.items()}
+
+
+def test_training_steps_are_read_as_compiled_for_a_pod(tmp_path: Path) -> None:
+    align, tied = run_quick("pods", tmp_path)["steps"]
+    for row in (align, tied):
+        assert row["fits"]
+        assert row["argument_bytes"] + row["temporary_bytes"] <= row["needed_bytes"]
+        assert row["step_seconds"] == max(row["seconds"].values())
+    assert tied["parameter_bytes"] < align["parameter_bytes"]
+    assert sum(tied["collective_bytes"].values()) <= sum(align["collective_bytes"].values())

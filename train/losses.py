@@ -200,6 +200,8 @@ def _sum_of_chunks_forward(
     nothing = ((jnp.zeros(parts), jnp.zeros((parts, 2))), jnp.zeros((parts, *head_vd.shape)))
     total, features_gradient = jax.lax.scan(add, nothing, (features, *rows))
     sums, head_gradient = jax.tree.map(lambda of_parts: jnp.sum(of_parts, axis=0), total)
+    # Summed over devices before the way back through the layers, during which each would else keep its own whole.
+    head_gradient, features_gradient = jax.lax.optimization_barrier((head_gradient, features_gradient))
     return sums, (head_gradient.astype(head_vd.dtype), features_gradient)
 
 

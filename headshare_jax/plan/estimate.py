@@ -94,9 +94,9 @@ class Layout:
 def meshes(workload: Workload, count: int) -> list[tuple[int, ...]]:
     """Meshes of `count` chips that the batch can be cut over, those that move fewest weights first."""
     tensors = [2**power for power in range(count.bit_length()) if count % 2**power == 0]
-    sizes: list[tuple[int, ...]] = [(count // tensor, 1, tensor) for tensor in tensors]
-    if workload.trains:
-        sizes = [(count, 1, 1), *[(1, count // tensor, tensor) for tensor in tensors]]
+    replicas: list[tuple[int, ...]] = [(count // tensor, 1, tensor) for tensor in tensors]
+    shards: list[tuple[int, ...]] = [(1, count // tensor, tensor) for tensor in tensors]
+    sizes = [(count, 1, 1), *shards] if workload.trains else [*replicas, *reversed(shards)]
     return [mesh for mesh in dict.fromkeys(sizes) if workload.batch % (mesh[0] * mesh[1]) == 0]
 
 
@@ -152,12 +152,12 @@ def cache_bytes(workload: Workload, layout: Layout) -> int:
 def activation_bytes(workload: Workload, layout: Layout) -> int:
     """Bytes on a chip that the remat policy keeps for the backward pass of a training step."""
     config = workload.config
-    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     width = config.hidden_size
     if layout.remat != "full":
-        width += heads + 2 * config.hidden_size + 2 * config.intermediate_size // layout.mesh[2]
+        heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        width += heads + config.hidden_size + 2 * config.intermediate_size // layout.mesh[2]
     if layout.remat == "none":
-        width += heads + 4 * config.hidden_size + 2 * config.intermediate_size // layout.mesh[2]
+        width += config.num_heads * config.head_dim
     return 2 * config.num_layers * width * workload.tokens // layout.batch_parts
 
 

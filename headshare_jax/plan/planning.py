@@ -1,8 +1,5 @@
 """Whether a step fits a TPU that is not at hand, and what bounds its speed: the real step, compiled for the chip."""
 
-import logging
-import re
-import time
 from dataclasses import replace
 from itertools import islice
 from typing import Any, cast
@@ -24,15 +21,14 @@ from headshare_jax.plan import estimate
 from headshare_jax.plan.costs import program_costs, round_costs
 from headshare_jax.plan.estimate import Layout, Workload
 from headshare_jax.plan.footprint import lowered_step
-from headshare_jax.plan.topology import Chip, chip_of, compile_program, topology_devices
+from headshare_jax.plan.program import compiled
+from headshare_jax.plan.topology import Chip, chip_of, topology_devices
 from headshare_jax.sharing.choose import sharing_map
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.scores import MatchResult
 from headshare_jax.train import recipe as recipes
 from headshare_jax.train.placement import abstract_params, bytes_on_device
 from headshare_jax.train.step import StageContext
-
-logger = logging.getLogger(__name__)
 
 # Layouts to compile before giving up.
 MOST_TRIES = 4
@@ -117,35 +113,17 @@ def measured(workload: Workload, layout: Layout, chip: Chip, mesh: Mesh, *, shar
       longest of them, and which one it is `bound_by`. And `compile_seconds`. A step that XLA refuses for its memory
       has no costs; those of one that it cannot write down once it is compiled are `costs_estimated`.
     """
-    start = time.perf_counter()
     lowered, held = (_training if workload.trains else _serving)(workload, layout, mesh, shared=shared)
+    program = compiled(lowered)
     result = estimate.estimated(workload, layout, chip, shared=shared) | held
-    try:
-        compiled = compile_program(lowered)
-    except jax.errors.JaxRuntimeError as error:
-        result |= dict.fromkeys(("temporary_bytes", *estimate.COSTS)) | estimate.fit(chip, _needed(error))
-        seconds = time.perf_counter() - start
-        return result | {"argument_bytes": sum(held.values()), "costs_estimated": False, "compile_seconds": seconds}
-    result["compile_seconds"] = time.perf_counter() - start
-    memory = compiled.memory_analysis()
-    if memory is None:
-        raise HeadshareError(
-            "XLA does not tell what the compiled step needs; estimate it from the shapes.", option="host"
-        )
-    new_output = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    needed = memory.argument_size_in_bytes + new_output + memory.temp_size_in_bytes
-    result |= estimate.fit(chip, needed + memory.generated_code_size_in_bytes)
-    result |= {"argument_bytes": memory.argument_size_in_bytes, "temporary_bytes": memory.temp_size_in_bytes}
-    try:
-        text = compiled.as_text()
-    except jax.errors.JaxRuntimeError as error:
-        logger.warning(
-            "XLA cannot write down what it compiled, whose costs are estimated (%s).", str(error).splitlines()[0]
-        )
-        text = None
-    if text is None:
+    result |= estimate.fit(chip, program.needed_bytes)
+    result |= {"temporary_bytes": program.temporary_bytes, "compile_seconds": program.seconds}
+    if program.argument_bytes is None:
+        return result | dict.fromkeys(estimate.COSTS) | {"argument_bytes": sum(held.values()), "costs_estimated": False}
+    result["argument_bytes"] = program.argument_bytes
+    if program.text is None:
         return result
-    costs = (round_costs if workload.stage == "decode" else program_costs)(text)
+    costs = (round_costs if workload.stage == "decode" else program_costs)(program.text)
     if workload.trains and has_kernel(mesh, workload.length, workload.config.head_dim, "bfloat16"):
         # A kernel's text does not tell what it computes.
         costs = replace(costs, flops=costs.flops + estimate.attention_flops(workload, layout))
@@ -217,11 +195,3 @@ def _serving(
         return generation.prefill.lower(model, prompts, row_b, cache, key, sampling=greedy), held
     ends = (array(()), array((1,)))
     return generation.decode.lower(model, row_b, cache, key, *ends, room=generation.BUCKET, sampling=greedy), held
-
-
-def _needed(error: jax.errors.JaxRuntimeError) -> int:
-    """Bytes that a step needs which XLA refused for its memory; any other error is raised again."""
-    found = re.search(r"RESOURCE_EXHAUSTED.*?total memory required[^(]*\(([\d.]+)([KMGT])\)", str(error), re.DOTALL)
-    if found is None:
-        raise error
-    return round(float(found[1]) * 2 ** (10 * (1 + "KMGT".index(found[2]))))
