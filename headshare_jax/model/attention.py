@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from headshare_jax.model.mesh import BATCH, nvidia_capability
@@ -19,6 +20,9 @@ QUERY_BLOCK, MAX_QUERY_BLOCKS = 128, 8
 SPLASH_BLOCKS = (512, 256, 128)
 # What cuDNN's kernel takes: types, widest heads, and GPUs from Ampere on.
 _CUDNN_TYPES, _CUDNN_WIDTH, _CUDNN_CAPABILITY = ("bfloat16", "float16"), 128, 8.0
+
+# Name by which a remat policy keeps head outputs; a kernel gives it to what its way back needs besides.
+HEADS = "heads"
 
 # Arrays with a batch on their first axis, such as queries, keys, values and a mask; and what runs a function of one row
 # on them.
@@ -59,9 +63,9 @@ def attend(
         rows = (*rows, jnp.broadcast_to(mask_bts, (batch, *mask_bts.shape[1:])))
     together = jax.vmap(of_row)
     if in_turns is None or batch == 1 or length == 1:
-        return together(*rows)
+        return checkpoint_name(together(*rows), HEADS)
     out_btnh: jax.Array = jax.lax.platform_dependent(*rows, cpu=lambda *rows: in_turns(of_row, rows), default=together)
-    return out_btnh
+    return checkpoint_name(out_btnh, HEADS)
 
 
 def rows_apart(of_row: Callable[..., jax.Array], rows: Rows) -> jax.Array:

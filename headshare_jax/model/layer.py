@@ -14,7 +14,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from headshare_jax.config import LlamaConfig
-from headshare_jax.model.attention import Window
+from headshare_jax.model.attention import HEADS, Window
 from headshare_jax.model.reading import Layer
 from headshare_jax.rope import rotate, rotate_queries
 
@@ -29,7 +29,7 @@ UNLIMITED = 2**30
 
 # What costs a product or the attention; norms and the gated product are computed again in the backward pass, which is
 # cheaper than writing them to memory and reading them back.
-_COSTLY = ("query", "key", "value", "heads", "middle", "gate", "up")
+_COSTLY = ("query", "key", "value", HEADS, "middle", "gate", "up")
 # Activations of a layer kept for the backward pass, most first; everything else is computed again.
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.save_only_these_names(*_COSTLY),
@@ -114,7 +114,7 @@ def layer_kinds(config: LlamaConfig) -> dict[str, np.ndarray]:
 
 def attention_output(layer: Layer, heads_btnh: jax.Array) -> jax.Array:
     """What attention adds to the residual stream, [B, T, D], from its head outputs."""
-    return _biased(layer.heads_out(checkpoint_name(heads_btnh, "heads")), layer, "o_bias_ld")
+    return _biased(layer.heads_out(heads_btnh), layer, "o_bias_ld")
 
 
 def mlp_units(config: LlamaConfig, layer: Layer, x_btd: jax.Array) -> jax.Array:

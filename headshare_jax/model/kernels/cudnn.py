@@ -3,6 +3,9 @@
 from typing import Literal
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from headshare_jax.model.attention import HEADS
 
 
 def cudnn(
@@ -19,7 +22,7 @@ def cudnn(
     With a window it needs cuDNN 9.10.2 or newer.
     """
     segments_b1ts = segments_bt[:, None, :, None] == segments_bt[:, None, None, :]
-    return jax.nn.dot_product_attention(
+    out_btnh: jax.Array = jax.nn.dot_product_attention(
         q_btnh,
         k_btkh,
         v_btkh,
@@ -29,3 +32,4 @@ def cudnn(
         local_window_size=None if window is None else (window - 1, 0),
         implementation=implementation,
     )
+    return checkpoint_name(out_btnh, HEADS)

@@ -4,7 +4,7 @@ import jax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
-from headshare_jax.model.attention import SPLASH_BLOCKS
+from headshare_jax.model.attention import HEADS, SPLASH_BLOCKS
 
 
 def splash(
@@ -30,7 +30,15 @@ def splash(
     square = (length, length)
     seen = splash_mask.CausalMask(square) if window is None else splash_mask.LocalMask(square, (window - 1, 0), 0)
     mask = splash_mask.MultiHeadMask([seen] * heads)
-    kernel = splash_kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    kernel = splash_kernel.make_splash_mha(
+        mask,
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        # Else the way back would run the way forward once more for the logarithms of its sums.
+        residual_checkpoint_name=HEADS,
+        interpret=interpret,
+    )
     heads_first = (each.swapaxes(1, 2) for each in (q_btnh, k_btkh, v_btkh))
     out_bnth = jax.vmap(kernel)(*heads_first, splash_kernel.SegmentIds(segments_bt, segments_bt))
     return out_bnth.swapaxes(1, 2)
