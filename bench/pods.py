@@ -1,4 +1,4 @@
-"""Our training steps of Llama-2-7B beside MaxText's, compiled for chips that are not at hand, and read by the same code.
+"""Training steps of Llama-2-7B, ours beside MaxText's, compiled for absent chips and read by the same code.
 
 MaxText needs Python 3.12 and an environment of its own, which bench/pods_maxtext.py says how to make. Run from the
 repository root: python bench/pods.py --maxtext .venv-maxtext/bin/python
@@ -27,8 +27,7 @@ from headshare_jax.presets import PRESETS
 
 MODEL, RATIO = "llama-2-7b", 0.3
 TINY = LlamaConfig(512, 256, 512, 2, 4, 4, 64)
-# By our policy, the one of MaxText that keeps the same of a layer: nothing; the seven products; these and what attention
-# gives.
+# By our policy, the one of MaxText that keeps the same of a layer: nothing, the products, or these and attention too.
 REMAT = {"full": "full", "dots": "minimal", "none": "minimal_with_context"}
 PEER = "MaxText"
 
@@ -115,6 +114,6 @@ if __name__ == "__main__":
     if options.quick:
         options = replace(options, topology="v5e:2x2", length=128, remat=("full",), maxtext=None)
     result = run(options)
-    versions = [row["versions"] for row in result["steps"] if "versions" in row]
-    notes = [f"{PEER} beside it: " + ", ".join(f"{key} {value}" for key, value in versions[0].items())] if versions else []
+    versions = [row["versions"] for row in result["steps"] if "versions" in row][:1]
+    notes = [f"{PEER}'s: " + ", ".join(f"{key} {value}" for key, value in each.items()) for each in versions]
     report("pods", result, tables(result), notes, options.json)

@@ -4,8 +4,6 @@ Runs in an environment of its own, with Python 3.12:
 
     python3.12 -m venv .venv-maxtext
     .venv-maxtext/bin/pip install 'maxtext[tpu]==0.2.5' libtpu==0.0.52
-
-A step needs no more than jax, libtpu and some twenty of what the extra `tpu` names.
 """
 
 import json
@@ -54,4 +52,5 @@ if __name__ == "__main__":
 
     train_compile.jit_and_compile = keep
     base = Path(maxtext.__file__).parent / "configs" / "base.yml"
-    app.run(train_compile.main, [sys.argv[0], str(base), *(f"{name}={value}" for name, value in SETTINGS.items()), *asked])
+    settings = [f"{name}={value}" for name, value in SETTINGS.items()]
+    app.run(train_compile.main, [sys.argv[0], str(base), *settings, *asked])
