@@ -42,7 +42,8 @@ class Postshare(Command):
       set: Values to use instead of the recipe's.
       resume: Go on after the newest checkpoint of the run.
       dry_run: Check model and texts, show the recipe and the memory it needs on a device; train nothing.
-      distributed: One process of many; the others are found by themselves on TPU pods, Slurm and GKE.
+      distributed: One process of many; the others are found by themselves on TPU pods, Slurm and GKE, for which
+        headshare_jax/train/launch has files.
       coordinator: With --distributed elsewhere: address:port of the first process.
       processes: With --coordinator: number of processes.
       process: With --coordinator: number of this process, from 0.
