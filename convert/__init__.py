@@ -13,6 +13,7 @@ from headshare_jax.convert import (
     atomic,
     card,
     compact,
+    fetched,
     generation_config,
     gguf_file,
     gguf_writer,
@@ -22,6 +23,7 @@ from headshare_jax.convert import (
     native,
     native_document,
     native_writer,
+    storage,
     tokenizer,
 )
 from headshare_jax.convert.outputs import FORMATS, check_output, check_room, output_dtype, paths, quantised_as
@@ -47,7 +49,9 @@ MAP_FILE = map_file.NAME
 
 @typed
 def locate(src: str | Path) -> Path:
-    """The local path of a checkpoint: the path itself, the only GGUF file in it, or a hub id's once it is fetched.
+    """The path of a checkpoint: the path itself, the only GGUF file in it, or a hub id's once it is fetched.
+
+    A GGUF file in a bucket is fetched into the cache, too.
 
     Raises:
       HeadshareError: an empty name, or neither a path nor a hub id that can be fetched.
@@ -55,12 +59,19 @@ def locate(src: str | Path) -> Path:
     name = str(src)
     if not name.strip():
         raise HeadshareError("The name of the checkpoint is empty; give a folder, a .gguf file or a hub id.")
-    at_hub = False
+    path, at_hub = storage.path(src), False
+    if storage.in_bucket(path):
+        recover(path)
+        with storage.reached(path):
+            if path.exists():
+                path = _only_gguf(path)
+                return fetched.local(path) if path.is_file() else path
+        raise HeadshareError(f"{name[:200]} does not exist; check the name and the bucket.")
     with suppress(OSError, ValueError):  # of a name that no file can have
-        recover(Path(name).resolve())
-        if Path(name).exists():
-            return _only_gguf(Path(name))
-        at_hub = huggingface.is_hub_id(name) and not Path(name).parent.exists()
+        recover(path.resolve())
+        if path.exists():
+            return _only_gguf(path)
+        at_hub = huggingface.is_hub_id(name) and not path.parent.exists()
     if at_hub:
         return huggingface.fetch(name)
     raise HeadshareError(f"{name[:200]} does not exist; give a folder, a .gguf file or a hub id (owner/model).")
@@ -167,38 +178,40 @@ def save(
     Examples:
       >>> hs.save(shared, "my-llama-compact", to="hf-compact", tokenizer_from="my-llama")
     """
-    if isinstance(tokenizer_from, (str, Path)):
+    dst = storage.path(dst)
+    if storage.is_name(tokenizer_from):
         tokenizer_from = locate(tokenizer_from)
     check_output(dst, to, quantize=quantize, overwrite=overwrite, sources=(source, tokenizer_from))
-    beside = tokenizer_from if isinstance(tokenizer_from, Path) else None
+    beside = tokenizer_from if storage.is_name(tokenizer_from) else None
     license = None if beside is None else card.license_of(beside)
     told = ({} if license is None else {"license": license}) | dict(provenance or {})
     files = paths((source, tokenizer_from))
     source = source if progress is None else WatchedView(source, progress)
     generation: dict[str, Any] = next(filter(None, map(generation_config.read, files)), {})
     if to == "gguf":
-        with atomic.new_file(Path(dst), overwrite=overwrite, keep=files) as file:
+        with atomic.new_file(dst, overwrite=overwrite, keep=files) as file:
             gguf_writer.write(
-                source, file, name=_readable(Path(dst).stem), quantize=quantize,
+                source, file, name=_readable(dst.stem), quantize=quantize,
                 tokenizer_from=tokenizer_from, provenance=told, documents=documents, generation=generation,
             )  # fmt: skip
         return
-    with atomic.new_directory(Path(dst), overwrite=overwrite, keep=files) as folder:
+    with atomic.new_directory(dst, overwrite=overwrite, keep=files) as folder:
         if tokenizer_from is not None:
             tokenizer.carry(tokenizer_from, folder)
-        if to != "native":
-            (huggingface if to == "hf" else compact).write(source, folder)
-            if source.sharing is not None:
-                (folder / MAP_FILE).write_text(source.sharing.to_json())
-            text = card.card(source, to, Path(dst).name, told, list(documents or ()))
-            (folder / card.NAME).write_text(_readable(text))
         if generation:
             generation_config.carry(generation, folder, source.config)
         for name, document in (documents or {}).items():
-            (folder / name).write_text(document)
+            (folder / name).write_text(document, encoding="utf-8")
+        # What tells that the folder is whole comes last: `headshare.json`, which answers for all that lies beside the
+        # weights, or `config.json`.
         if to == "native":
-            # Last, for it answers for all that lies beside the weights.
             native_writer.write(source, folder, provenance=told)
+            return
+        if source.sharing is not None:
+            (folder / MAP_FILE).write_text(source.sharing.to_json(), encoding="utf-8")
+        text = card.card(source, to, dst.name, told, list(documents or ()))
+        (folder / card.NAME).write_text(_readable(text), encoding="utf-8")
+        (huggingface if to == "hf" else compact).write(source, folder)
 
 
 def _readable(text: str) -> str:

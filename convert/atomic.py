@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from headshare_jax.convert import origin
-from headshare_jax.convert.partial import recover, take_place, unfinished
+from headshare_jax.convert import bucket_outputs, origin, storage
+from headshare_jax.convert.partial import recover, take_place, temporary_folder, unfinished
 from headshare_jax.errors import HeadshareError
 
 
@@ -28,14 +28,14 @@ def check_output(path: Path, *, folder: bool, overwrite: bool, keep: tuple[Path,
     for kept in map(_resolved, keep):
         if kept == path:
             raise HeadshareError(f"The output {path} is what the model is read from; choose another name.")
-        if kept in path.parents:
+        if storage.is_within(path, kept):
             raise HeadshareError(f"The output {path} is part of {kept}, which is read; choose another name.")
     if not overwrite:
         raise HeadshareError(
             f"The output {path} exists already; choose another name, or overwrite it.", option="overwrite"
         )
     never = [Path.cwd(), _resolved(Path(os.path.expanduser("~"))), *map(_resolved, keep)]
-    lost = [kept for kept in never if kept.is_relative_to(path)]
+    lost = [kept for kept in never if storage.is_within(kept, path)]
     if lost:
         raise HeadshareError(f"The folder {path} holds {lost[0]}, so it is not replaced; choose another name.")
     with _explained(path):
@@ -48,9 +48,11 @@ def check_place(path: Path, *, folder: bool) -> Path:
     What killed processes left in its place is put right first.
     """
     path = _resolved(path)
-    if not path.parent.is_dir():
+    if storage.in_bucket(path):
+        bucket_outputs.check_place(path)
+    elif not path.parent.is_dir():
         raise HeadshareError(f"The folder {path.parent} for the output does not exist; create it first.")
-    if not os.access(path.parent, os.W_OK):
+    elif not os.access(path.parent, os.W_OK):
         raise HeadshareError(
             f"The folder {path.parent} cannot be written to; choose another, or change its permissions."
         )
@@ -73,6 +75,10 @@ def new_directory(path: Path, *, overwrite: bool = False, keep: tuple[Path, ...]
     """
     check_output(path, folder=True, overwrite=overwrite, keep=keep)
     path = _resolved(path)
+    if storage.in_bucket(path):
+        with _explained(path), bucket_outputs.folder(path) as partial:
+            yield partial
+        return
     with _explained(path), unfinished(path, folder=True) as partial:
         yield partial
         check_output(path, folder=True, overwrite=overwrite, keep=keep)
@@ -88,6 +94,10 @@ def new_file(path: Path, *, overwrite: bool = False, keep: tuple[Path, ...] = ()
     """
     check_output(path, folder=False, overwrite=overwrite, keep=keep)
     path = _resolved(path)
+    if storage.in_bucket(path):
+        with _explained(path), bucket_outputs.lease(path), _uploaded(path) as partial:
+            yield partial
+        return
     with _explained(path), unfinished(path, folder=False) as partial:
         yield partial
         check_output(path, folder=False, overwrite=overwrite, keep=keep)
@@ -97,16 +107,29 @@ def new_file(path: Path, *, overwrite: bool = False, keep: tuple[Path, ...] = ()
 @contextmanager
 def own_file(path: Path) -> Iterator[Path]:
     """As `new_file`, for a file in a folder of ours, such as a run's: it replaces what has its name there."""
+    if storage.in_bucket(path):
+        with _explained(path), _uploaded(path) as partial:
+            yield partial
+        return
     path = check_place(path, folder=False)
     with _explained(path), unfinished(path, folder=False) as partial:
         yield partial
         os.replace(partial, path)
 
 
+@contextmanager
+def _uploaded(path: Path) -> Iterator[Path]:
+    """A file of this machine to write to, which is put into a bucket at the end."""
+    with temporary_folder() as folder:
+        (folder / path.name).touch()
+        yield folder / path.name
+        storage.upload(folder / path.name, path)
+
+
 def _resolved(path: Path) -> Path:
     """The absolute path behind symbolic links, so that a linked output is replaced rather than its link."""
     try:
-        resolved = path.resolve()
+        resolved = storage.absolute(path)
         # Fails on a name that no file can have.
         resolved.exists()
     except (OSError, RuntimeError, ValueError) as error:
@@ -118,6 +141,12 @@ def _resolved(path: Path) -> Path:
 def _explained(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except HeadshareError:
+        raise
+    except Exception as error:
+        if storage.in_bucket(path) and (refusal := storage.refusal(error, f"The output {path}")):
+            raise refusal from error
+        if not isinstance(error, OSError):
+            raise
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
         raise HeadshareError(f"Cannot write {path}: {reason}; what was there before is unchanged.") from error

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from headshare_jax.convert import storage
 from headshare_jax.errors import HeadshareError
 
 
@@ -13,7 +14,19 @@ def cache_directory() -> Path:
       HeadshareError: the user has no home folder.
     """
     if named := os.environ.get("HEADSHARE_CACHE"):
-        return Path(named)
+        return storage.path(named)
+    return local_cache()
+
+
+def local_cache() -> Path:
+    """The same for what has to lie on this machine: where the cache is in a bucket, that in the user's cache folder.
+
+    Raises:
+      HeadshareError: the user has no home folder.
+    """
+    named = storage.path(os.environ.get("HEADSHARE_CACHE", ""))
+    if str(named) != "." and not storage.in_bucket(named):
+        return named
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headshare"
     except RuntimeError as error:

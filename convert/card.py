@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from headshare_jax.convert import huggingface
+from headshare_jax.convert import fetched, huggingface
 from headshare_jax.convert.gguf_header import read_header
 from headshare_jax.families import FAMILIES
 from headshare_jax.sharing.ledger import NOT_SAVED, Ledger, ledger
@@ -56,7 +56,10 @@ def _metadata(path: Path) -> dict[str, Any]:
     from huggingface_hub import metadata_load
 
     try:
-        return (metadata_load(path) or {}) if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        with fetched.small_files(path.parent) as folder:
+            return metadata_load(folder / path.name) or {}
     except Exception:  # YAML fails in many ways, and a card is for people: no checkpoint is refused for it
         return {}
 

@@ -187,13 +187,13 @@ def write(source: WeightSource, folder: Path, *, shard_bytes: int = huggingface.
         return keys.encode(BLOCKS, config, parameter, source.read(parameter, block.layer, list(block.heads)))
 
     huggingface.write_weights(folder, layout, value, shard_bytes)
+    (folder / MODELING.name).write_text(_modeling(config.family), encoding="utf-8")
     huggingface.write_settings(source, folder, _settings(config, sharing))
-    (folder / MODELING.name).write_text(_modeling(config.family))
 
 
 def _modeling(family: str) -> str:
     """The PyTorch code of a family's model."""
-    text = MODELING.read_text().replace(f'"{MODEL_TYPE}"', f'"{_model_type(family)}"')
+    text = MODELING.read_text(encoding="utf-8").replace(f'"{MODEL_TYPE}"', f'"{_model_type(family)}"')
     return text.replace("Llama", FAMILIES[family].architecture.removesuffix("ForCausalLM"))
 
 

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from headshare_jax.convert.keys import Cut
-from headshare_jax.convert.safetensors_files import FLOATS, SafetensorsReader, header
+from headshare_jax.convert.safetensors_files import FLOATS, SafetensorsReader
 from headshare_jax.convert.tensor_files import TensorInfo
 from headshare_jax.errors import HeadshareError
 
@@ -21,13 +21,14 @@ _OTHER_SCALES = (".activation_scale", ".input_scale", ".input_scale_ub", ".k_sca
 
 @dataclass(frozen=True)
 class _Weight:
-    """Where an FP8 matrix begins in its file, in bytes, and its scales.
+    """The scales of an FP8 matrix.
 
     Attributes:
+      scale: the tensor that holds them.
+      scale_info: of that.
       steps: how many rows, and how many columns, have a scale in common.
     """
 
-    start: int
     scale: str
     scale_info: TensorInfo
     steps: tuple[int, int]
@@ -53,14 +54,11 @@ class Fp8Reader(SafetensorsReader):
     def infos(self) -> tuple[dict[str, TensorInfo], list[str]]:
         found, problems = super().infos()
         scales = {name: info for name, info in found.items() if name.endswith(_SCALES)}
-        for file in self.files:
-            begin, entries = header(file)
-            for scale in scales:
-                name = f"{scale.rpartition('.')[0]}.weight"
-                entry = entries.get(name)
-                if entry is not None and entry["dtype"] == "F8_E4M3" and len(entry["shape"]) == 2:
-                    steps = self._steps(entry["shape"], scales[scale].shape)
-                    self._weights[name] = _Weight(begin + entry["data_offsets"][0], scale, scales[scale], steps)
+        for scale in scales:
+            name = f"{scale.rpartition('.')[0]}.weight"
+            entry = self.entries.get(name)
+            if entry is not None and entry.type == "F8_E4M3" and len(entry.shape) == 2:
+                self._weights[name] = _Weight(scale, scales[scale], self._steps(entry.shape, scales[scale].shape))
         for name, weight in self._weights.items():
             shape, info = found[name].shape, weight.scale_info
             if info.dtype is None or math.prod(info.shape) != math.prod(_grid(shape, weight.steps)):
@@ -74,10 +72,9 @@ class Fp8Reader(SafetensorsReader):
         weight = self._weights[name]
         scale_ab = super().read(weight.scale_info, weight.scale).reshape(_grid(info.shape, weight.steps))
         places = [np.arange(size) // step for size, step in zip(info.shape, weight.steps, strict=True)]
-        bits: np.ndarray = np.memmap(info.file, np.uint8, "r", weight.start, info.shape)
         if cut is not None:
-            bits, places[cut.axis] = cut.of(bits), Cut(0, cut.slices).of(places[cut.axis])
-        values = np.asarray(bits).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+            places[cut.axis] = Cut(0, cut.slices).of(places[cut.axis])
+        values = super().read(info, name, cut).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
         values *= scale_ab.astype(np.float32)[np.ix_(*places)]
         return values.astype(self._dtype)
 

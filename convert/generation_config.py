@@ -102,7 +102,7 @@ def carry(fields: Mapping[str, Any], folder: Path, config: LlamaConfig) -> None:
     """Writes a folder's file: the fields of another checkpoint's, and the model's own special tokens."""
     own = config.to_hf()
     tokens = {name: own[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if own[name] is not None}
-    (folder / NAME).write_text(json.dumps({**fields, **tokens}, indent=2) + "\n")
+    (folder / NAME).write_text(json.dumps({**fields, **tokens}, indent=2) + "\n", encoding="utf-8")
 
 
 def _is_number(value: Any) -> bool:

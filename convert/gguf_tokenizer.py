@@ -30,7 +30,7 @@ def write(header: GgufHeader, folder: Path) -> None:
     except Exception as error:  # the tokenizers library raises nothing more specific
         raise HeadshareError(f"The tokenizer in {header.path} cannot be used: {error}.") from error
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(source.config(), indent=1) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(source.config(), indent=1) + "\n", encoding="utf-8")
 
 
 def turn_ends(metadata: Mapping[str, Any]) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from headshare_jax.convert import (
     gguf_vocabulary,
     huggingface,
     keys,
+    storage,
     tokenizer,
 )
 from headshare_jax.convert.gguf_header import read_header
@@ -278,11 +279,11 @@ def _token_ids(config: LlamaConfig) -> dict[str, Any]:
 
 def _carried(tokenizer_from: "Path | PreTrainedTokenizerBase | None", config: LlamaConfig) -> dict[str, Stored]:
     """The tokenizer and what else a GGUF file has to say of a model in general."""
-    if isinstance(tokenizer_from, Path) and tokenizer_from.is_file():
+    if storage.is_name(tokenizer_from) and tokenizer_from.is_file():
         header = read_header(tokenizer_from)
         kept = [name for name in header.types if name.startswith(("general.", "tokenizer.")) and name not in _LAYOUT]
         return {name: (header.metadata[name], *header.types[name]) for name in kept}
-    if isinstance(tokenizer_from, Path):
+    if storage.is_name(tokenizer_from):
         tokenizer_from = tokenizer.load(tokenizer_from) if tokenizer.is_in(tokenizer_from) else None
     if tokenizer_from is None:
         logger.warning("No tokenizer was found, so the GGUF file has none: programs can run it on token ids alone.")

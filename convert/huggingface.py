@@ -13,7 +13,7 @@ import numpy as np
 
 from headshare_jax import hf_class
 from headshare_jax.config import LlamaConfig
-from headshare_jax.convert import keys
+from headshare_jax.convert import fetched, keys, storage
 from headshare_jax.convert.fp8 import Fp8Reader
 from headshare_jax.convert.hub import is_unreached
 from headshare_jax.convert.safetensors_files import SafetensorsReader, write_safetensors
@@ -67,7 +67,7 @@ def _reader(path: Path, fields: Mapping[str, Any]) -> TensorReader:
         return Fp8Reader(files, fields) if hf_class.is_fp8(fields) else SafetensorsReader(files)
     files = weight_files(path, "pytorch_model.bin")
     if files:
-        return TorchReader(files)
+        return TorchReader([fetched.local(file) for file in files])
     raise HeadshareError(
         f"{path} has a config.json but no weights (model*.safetensors or pytorch_model*.bin); fetch them."
     )
@@ -98,7 +98,10 @@ def weight_files(path: Path, name: str) -> list[Path]:
 def read_json(path: Path, *, remedy: str = "fetch it again") -> dict[str, Any]:
     """A JSON object from a file; HeadshareError, with what to do with the file, if it is anything else."""
     try:
-        value = json.loads(path.read_text())
+        with storage.reached(path):
+            value = json.loads(path.read_text(encoding="utf-8"))
+    except HeadshareError:
+        raise
     except OSError as error:
         raise HeadshareError(explained(error)) from error
     except (ValueError, RecursionError) as error:
@@ -184,12 +187,17 @@ def write_weights(
 
 
 def write_settings(source: WeightSource, folder: Path, extra: Mapping[str, Any] | None = None) -> None:
-    """Writes `config.json`, with extra fields or other values of the family's, and `generation_config.json`."""
+    """Writes `generation_config.json`, if none was carried along, and `config.json` as the last of a model's files.
+
+    Extra fields go into the latter, or take the place of the family's.
+    """
     fields = source.config.to_hf()
+    tokens = {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if not (folder / "generation_config.json").is_file():
+        said = {name: value for name, value in tokens.items() if value is not None}
+        _write_json(folder / "generation_config.json", said)
     _write_json(folder / "config.json", fields | {"dtype": str(source.dtype("embed_vd"))} | dict(extra or {}))
-    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
-    _write_json(folder / "generation_config.json", {name: fields[name] for name in tokens if fields[name] is not None})
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headshare_jax.convert import native_document
+from headshare_jax.convert import native_document, storage
 from headshare_jax.convert.native import NativeCheckpoint, stored_array
 from headshare_jax.convert.native_array import StoredArray
 from headshare_jax.convert.native_document import named
@@ -42,10 +42,9 @@ def verify_native(path: Path, progress: Progress) -> Verified:
     if checksums:
         problems = list(native_document.damaged_files(path, document))
         arrays = list(_readable(path, document))
-        files = [path / name for name in (native_document.DOCUMENT, *document["files"])]
+        names = {native_document.DOCUMENT, *document["files"]}
     else:
-        arrays, problems = list(NativeCheckpoint(path).arrays.values()), []
-        files = [file for file in path.rglob("*") if file.is_file()]
+        arrays, problems, names = list(NativeCheckpoint(path).arrays.values()), [], None
     shards = [(array, rows) for array in arrays for rows in array.shards()]
     for done, (array, rows) in enumerate(shards):
         problems += array.damaged(rows)
@@ -54,8 +53,8 @@ def verify_native(path: Path, progress: Progress) -> Verified:
     if checksums:
         # What is whole can still not fit together.
         NativeCheckpoint(path)
-    chunks, size = sum(array.chunks for array in arrays), sum(file.stat().st_size for file in files)
-    return Verified(len(files), chunks, size, checksums)
+    sizes = [size for name, size in storage.files(path).items() if names is None or name in names]
+    return Verified(len(sizes), sum(array.chunks for array in arrays), sum(sizes), checksums)
 
 
 def _readable(path: Path, document: dict[str, Any]) -> Iterator[StoredArray]:

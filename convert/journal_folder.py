@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from headshare_jax.convert import storage
 from headshare_jax.convert.atomic import check_place, new_directory, own_file
 from headshare_jax.convert.locks import held
 from headshare_jax.convert.partial import recover
 from headshare_jax.convert.safetensors_files import SafetensorsReader, write_safetensors
-from headshare_jax.errors import HeadshareError
+from headshare_jax.errors import HeadshareError, TryAgain
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class JournalFolder:
     """
 
     def __init__(self, path: str | Path):
-        path = Path(path)
+        path = storage.path(path)
         check_place(path, folder=True)
         recover(path / KEY)
         foreign = next((entry for entry in path.glob("[!.]*") if not (entry / KEY).is_file()), None)
@@ -62,7 +63,7 @@ class JournalFolder:
         folder = self.path / f"{work}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         if not folder.exists():
             with new_directory(folder) as partial:
-                (partial / KEY).write_text(text)
+                (partial / KEY).write_text(text, encoding="utf-8")
         recover(folder / KEY)
         return _FolderJournal(folder)
 
@@ -97,6 +98,8 @@ class _FolderJournal:
         try:
             infos, _ = reader.infos()
             arrays = {name: reader.read(info, name) for name, info in infos.items()}
+        except TryAgain:
+            raise
         except HeadshareError:
             arrays = {_SUM: np.zeros(0, np.uint8)}
         # Journals of 0.1.0 have no checksums.

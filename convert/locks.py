@@ -1,8 +1,9 @@
 """Which process has a file or folder: marks in names, and locks of folders that one process at a time may write to.
 
 On one machine the system's own file locks tell, which end with their process. Where a file system has none, or other
-machines share it, host and process number tell. A bucket has neither: there the lock's file would have to be made by a
-conditional write, one that fails if the object exists.
+machines share it, host and process number tell; and as those say nothing of another machine's process that was killed,
+a holder touches its lock's file while it runs, and the lock is void some time after that ended. In a bucket a lock is a
+lease, which works in the same way.
 """
 
 import errno
@@ -13,13 +14,14 @@ import os
 import re
 import secrets
 import socket
-import time
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from headshare_jax.convert import leases, storage
 from headshare_jax.errors import HeadshareError, TryAgain
 from headshare_jax.signals import deferred
 
@@ -64,20 +66,32 @@ def abandoned(path: Path, found: re.Match[str]) -> bool:
 def held(folder: Path) -> Iterator[None]:
     """Keeps other processes out of a folder until the block ends.
 
+    Where the holder is on another machine and was killed, the next one gets it `leases.SECONDS` later.
+
     Raises:
       TryAgain: another process has it.
       HeadshareError: the folder cannot be written to.
     """
     path = folder / NAME
+    if storage.in_bucket(folder):
+        with leases.Lease(path) as lease:
+            if lease.found is not None:
+                logger.warning(
+                    "The folder %s was left by process %s, which was killed.", folder, lease.found.get("pid")
+                )
+            yield
+        return
     try:
         with deferred():
             opened = _taken(folder)
     except OSError as error:
         raise HeadshareError(f"The folder {folder} cannot be locked ({error.strerror}).") from error
+    renewal = leases.Renewal(lambda: os.utime(opened))
     try:
         yield
     finally:
         with deferred():
+            renewal.end()
             # Removed while it is locked, so that nobody has it in between.
             path.unlink(missing_ok=True)
             os.close(opened)
@@ -91,16 +105,15 @@ def _taken(folder: Path) -> int:
         try:
             locked = _lock(opened)
             holder = _holder(opened)
-            if locked is False or _has_it(holder, locked):
+            if locked is False or (_has_it(holder, locked) and not _is_void(path, holder)):
                 raise TryAgain(_refusal(path, holder))
             with suppress(FileNotFoundError):
                 # Its last holder may have removed it just now.
                 if os.path.samestat(os.fstat(opened), path.stat()):
-                    me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T %z")}
                     if holder:
                         logger.warning("The folder %s was left by process %d, which was killed.", folder, holder["pid"])
                     os.ftruncate(opened, 0)
-                    os.pwrite(opened, json.dumps(me).encode(), 0)
+                    os.pwrite(opened, json.dumps(leases.me()).encode(), 0)
                     return opened
         except BaseException:
             os.close(opened)
@@ -117,12 +130,22 @@ def _has_it(holder: dict[str, Any], locked: bool | None) -> bool:
     return locked is None and holder["pid"] != os.getpid() and _runs(holder["pid"])
 
 
+def _is_void(path: Path, holder: dict[str, Any]) -> bool:
+    """Whether another machine's process would have touched its lock since, by the clock of the file system."""
+    if holder["host"] == socket.gethostname() or "lease_seconds" not in holder:
+        return False
+    with tempfile.TemporaryFile(dir=path.parent) as now:
+        return os.fstat(now.fileno()).st_mtime - path.stat().st_mtime >= leases.SECONDS
+
+
 def _refusal(path: Path, holder: dict[str, Any]) -> str:
     if not holder:
         return f"Another process has the folder {path.parent}; wait until it has ended."
     who = f"The process {holder['pid']} on {holder['host']} has the folder {path.parent} since {holder['since']}"
     if holder["host"] == socket.gethostname():
         return f"{who}; wait until it has ended, or stop it."
+    if "lease_seconds" in holder:
+        return f"{who}; wait until it has ended. If it was killed, try again {leases.SECONDS:.0f} seconds after that."
     return f"{who}; wait until it has ended. If there is no such process there any more, delete {path}."
 
 
@@ -130,7 +153,7 @@ def _holder(opened: int) -> dict[str, Any]:
     """Who is named in a lock's file; nobody, if its process was killed as it took or left it."""
     try:
         found = json.loads(os.pread(opened, 1000, 0))
-        return {"host": str(found["host"]), "pid": int(found["pid"]), "since": str(found["since"])}
+        return found | {"host": str(found["host"]), "pid": int(found["pid"]), "since": str(found["since"])}
     except (ValueError, KeyError, TypeError):
         return {}
 

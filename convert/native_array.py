@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from headshare_jax.convert import storage
 from headshare_jax.convert.native_document import checksum, named
 from headshare_jax.errors import HeadshareError
 
@@ -83,7 +84,7 @@ def _spec(path: Path, value: Deferred, chunk: int, shard: int) -> dict[str, Any]
     }
     return {
         "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{path}/"},
+        "kvstore": storage.kvstore(path),
         "metadata": {
             "shape": value.shape,
             "data_type": value.dtype.name,
@@ -144,14 +145,14 @@ class StoredArray:
         self.weights, self.name, self.sums = weights, name, sums
         spec = {
             "driver": "zarr" if sums is None else "zarr3",
-            "kvstore": {"driver": "file", "path": f"{weights.resolve() / name}/"},
+            "kvstore": storage.kvstore(weights / name),
             # A lost chunk must be an error, never zeros.
             "fill_missing_data_reads": False,
         }
         try:
             self._array = ts.open(spec, open=True).result()
         except _UNREADABLE as error:
-            raise HeadshareError(
+            raise self._refusal(error) or HeadshareError(
                 f"{weights} has no readable array {name}; the copy is incomplete, make it again."
             ) from error
         self.shape: tuple[int, ...] = self._array.shape
@@ -176,7 +177,7 @@ class StoredArray:
         try:
             values = np.asarray(self._array[rows].read().result())
         except _UNREADABLE as error:
-            raise HeadshareError(
+            raise self._refusal(error) or HeadshareError(
                 f"{self.weights / self.name} is incomplete or corrupt ({error}); copy or make it again."
             ) from error
         if changed := self._changed(values, rows):
@@ -188,7 +189,13 @@ class StoredArray:
         try:
             return self._changed(np.asarray(self._array[rows].read().result()), rows)
         except _UNREADABLE as error:
+            if refusal := self._refusal(error):
+                raise refusal from error
             return [f"{self.weights.name}/{self.name} is incomplete or corrupt ({error})"]
+
+    def _refusal(self, error: Exception) -> HeadshareError | None:
+        """What an error says of a bucket rather than of what lies there."""
+        return storage.refusal(error, str(self.weights)) if storage.in_bucket(self.weights) else None
 
     def _changed(self, values: np.ndarray, rows: np.ndarray | slice) -> list[str]:
         """The chunks that do not have their checksums."""

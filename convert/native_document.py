@@ -9,6 +9,7 @@ import numpy as np
 import xxhash
 from pydantic import BaseModel
 
+from headshare_jax.convert import storage
 from headshare_jax.errors import HeadshareError, one_sentence
 
 DOCUMENT, WEIGHTS = "headshare.json", "weights"
@@ -72,10 +73,9 @@ def _end(head: bytes) -> bytes:
 
 def _described(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every file's size, and its checksum unless it holds values, whose chunks have one each."""
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = path.relative_to(folder).as_posix()
-        said: dict[str, Any] = {"bytes": path.stat().st_size}
-        yield name, said if _holds_values(name) else said | {"xxh3_64": checksum(path.read_bytes())}
+    for name, size in storage.files(folder).items():
+        said: dict[str, Any] = {"bytes": size}
+        yield name, said if _holds_values(name) else said | {"xxh3_64": checksum((folder / name).read_bytes())}
 
 
 def _holds_values(name: str) -> bool:
@@ -120,18 +120,17 @@ def has_checksums(document: dict[str, Any]) -> bool:
 def damaged_files(folder: Path, document: dict[str, Any]) -> Iterator[str]:
     """Every file that is missing, one too many, or not as it was written; the values of arrays are not read."""
     files: dict[str, dict[str, Any]] = document["files"]
-    there = {path.relative_to(folder).as_posix() for path in (folder / WEIGHTS).rglob("*") if not path.is_dir()}
+    there = storage.files(folder)
     # A checkpoint that was written without a tokenizer may be given one.
-    if _BESIDE.intersection(files):
-        there |= {name for name in _BESIDE if (folder / name).exists()}
-    yield from (f"{name} is one file too many" for name in sorted(there - set(files)))
+    known = _BESIDE if _BESIDE.intersection(files) else set()
+    found = {name for name in there if name.startswith(f"{WEIGHTS}/") or name in known}
+    yield from (f"{name} is one file too many" for name in sorted(found - set(files)))
     for name, said in files.items():
-        path = folder / name
-        if not path.is_file():
+        if name not in there:
             yield f"{name} is missing"
-        elif path.stat().st_size != said["bytes"]:
-            yield f"{name} has {path.stat().st_size:,} bytes instead of {said['bytes']:,}"
-        elif "xxh3_64" in said and checksum(path.read_bytes()) != said["xxh3_64"]:
+        elif there[name] != said["bytes"]:
+            yield f"{name} has {there[name]:,} bytes instead of {said['bytes']:,}"
+        elif "xxh3_64" in said and checksum((folder / name).read_bytes()) != said["xxh3_64"]:
             yield f"{name} is damaged or was edited (its checksum differs)"
 
 

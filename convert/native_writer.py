@@ -16,8 +16,9 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
 from headshare_jax import parameters
-from headshare_jax.convert import native_array, native_document
+from headshare_jax.convert import native_array, native_document, storage
 from headshare_jax.convert.native_array import Deferred
+from headshare_jax.convert.partial import temporary_folder
 from headshare_jax.errors import HeadshareError
 from headshare_jax.parameters import PARAMETERS, PROJECTIONS, index_name
 from headshare_jax.sharing.source import WeightSource, pool_index, stored_layers, stored_shape
@@ -41,7 +42,7 @@ def write(source: WeightSource, folder: Path, *, provenance: dict[str, Any] | No
     for projection in PROJECTIONS:
         index = pool_index(config, projection, source.sharing)
         tree[index_name(projection)] = Deferred(index.shape, index.dtype, False, [(slice(0, len(index)), index)])
-    sums = _store(tree, folder.resolve() / native_document.WEIGHTS)
+    sums = _store(tree, storage.absolute(folder) / native_document.WEIGHTS)
     document = {
         "written_by": f"headshare-jax {version('headshare-jax')}",
         "provenance": provenance or {},
@@ -82,7 +83,19 @@ def _without_warnings() -> Iterator[None]:
 @_without_warnings()
 def _store(tree: dict[str, Deferred], path: Path) -> dict[str, list[str]]:
     """Writes arrays as an Orbax checkpoint, and gives the checksums of their chunks."""
-    arrays = _DeferredHandler()
+    if storage.in_bucket(path):
+        # Orbax knows folders alone: what it writes beside the arrays is small, and is put there afterwards.
+        with temporary_folder() as folder:
+            sums = _store_at(tree, folder / path.name, path)
+            for name in storage.files(folder / path.name):
+                storage.upload(folder / path.name / name, path / name)
+        return sums
+    return _store_at(tree, path, path)
+
+
+def _store_at(tree: dict[str, Deferred], path: Path, weights: Path) -> dict[str, list[str]]:
+    """The same with the arrays at `weights` and all else at `path`."""
+    arrays = _DeferredHandler(weights)
     registry = type_handlers.create_type_handler_registry((Deferred, arrays))
     # One process writes all of it; in a distributed program the others do not come here, so it must not wait for them.
     mine = jax.process_index()
@@ -98,6 +111,8 @@ def _store(tree: dict[str, Deferred], path: Path) -> dict[str, list[str]]:
         handler.save(path, args=ocp.args.PyTreeSave(tree))
         handler.finalize(path)
     except ValueError as error:
+        if storage.in_bucket(weights) and (refusal := storage.refusal(error, str(weights))):
+            raise refusal from error
         # TensorStore tells the system's own reason only in its text.
         code = re.search(r"os_error_code='(\d+)'", str(error))
         if code is None or isinstance(error, HeadshareError):
@@ -112,11 +127,13 @@ class _DeferredHandler(type_handlers.NumpyHandler):  # type: ignore[misc]
     """Writes deferred arrays one after another; Orbax's own handlers take all of them at once, each one whole.
 
     Attributes:
+      weights: the folder of arrays.
       sums: the checksums of every array's chunks, once it is written.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Path) -> None:
         super().__init__()
+        self.weights = weights
         self.sums: dict[str, list[str]] = {}
 
     async def serialize(
@@ -127,5 +144,5 @@ class _DeferredHandler(type_handlers.NumpyHandler):  # type: ignore[misc]
     ) -> Sequence[Future[Any]]:
         for value, info in zip(values, infos, strict=True):
             await info.await_path_creation()
-            self.sums[info.name] = native_array.write(Path(info.parent_dir) / info.name, value)
+            self.sums[info.name] = native_array.write(self.weights / info.name, value)
         return []

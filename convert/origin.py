@@ -10,7 +10,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from headshare_jax import parameters
-from headshare_jax.convert import card, map_file
+from headshare_jax.convert import card, map_file, storage
 from headshare_jax.convert.gguf_header import read_header
 from headshare_jax.convert.native_document import TOKENIZER_FILES
 from headshare_jax.errors import HeadshareError
@@ -73,6 +73,9 @@ def _check_folder(path: Path) -> None:
 
 def _inside(folder: Path) -> Iterator[str]:
     """Every file, and every folder without any, by its path in the folder."""
+    if storage.in_bucket(folder):
+        yield from storage.files(folder)
+        return
     for entry in folder.iterdir():
         inner = list(_inside(entry)) if entry.is_dir() and not entry.is_symlink() else []
         yield from (f"{entry.name}/{name}" for name in inner) if inner else [entry.name]

@@ -3,9 +3,10 @@
 from collections.abc import Collection
 from os.path import exists
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
-from headshare_jax.convert import atomic, gguf_writer
+from headshare_jax.convert import atomic, gguf_writer, storage
 from headshare_jax.errors import HeadshareError
 from headshare_jax.resources import check_disk
 from headshare_jax.sharing.ledger import ledger
@@ -38,22 +39,22 @@ def check_output(
         raise HeadshareError("Give the type of the output once: leave dtype or quantize out.", option="dtype")
     if to == "gguf":
         gguf_writer.check_type(quantize)
-        if dst is not None and Path(dst).suffix != gguf_writer.ENDING:
+        if dst is not None and storage.path(dst).suffix != gguf_writer.ENDING:
             raise HeadshareError(f"A GGUF model is one file; give the output {dst} a name that ends in .gguf.")
     elif quantize is not None:
         raise HeadshareError(f"quantize is for the format gguf; leave it out for {to}.", option="quantize")
-    elif dst is not None and Path(dst).suffix == gguf_writer.ENDING:
+    elif dst is not None and storage.path(dst).suffix == gguf_writer.ENDING:
         raise HeadshareError(
             f"The format {to} is a folder; give the output {dst} another name, or write gguf.", option="to"
         )
     if dst is not None:
-        atomic.check_output(Path(dst), folder=to != "gguf", overwrite=overwrite, keep=paths(sources))
+        atomic.check_output(storage.path(dst), folder=to != "gguf", overwrite=overwrite, keep=paths(sources))
 
 
 def paths(sources: Collection[Any]) -> tuple[Path, ...]:
     """Where sources lie, as far as they are on disk."""
-    named = (Path(source) if isinstance(source, (str, Path)) else path_of(source) for source in sources)
-    return tuple(path for path in named if path is not None and exists(path))
+    named = (storage.path(source) if storage.is_name(source) else path_of(source) for source in sources)
+    return tuple(path for path in named if path is not None and (storage.in_bucket(path) or exists(path)))
 
 
 def check_room(
@@ -65,7 +66,11 @@ def check_room(
     """
     source = cast(source, dtype)
     needed = gguf_writer.expected_bytes(source, quantize) if to == "gguf" else ledger(source).dense_bytes
-    check_disk(Path(dst).resolve().parent, needed, f"The output {dst}")
+    path = storage.path(dst)
+    if not storage.in_bucket(path):
+        check_disk(path.resolve().parent, needed, f"The output {dst}")
+    elif to == "gguf":
+        check_disk(Path(gettempdir()), needed, f"The output {dst}, which is written to a temporary file first,")
 
 
 def quantised_as(source: WeightSource) -> str | None:

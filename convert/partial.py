@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from headshare_jax.convert import locks
+from headshare_jax.convert import bucket_outputs, locks, storage
 from headshare_jax.signals import deferred
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,13 @@ def take_place(partial: Path, path: Path) -> None:
 
 
 def recover(path: Path) -> None:
-    """Puts right, in the folder of an output, what killed processes left there, and says so."""
+    """Puts right, in the folder of an output, what killed processes left there, and says so.
+
+    In a bucket it is what they left of this output; see `bucket_outputs`.
+    """
+    if storage.in_bucket(path):
+        bucket_outputs.recover(path)
+        return
     for entry in _entries(path.parent):
         found = _NAME.fullmatch(entry.name)
         if found is None:

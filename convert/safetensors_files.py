@@ -3,16 +3,16 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
+from headshare_jax.convert import storage
 from headshare_jax.convert.keys import Cut
 from headshare_jax.convert.tensor_files import TensorInfo
 from headshare_jax.errors import HeadshareError
@@ -26,59 +26,166 @@ _NAMES = {dtype: name for name, dtype in FLOATS.items()} | {
     np.dtype(np.int32): "I32",
     np.dtype(np.uint8): "U8",
 }
-# Files of one checkpoint that are kept open; systems allow a few hundred.
-_OPEN_FILES = 64
+# How values are read; those of FP8 as their bits.
+_TYPES = {
+    **FLOATS,
+    **{name: np.dtype(np.uint8) for name in ("U8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")},
+    **{f"{kind}{bits}": np.dtype(f"{kind.lower()}{bits // 8}") for kind in "IU" for bits in (16, 32, 64)},
+    "BOOL": np.dtype(np.bool_),
+    "I8": np.dtype(np.int8),
+    "F64": np.dtype(np.float64),
+    "C64": np.dtype(np.complex64),
+}
+# Bits of a value of every type that the format has.
+_BITS = {name: 8 * dtype.itemsize for name, dtype in _TYPES.items()} | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+# No header is larger, as the format has it.
+_HEADER_BYTES = 100 * 10**6
+_FIELDS = ("dtype", "shape", "data_offsets")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies in its file.
+
+    Attributes:
+      type: of its values, as the format calls it.
+      shape: its sizes.
+      start, stop: its bytes, counted from where the file begins.
+    """
+
+    type: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
 
 
 class SafetensorsReader:
-    """Tensors of safetensors files, which stay open; no pages stay mapped, for they would count as memory."""
+    """Tensors of safetensors files, in a folder or a bucket, read by their places in the file.
+
+    No pages stay mapped, for they would count as memory.
+    """
 
     def __init__(self, files: list[Path]):
         self.files = files
-        self._open: Callable[[Path], Any] = lru_cache(_OPEN_FILES)(
-            partial(safe_open, framework="numpy", backend="pread")
-        )
+        self.entries: dict[str, Entry] = {}
 
     def infos(self) -> tuple[dict[str, TensorInfo], list[str]]:
         found: dict[str, TensorInfo] = {}
         problems: list[str] = []
         for path in self.files:
-            with _explained(path):
-                file = self._open(path)
-                problems += _unseen(path)
-                for name in file.keys():  # noqa: SIM118 (not a mapping)
-                    part = file.get_slice(name)
-                    if name in found:
-                        problems.append(f"{name} stands in both {found[name].file.name} and {path.name}")
-                    found[name] = TensorInfo(tuple(part.get_shape()), FLOATS.get(part.get_dtype()), path)
+            entries, unclear = header(path)
+            problems += unclear
+            for name, entry in entries.items():
+                if name in found:
+                    problems.append(f"{name} stands in both {found[name].file.name} and {path.name}")
+                found[name] = TensorInfo(entry.shape, FLOATS.get(entry.type), path)
+            self.entries |= entries
         return found, problems
 
     def read(self, info: TensorInfo, name: str, cut: Cut | None = None) -> np.ndarray:
-        with _explained(info.file):
-            if cut is None:
-                tensor: np.ndarray = self._open(info.file).get_tensor(name)
-                return tensor
-            # Without a mapping the package reads the whole tensor for a slice of it.
-            with safe_open(info.file, "numpy", backend="mmap") as file:
-                return cut.of(file.get_slice(name))
+        entry = self.entries[name]
+        file, dtype, shape = info.file, _TYPES[entry.type], entry.shape
+        if cut is None:
+            return _values(file, entry.start, shape, dtype)
+        if cut.axis:
+            # Columns lie all over the file. Of a mapped one, the system reads the pages that hold them.
+            whole = _values(file, entry.start, shape, dtype) if storage.in_bucket(file) else _mapped(file, entry, dtype)
+            return cut.of(whole)
+        row = math.prod(shape[1:]) * dtype.itemsize
+        runs = [
+            _values(file, entry.start + first * row, (last - first, *shape[1:]), dtype)
+            for first, last in _runs(cut.slices)
+        ]
+        return runs[0] if len(runs) == 1 else np.concatenate(runs)
 
 
-def header(path: Path, **hooks: Any) -> tuple[int, Any]:
-    """Where a file's values begin, in bytes, and its header, as `json.loads` reads it."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        return 8 + size, json.loads(file.read(size), **hooks)
+def _runs(slices: Iterable[slice]) -> Iterator[tuple[int, int]]:
+    """First rows and ends of what lies side by side."""
+    first = last = 0
+    for part in slices:
+        if part.start != last:
+            if last > first:
+                yield first, last
+            first = part.start
+        last = part.stop
+    yield first, last
 
 
-def _unseen(path: Path) -> Iterator[str]:
-    """What is wrong in a header that the `safetensors` package accepts: of a name's entries it sees the last alone, and
-    what it does not know in one it passes over."""
-    _, entries = header(path, object_pairs_hook=list)
-    for name, count in Counter(name for name, _ in entries).items():
+def _values(file: Path, start: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """Values that lie side by side in a file, from a byte on."""
+    with _explained(file):
+        found = storage.read_array(file, start, math.prod(shape) * dtype.itemsize)
+        return found.view(dtype).reshape(shape)
+
+
+def _mapped(file: Path, entry: Entry, dtype: np.dtype[Any]) -> np.ndarray:
+    with _explained(file):
+        bits = np.memmap(file, np.uint8, "r", entry.start, (entry.stop - entry.start,))
+        return np.asarray(bits).view(dtype).reshape(entry.shape)
+
+
+def header(path: Path) -> tuple[dict[str, Entry], list[str]]:
+    """Every tensor's place by its name, and what else is unclear in a file's header.
+
+    Tensors must lie one after another and fill the file, as the format asks.
+
+    Raises:
+      HeadshareError: they do not, or it is no safetensors file.
+    """
+    with _explained(path):
+        total = storage.size(path)
+        length = int.from_bytes(storage.read_range(path, 0, 8), "little")
+        if total < 8 or length > min(_HEADER_BYTES, total - 8):
+            raise ValueError(f"its header would have {length:,} bytes")
+        pairs = json.loads(
+            storage.read_range(path, 8, 8 + length).decode(), object_pairs_hook=list, parse_constant=_refused
+        )
+        if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
+            raise ValueError("its header is no JSON object")
+        tensors = [(name, fields) for name, fields in pairs if name != "__metadata__"]
+        found = {name: _entry(name, fields, 8 + length) for name, fields in tensors}
+        _check_places(found, 8 + length, total)
+    return found, list(_unclear(path, tensors))
+
+
+def _refused(constant: str) -> NoReturn:
+    raise ValueError(f"its header holds {constant}, which is no number of JSON's")
+
+
+def _entry(name: str, fields: Any, begin: int) -> Entry:
+    """A tensor's entry; ValueError unless it is one."""
+    said = dict(fields) if isinstance(fields, list) and all(isinstance(field, tuple) for field in fields) else {}
+    kind, shape, places = said.get("dtype"), said.get("shape", ()), said.get("data_offsets", ())
+    if not (kind in _BITS and _are_counts(shape) and _are_counts(places) and len(places) == 2):
+        raise ValueError(f"the entry of `{name}` is no tensor's")
+    bits = math.prod(shape) * _BITS[kind]
+    if bits % 8 or places[1] - places[0] != bits // 8:
+        raise ValueError(f"`{name}` has {places[1] - places[0]} bytes, and its shape and type ask for {bits / 8:g}")
+    return Entry(kind, tuple(shape), begin + places[0], begin + places[1])
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def _check_places(found: Mapping[str, Entry], begin: int, total: int) -> None:
+    """Raises ValueError unless tensors follow each other from where values begin up to the file's end."""
+    end = begin
+    for name, entry in sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != end:
+            raise ValueError(f"`{name}` begins at byte {entry.start:,}, and what lies before it ends at {end:,}")
+        end = entry.stop
+    if end != total:
+        raise ValueError(f"its tensors end at byte {end:,}, and it has {total:,}")
+
+
+def _unclear(path: Path, tensors: list[tuple[str, Any]]) -> Iterator[str]:
+    """What a reader would pass over: of a name's entries all but the last, and what it does not know in one."""
+    for name, count in Counter(name for name, _ in tensors).items():
         if count > 1:
             yield f"{name} stands more than once in {path.name}"
-    for name, entry in entries:
-        unknown = set() if name == "__metadata__" else {key for key, _ in entry} - {"dtype", "shape", "data_offsets"}
+    for name, fields in tensors:
+        unknown = {key for key, _ in fields}.difference(_FIELDS)
         if unknown:
             yield f"{name} in {path.name} has unknown fields ({', '.join(sorted(unknown))})"
 
@@ -86,10 +193,11 @@ def _unseen(path: Path) -> Iterator[str]:
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
     try:
-        yield
+        with storage.reached(path):
+            yield
     except HeadshareError:
         raise
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise HeadshareError(
             f"{path} is truncated, corrupt or no safetensors file ({error}); fetch it again."
         ) from error

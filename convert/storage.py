@@ -1,16 +1,31 @@
-"""Where files lie: folders of this machine, and buckets (`gs://`, `s3://`), by one kind of path."""
+"""Where files lie: folders of this machine, and buckets (`gs://`, `s3://`), by one kind of path.
 
+Buckets have no folders of their own, no rename and no locks: only objects, that appear whole when their upload ends.
+"""
+
+import errno
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import quote
 
-from headshare_jax.errors import HeadshareError
+import numpy as np
+
+from headshare_jax.errors import HeadshareError, TryAgain
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 # What opens a bucket's files, by scheme, and the extra of this package that installs it.
 _OPENED_BY = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
+# A request that fails for the moment is sent again for about half a minute, as gcsfs does.
+_RETRIES = {"max_retries": 5, "initial_delay": "1s", "max_delay": "16s"}
+# Buckets that everybody may read are read without an account if this is set.
+ANONYMOUS = "HEADSHARE_ANONYMOUS"
 
 
 def path(name: str | Path) -> Path:
@@ -21,24 +36,37 @@ def path(name: str | Path) -> Path:
     Raises:
       HeadshareError: another scheme, no bucket, or the package that opens it is not installed.
     """
-    if isinstance(name, Path) or in_bucket(name):
-        return cast(Path, name)
+    if not isinstance(name, str):
+        return name
     if not _SCHEME.match(name):
         return Path(name)
-    scheme, bucket = urlsplit(name)[:2]
+    scheme, _, rest = name.partition("://")
     if scheme not in _OPENED_BY:
-        raise HeadshareError(f"{name:.200} cannot be used: storage is a folder, gs:// or s3://, not {scheme}://.")
-    if not bucket:
+        raise HeadshareError(f"{name:.200} cannot be used: storage is a folder, gs:// or s3://, not {scheme:.20}://.")
+    if not rest.partition("/")[0]:
         raise HeadshareError(f"{name:.200} names no bucket; write {scheme}://bucket/folder.")
+    # What gcsfs has for zonal buckets looks for an account first.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     from upath import UPath
 
     try:
-        return cast(Path, UPath(name, use_listings_cache=False))
+        return cast(Path, UPath(name.rstrip("/"), use_listings_cache=False, **_access(scheme)))
     except ImportError as error:
         package, extra = _OPENED_BY[scheme]
         raise HeadshareError(
             f"{scheme}:// needs the package {package}: pip install 'headshare-jax[{extra}]'."
         ) from error
+
+
+def _access(scheme: str) -> dict[str, Any]:
+    """How gcsfs or s3fs is let in, beyond what they find by themselves."""
+    if scheme == "gs":
+        return {"token": "anon"} if _is_anonymous() or "STORAGE_EMULATOR_HOST" in os.environ else {}
+    return {"anon": True} if _is_anonymous() else {}
+
+
+def _is_anonymous() -> bool:
+    return os.environ.get(ANONYMOUS, "") not in ("", "0")
 
 
 def in_bucket(place: object) -> bool:
@@ -51,16 +79,268 @@ def version(file: Path) -> str:
     if not in_bucket(file):
         stat = file.stat()
         return f"{file.absolute()} {stat.st_size} {stat.st_mtime_ns}"
-    about = cast(Any, file).fs.info(cast(Any, file).path)
-    tag = next(about[name] for name in ("ETag", "etag", "generation") if name in about)
-    return f"{file} {about['size']} {tag}"
+    return f"{file} {size(file)} {generation(file)}"
+
+
+def is_bucket(place: Path) -> bool:
+    """Whether a path is a whole bucket's."""
+    return in_bucket(place) and "/" not in _place(place)
+
+
+def is_name(value: object) -> "TypeIs[str | Path]":
+    """Whether something is a text or a path, of either kind."""
+    return isinstance(value, str | Path) or in_bucket(value)
+
+
+def absolute(place: Path) -> Path:
+    """A path that does not depend on the working directory, behind symbolic links."""
+    return place if in_bucket(place) else place.resolve()
+
+
+def is_within(inner: Path, outer: Path) -> bool:
+    """Whether a path is another, or lies in it."""
+    return in_bucket(inner) == in_bucket(outer) and f"{inner}/".startswith(f"{str(outer).rstrip('/')}/")
 
 
 def kvstore(folder: Path) -> dict[str, Any]:
     """TensorStore's specification of a folder, as the kvstore of arrays."""
     if not in_bucket(folder):
         return {"driver": "file", "path": f"{folder.resolve()}/"}
-    scheme, bucket, key = urlsplit(str(folder))[:3]
-    spec = {"driver": {"gs": "gcs", "s3": "s3"}[scheme], "bucket": bucket, "path": f"{key.strip('/')}/"}
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    return spec | ({"endpoint": endpoint} if scheme == "s3" and endpoint else {})
+    bucket, _, key = _place(folder).partition("/")
+    spec: dict[str, Any] = {"bucket": bucket, "path": f"{key}/" if key else ""}
+    if str(folder).startswith("gs:"):
+        if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):
+            os.environ["TENSORSTORE_GCS_HTTP_URL"] = emulator if "://" in emulator else f"http://{emulator}"
+            # Else it looks for an account.
+            os.environ.setdefault("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
+        return spec | {"driver": "gcs", "context": {"gcs_request_retries": _RETRIES}}
+    spec |= {"driver": "s3", "context": {"s3_request_retries": _RETRIES}}
+    if _is_anonymous():
+        spec["aws_credentials"] = {"type": "anonymous"}
+    if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
+        spec["endpoint"] = endpoint
+        if region := os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"):
+            spec["aws_region"] = region
+    return spec
+
+
+def files(folder: Path) -> dict[str, int]:
+    """Every file in a folder and the folders in it: its path there, with slashes, and its size in bytes.
+
+    Of a bucket they are listed, which takes one request for a thousand.
+    """
+    if not in_bucket(folder):
+        found = sorted(entry for entry in folder.rglob("*") if entry.is_file())
+        return {entry.relative_to(folder).as_posix(): entry.stat().st_size for entry in found}
+    begin = f"{_place(folder)}/"
+    with reached(folder):
+        listed = _system(folder).find(begin, detail=True)
+    return {name.removeprefix(begin): int(about["size"]) for name, about in sorted(listed.items()) if name != begin}
+
+
+def read_range(file: Path, start: int, stop: int) -> bytes:
+    """A file's bytes from `start` up to `stop`; fewer, if it ends before.
+
+    Raises:
+      OSError, HeadshareError: they cannot be read.
+    """
+    if in_bucket(file):
+        with reached(file):
+            return cast(bytes, _system(file).cat_file(_place(file), start=start, end=stop)) if stop > start else b""
+    with file.open("rb") as opened:
+        opened.seek(start)
+        return opened.read(stop - start)
+
+
+def read_array(file: Path, start: int, size: int) -> np.ndarray:
+    """So many bytes of a file from `start` on, uint8 [size].
+
+    Raises:
+      ValueError: it ends before.
+      OSError, HeadshareError: they cannot be read.
+    """
+    if in_bucket(file):
+        found = np.frombuffer(bytearray(read_range(file, start, start + size)), np.uint8)
+    else:
+        found = np.fromfile(file, np.uint8, size, offset=start)
+    if len(found) != size:
+        raise ValueError(f"it ends before byte {start + size:,}")
+    return found
+
+
+def size(file: Path) -> int:
+    """A file's bytes."""
+    if in_bucket(file):
+        with reached(file):
+            return int(_system(file).size(_place(file)))
+    return file.stat().st_size
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder; in a bucket there is nothing to make."""
+    if not in_bucket(folder):
+        folder.mkdir()
+
+
+def remove(folder: Path) -> None:
+    """Removes a bucket's folder, and uploads to there that were never ended."""
+    names = [f"{_place(folder)}/{name}" for name in files(folder)]
+    with reached(folder), suppress(FileNotFoundError):
+        if names:
+            _system(folder).rm(names)
+    end_uploads(folder)
+
+
+def end_uploads(place: Path) -> None:
+    """Ends uploads to a bucket's file or folder that were only begun; S3 has their parts paid for until then."""
+    system, (bucket, _, key) = _system(place), _place(place).partition("/")
+    if not hasattr(system, "call_s3"):
+        return
+    with reached(place):
+        for begun in system.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=key).get("Uploads", ()):
+            if f"{begun['Key']}/".startswith(f"{key}/"):
+                name, number = begun["Key"], begun["UploadId"]
+                system.call_s3("abort_multipart_upload", Bucket=bucket, Key=name, UploadId=number)
+
+
+def remove_file(file: Path) -> None:
+    """Removes a bucket's file, if it is there."""
+    with reached(file), suppress(FileNotFoundError):
+        _system(file).rm_file(_place(file))
+
+
+def upload(local: Path, place: Path) -> None:
+    """Puts a file into a bucket, where it appears whole, in place of what had its name."""
+    with reached(place):
+        _system(place).put_file(str(local), _place(place))
+
+
+def download(place: Path, local: Path) -> None:
+    """Fetches a bucket's file."""
+    with reached(place):
+        _system(place).get_file(_place(place), str(local))
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copies a bucket's file in the bucket; its bytes do not pass through this machine."""
+    with reached(target):
+        _system(target).cp_file(_place(source), _place(target))
+
+
+def generation(file: Path) -> str | None:
+    """What changes with every write of a bucket's file; None if there is none."""
+    system = _system(file)
+    with reached(file):
+        try:
+            about = system.info(_place(file))
+        except FileNotFoundError:
+            return None
+    found = about.get("generation") or about.get("ETag")
+    return None if found is None else str(found)
+
+
+def write_if(file: Path, content: bytes, expected: str | None) -> str | None:
+    """Writes a bucket's file if nobody has written it since it had a version, or if there is none for None.
+
+    Returns:
+      Its new version; None if it was not written.
+    """
+    system = _system(file)
+    bucket, _, key = _place(file).partition("/")
+    try:
+        with reached(file):
+            if hasattr(system, "call_s3"):
+                condition = {"IfNoneMatch": "*"} if expected is None else {"IfMatch": expected}
+                return str(system.call_s3("put_object", Bucket=bucket, Key=key, Body=content, **condition)["ETag"])
+            said = system.call(
+                "POST", f"{system._location}/upload/storage/v1/b/{quote(bucket, '')}/o",
+                uploadType="media", name=key, ifGenerationMatch=expected or "0", data=content, json_out=True,
+            )  # fmt: skip
+            return str(said["generation"])
+    except OSError as error:
+        code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
+        if isinstance(error, FileExistsError) or code in ("PreconditionFailed", "ConditionalRequestConflict", "412"):
+            return None
+        raise
+
+
+def modified(file: Path) -> float:
+    """When a bucket's file was written, in seconds of the storage's own clock."""
+    with reached(file):
+        return float(_system(file).modified(_place(file)).timestamp())
+
+
+def _system(place: Path) -> Any:
+    return cast(Any, place).fs
+
+
+def _place(place: Path) -> str:
+    """`bucket/key`."""
+    return str(cast(Any, place).path).rstrip("/")
+
+
+@contextmanager
+def reached(place: Path) -> Iterator[None]:
+    """Raises as HeadshareError that a bucket forbids something or is not there, as TryAgain that it was not reached."""
+    try:
+        yield
+    except HeadshareError:
+        raise
+    except Exception as error:
+        if in_bucket(place) and (said := refusal(error, str(place))):
+            raise said from error
+        raise
+
+
+# What the libraries raise that is no OSError, by the names of their classes.
+_UNREACHED = {"ClientError", "HTTPClientError", "ConnectionError", "RequestException", "TransportError", "TimeoutError"}
+_NO_ACCOUNT = {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "GoogleAuthError"}
+# What an answer is called, by TensorStore too, whose errors have no kind but their text.
+_FORBIDDEN = re.compile(r"PERMISSION_DENIED|UNAUTHENTICATED|^Forbidden|AccessDenied|HTTP status 40[13]\b")
+_LATER = re.compile(r"^(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|RESOURCE_EXHAUSTED|CANCELLED)\b")
+_LATER_NUMBERS = {getattr(errno, name, None) for name in ("EBUSY", "EREMOTEIO")}
+
+
+def refusal(error: BaseException, place: str = "A bucket") -> HeadshareError | None:
+    """What an error of a bucket's library means, if that is known; None for one that says nothing about storage."""
+    bucket = "/".join(place.split("/")[:3])
+    for cause in _causes(error):
+        kinds, said = {kind.__name__ for kind in type(cause).__mro__}, str(cause)
+        code = getattr(cause, "code", None)
+        if _NO_ACCOUNT & kinds:
+            return HeadshareError(
+                f"{place} cannot be used: there is no account to use it with; log in, or set {ANONYMOUS}=1 for a "
+                "bucket that everybody may read."
+            )
+        if isinstance(cause, PermissionError) or _FORBIDDEN.search(said) or code in (401, 403):
+            return HeadshareError(f"{place} cannot be used: {bucket} forbids it; check the name and the account.")
+        if isinstance(cause, FileNotFoundError) and ("NoSuchBucket" in repr(cause.__cause__) or _names_no_object(said)):
+            return HeadshareError(f"{place} cannot be used: there is no {bucket}; check its name.")
+        # Of botocore, `ClientError` is an answer; of aiohttp it is that there was none.
+        answered = "BotoCoreError" not in kinds and hasattr(cause, "operation_name")
+        later = isinstance(code, int) and (code >= 500 or code in (408, 429))
+        if later or (_UNREACHED & kinds and not answered) or _LATER.match(said) or _is_for_later(cause):
+            return TryAgain(
+                f"{place} was not reached ({_first_line(said) or type(cause).__name__}); try again when the network "
+                "and the storage are back."
+            )
+    return None
+
+
+def _names_no_object(said: str) -> bool:
+    """Whether what was not found is a bucket's list of objects."""
+    return re.search(r"(^|/)b/[^/]+/o(\?name=.*)?$", said) is not None
+
+
+def _is_for_later(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in _LATER_NUMBERS
+
+
+def _first_line(said: str) -> str:
+    return (said.strip().splitlines() or [""])[0][:200].rstrip(".")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__

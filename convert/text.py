@@ -84,10 +84,10 @@ def open_corpus(spec: str, *, field: str = "text", split: str = "train", streami
       HeadshareError: nothing there, or not readable, or without that column.
     """
     check_name(spec)
-    path = Path(spec)
+    path = storage.path(spec)
     if not path.exists():
         return _data_set(spec, field, split, streaming)
-    ending, size = path.suffix.lower(), path.stat().st_size
+    ending, size = path.suffix.lower(), storage.size(path)
     if ending == ".parquet":
         kind, size, pieces = "parquet", *_parquet(path, field)
     elif ending in _JSON_LINES:
@@ -99,14 +99,17 @@ def open_corpus(spec: str, *, field: str = "text", split: str = "train", streami
 
 def check_name(spec: str) -> None:
     """Raises HeadshareError unless a name is a file's that can be opened, or may be a data set's."""
-    path = Path(spec)
+    path = storage.path(spec)
     try:
-        if path.is_file():
-            path.open("rb").close()
-            return
+        with storage.reached(path):
+            if path.is_file():
+                path.open("rb").close()
+                return
         if path.exists():
             what = "a folder" if path.is_dir() else "no file, but a device or a pipe"
             raise HeadshareError(f"{path} is {what}; give a text file.")
+    except HeadshareError:
+        raise
     except OSError as error:
         raise HeadshareError(explained(error)) from error
     # Whoever misspells a file is told at once, not after attempts to reach a hub.
@@ -116,7 +119,7 @@ def check_name(spec: str) -> None:
 
 def has_fields(spec: str) -> bool:
     """Whether what a name stands for has rows of fields, and is not a plain text file."""
-    path = Path(spec)
+    path = storage.path(spec)
     return not path.exists() or path.suffix.lower() in (*_JSON_LINES, ".parquet")
 
 
@@ -154,12 +157,12 @@ def _parquet(path: Path, field: str) -> tuple[int, Callable[[], Iterator[Piece]]
         from pyarrow import parquet
     except ImportError as error:
         raise HeadshareError(_needs_datasets(f"To read {path}")) from error
-    with _reading(path, "parquet"), parquet.ParquetFile(path) as file:
+    with _reading(path, "parquet"), path.open("rb") as raw, parquet.ParquetFile(raw) as file:
         _check_column(field, file.schema_arrow.names, str(path))
         size = file.metadata.num_rows
 
     def pieces() -> Iterator[Piece]:
-        with _reading(path, "parquet"), parquet.ParquetFile(path) as file:
+        with _reading(path, "parquet"), path.open("rb") as raw, parquet.ParquetFile(raw) as file:
             batches = file.iter_batches(_ROWS, columns=[field])
             yield from _rows((batch.column(0).to_pylist() for batch in batches), str(path), field)
 
@@ -244,7 +247,8 @@ def sha256(path: Path) -> str:
 @contextmanager
 def _reading(path: Path, kind: str) -> Iterator[None]:
     try:
-        yield
+        with storage.reached(path):
+            yield
     except HeadshareError:
         raise
     except OSError as error:

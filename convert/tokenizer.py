@@ -2,13 +2,12 @@
 
 import json
 import logging
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headshare_jax.convert import compact, confined, gguf_tokenizer, native, native_document
+from headshare_jax.convert import compact, confined, fetched, gguf_tokenizer, native, native_document, storage
 from headshare_jax.convert.gguf_header import read_header
 from headshare_jax.convert.native_document import TOKENIZER_FILES
 from headshare_jax.convert.partial import temporary_folder
@@ -31,11 +30,13 @@ def load(path: Path) -> "PreTrainedTokenizerBase":
     Raises:
       HeadshareError: there is none, or it cannot be read.
     """
-    if path.is_dir():
-        return _load_folder(path)
-    with temporary_folder() as folder:
-        gguf_tokenizer.write(read_header(path), folder)
-        return _load_folder(folder)
+    if path.is_file():
+        with temporary_folder() as folder:
+            gguf_tokenizer.write(read_header(path), folder)
+            return _load_folder(folder, folder)
+    native.check_files(path)
+    with fetched.small_files(path) as folder:
+        return _load_folder(path, folder)
 
 
 def is_in(path: Path) -> bool:
@@ -43,17 +44,17 @@ def is_in(path: Path) -> bool:
     return any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
-def _load_folder(path: Path) -> "PreTrainedTokenizerBase":
-    if not is_in(path):
+def _load_folder(path: Path, files: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a checkpoint; its files may lie in another folder."""
+    if not is_in(files):
         raise HeadshareError(f"{path} carries no tokenizer; put its tokenizer.json (or tokenizer.model) there.")
     for name in TOKENIZER_FILES:
-        if (path / name).is_file() and (path / name).stat().st_size > _MOST_BYTES:
+        if (files / name).is_file() and (files / name).stat().st_size > _MOST_BYTES:
             raise HeadshareError(f"{path / name} is larger than {_MOST_BYTES // 2**20} MiB, which is no tokenizer's.")
-    native.check_files(path)
-    if (path / "tokenizer.json").is_file():
-        confined.ask(f"The tokenizer of {path}", "check_tokenizer", path=str((path / "tokenizer.json").resolve()))
+    if (files / "tokenizer.json").is_file():
+        confined.ask(f"The tokenizer of {path}", "check_tokenizer", path=str((files / "tokenizer.json").resolve()))
     with _explained(f"The tokenizer of {path} cannot be read"):
-        tokenizer = _read(path)
+        tokenizer = _read(files)
     if not isinstance(tokenizer.model_max_length, (int, float)):
         raise HeadshareError(
             f"model_max_length in the tokenizer_config.json of {path} must be a number, not "
@@ -104,7 +105,7 @@ def _family(path: Path) -> str | None:
 def _class_name(path: Path) -> str | None:
     """The class that a folder's tokenizer_config.json names, if it can be read."""
     try:
-        name = json.loads((path / "tokenizer_config.json").read_text()).get("tokenizer_class")
+        name = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class")
     except (OSError, ValueError, AttributeError):
         return None
     return name if isinstance(name, str) else None
@@ -114,7 +115,8 @@ def save(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     """Writes a tokenizer's files; whether it was loaded offline, which transformers would store, is no part of it."""
     if "local_files_only" in tokenizer.init_kwargs:
         tokenizer.init_kwargs["local_files_only"] = False
-    tokenizer.save_pretrained(folder)
+    with fetched.filled(folder) as files:
+        tokenizer.save_pretrained(files)
 
 
 def carry(source: "Path | PreTrainedTokenizerBase", folder: Path) -> None:
@@ -122,20 +124,22 @@ def carry(source: "Path | PreTrainedTokenizerBase", folder: Path) -> None:
 
     A checkpoint without one is left without; so is a GGUF file with an unusable one, with a warning.
     """
-    if not isinstance(source, Path):
+    if not storage.is_name(source):
         save(source, folder)
         return
-    if source.is_dir():
+    if not source.is_file():
         native.check_files(source)
-        for name in TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+        with storage.reached(source):
+            for name in TOKENIZER_FILES:
+                if (source / name).is_file():
+                    (folder / name).write_bytes((source / name).read_bytes())
         return
     header = read_header(source)
     if "tokenizer.ggml.model" not in header.metadata:
         return
     try:
-        gguf_tokenizer.write(header, folder)
+        with fetched.filled(folder) as files:
+            gguf_tokenizer.write(header, files)
     except HeadshareError as error:
         logger.warning("%s The output is left without one.", error)
 

@@ -2,9 +2,9 @@
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from headshare_jax import convert
+from headshare_jax.convert import storage
 from headshare_jax.evaluate.agreement import Agreement, agreement
 from headshare_jax.loading import Text, measured_windows
 from headshare_jax.parameters import parameter_names
@@ -83,10 +83,10 @@ def convert_model(
         view.dtype(name) != source.dtype(name) for name in parameter_names(view.config)
     )
     said = "not measured, which a text would do" if rounded else "the source's, to the bit"
-    counted = sizes(source, path, found, Path(dst))
+    counted = sizes(source, path, found, storage.path(dst))
     return Converted(
         model=found,
-        ledger=ledger(found, path=Path(dst)),
+        ledger=ledger(found, path=storage.path(dst)),
         sizes=counted,
         quality=quality,
         summary=Summary(
@@ -98,6 +98,6 @@ def convert_model(
             quality_note="" if quality is not None else said,
             seconds=time.monotonic() - started,
             memory=peak_memory(),
-            next=next_command(Path(dst)),
+            next=next_command(storage.path(dst)),
         ),
     )

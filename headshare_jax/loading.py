@@ -10,6 +10,7 @@ import numpy as np
 from headshare_jax import convert
 from headshare_jax.calibration.overlap import TextRuns
 from headshare_jax.calibration.windows import calibration_windows, spread_windows, tokens_digest
+from headshare_jax.convert import storage
 from headshare_jax.convert import text as texts
 from headshare_jax.convert import tokenizer as tokenizers
 from headshare_jax.errors import HeadshareError
@@ -51,7 +52,7 @@ def load(
       >>> model.config.num_layers, model.config.num_heads
       (3, 4)
     """
-    source = convert.open_checkpoint(src) if isinstance(src, (str, Path)) else src
+    source = convert.open_checkpoint(src) if storage.is_name(src) else src
     return Llama.of(cast(source, dtype), compute_dtype=compute_dtype, remat=remat)
 
 
@@ -182,4 +183,4 @@ def tokenizer_of(given: AnyTokenizer | None) -> "PreTrainedTokenizerBase":
     """A tokenizer, or that of a model by name; raises HeadshareError where none is given."""
     if given is None:
         raise HeadshareError("A text needs the tokenizer of the model; give it, or token ids.", option="tokenizer")
-    return load_tokenizer(given) if isinstance(given, (str, Path)) else given
+    return load_tokenizer(given) if storage.is_name(given) else given

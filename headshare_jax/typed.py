@@ -65,7 +65,10 @@ def _checked(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
         return int(value)
     elif float in kinds and isinstance(value, numbers.Real):
         return float(value)
-    elif isinstance(value, tuple(kind for kind in kinds if kind in (str, Path, NoneType))):
+    elif isinstance(value, tuple(kind for kind in kinds if kind in (str, Path, NoneType))) or (
+        # A path in a bucket.
+        Path in kinds and hasattr(value, "protocol")
+    ):
         return value
     words = " or ".join(_WORDS[kind] for kind in kinds)
     raise HeadshareError(f"{name} must be {words}, not {value!r:.99}.", option=name)

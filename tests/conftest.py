@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from buckets import bucket, servers  # noqa: F401 (fixtures)
 from compiled import CACHE, DAYS_KEPT, folder
 
 os.environ["JAX_PLATFORMS"] = "cpu"

@@ -19,6 +19,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from headshare_jax.cli.command import Command
 from headshare_jax.cli.exit_codes import MEANINGS
+from headshare_jax.convert import storage
 from headshare_jax.errors import HeadshareError
 from headshare_jax.report.console import show
 
@@ -79,11 +80,19 @@ def _scalar(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         return None
 
     def read(words: list[str]) -> Any:
-        if kind is Path and not words[0]:
+        if kind is not Path:
+            return kind(words[0])
+        if not words[0]:
             raise ValueError("''")
-        return kind(words[0])
+        try:
+            return storage.path(words[0])
+        except HeadshareError:
+            raise ValueError(repr(words[0])) from None
 
-    return PrimitiveConstructorSpec(1, _WORDS[kind], read, lambda value: isinstance(value, kind), lambda v: [str(v)])
+    def is_one(value: Any) -> bool:
+        return isinstance(value, kind) or (kind is Path and storage.in_bucket(value))
+
+    return PrimitiveConstructorSpec(1, _WORDS[kind], read, is_one, lambda v: [str(v)])
 
 
 @_REGISTRY.primitive_rule
@@ -133,6 +142,9 @@ def _refuse(command: type[Command], event: tyro_errors.ParseErrorEvent) -> None:
             said = f"{_name(argument)} needs {f'{count} values' if isinstance(count, int) and count > 1 else 'a value'}"
         case tyro_errors.InstantiationFailure(argument=argument, message=message) if argument is not None:
             values = re.search("'.*'", message.partition("\n")[0])
+            if values:
+                # Of a place that cannot be used, this says why.
+                storage.path(values[0].strip("'"))
             said = f"{_name(argument)} does not take {values[0] if values else 'this value'}"
         case _:
             return

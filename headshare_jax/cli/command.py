@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import permutations
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, get_origin
 
 import tyro
@@ -13,6 +12,7 @@ from rich.console import RenderableType
 
 from headshare_jax.cli import kinds
 from headshare_jax.cli.exit_codes import ExitCode
+from headshare_jax.convert import storage
 from headshare_jax.errors import HeadshareError
 from headshare_jax.report.console import show
 
@@ -89,9 +89,10 @@ class Command:
             field.name: kinds.checked(field.type, getattr(self, field.name), names[field.name])
             for field in fields(self)
         }
-        written = {names[name]: Path(values[name]).absolute() for name in self.outputs if values[name] is not None}
+        places = {names[name]: storage.path(values[name]) for name in self.outputs if values[name] is not None}
+        written = {name: path if storage.in_bucket(path) else path.absolute() for name, path in places.items()}
         for (one, path), (other, inside) in permutations(written.items(), 2):
-            if path in (inside, *inside.parents):
+            if storage.is_within(inside, path):
                 raise HeadshareError(f"{other} is or lies in {one}, {path}; give each output a place of its own.")
         command = replace(self, **values)
         object.__setattr__(command, "given", given)

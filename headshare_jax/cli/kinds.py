@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol, get_args
 
-from headshare_jax.convert import FORMATS
+from headshare_jax.convert import FORMATS, storage
 from headshare_jax.convert.gguf_writer import check_type
 from headshare_jax.convert.text import check_name
 from headshare_jax.errors import HeadshareError
@@ -69,12 +69,14 @@ class _Readable:
 
     def checked(self, value: Path, name: str) -> Path:
         try:
-            if not value.is_file():
+            with storage.reached(value):
+                is_file = value.is_file()
+            if not is_file:
                 found = "is no file" if value.exists() else "does not exist"
                 raise HeadshareError(f"{name}: {str(value)[:200]} {found}; give a file.")
             value.open("rb").close()
         except OSError as error:
-            raise HeadshareError(f"{name}: {str(value)[:200]} cannot be read: {error.strerror}.") from error
+            raise HeadshareError(f"{name}: {str(value)[:200]} cannot be read: {error.strerror or error}.") from error
         return value
 
 

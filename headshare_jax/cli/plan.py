@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -13,6 +12,7 @@ from headshare_jax import convert
 from headshare_jax.cli import kinds
 from headshare_jax.cli.command import Command
 from headshare_jax.config import LlamaConfig
+from headshare_jax.convert import storage
 from headshare_jax.convert.huggingface import read_json
 from headshare_jax.errors import HeadshareError
 from headshare_jax.model.layer import REMAT_POLICIES
@@ -143,7 +143,7 @@ def _opened(src: str) -> tuple[LlamaConfig, SharingMap | None]:
     """The architecture that a name stands for, and its sharing map, if it has one."""
     if src in PRESETS:
         return PRESETS[src], None
-    path = Path(src)
+    path = storage.path(src)
     file = path if path.suffix == ".json" else path / "config.json"
     if file.is_file() and not any(path.glob("*.safetensors")):
         return LlamaConfig.from_hf(read_json(file)), None

@@ -16,7 +16,7 @@ from headshare_jax.compression.effort import Effort
 from headshare_jax.compression.record import Compressed, fit_record
 from headshare_jax.compression.texts import OWN
 from headshare_jax.compression.texts import read as read_texts
-from headshare_jax.convert import map_file
+from headshare_jax.convert import map_file, storage
 from headshare_jax.convert.journal_folder import JournalFolder
 from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluate.agreement import agreement
@@ -133,9 +133,9 @@ def compress(
         overwrite=overwrite,
         sources=(src, src if tokenizer is None else tokenizer),
     )
-    path = convert.locate(src) if isinstance(src, (str, Path)) else None
+    path = convert.locate(src) if storage.is_name(src) else None
     source = convert.open_checkpoint(path) if path is not None else src
-    assert not isinstance(source, (str, Path))
+    assert not storage.is_name(source)
     tokenizer = path if tokenizer is None else tokenizer
     sharing, amount = _wanted(asked, source, of_method)
     if method is None and sharing is not None and SharedView(source, sharing).changes_nothing():
@@ -190,7 +190,7 @@ def compress(
                 quality = agreement(source, found, texts.measured_wt, progress=show)
     if isinstance(source, Llama):
         model = Llama.of(model, **source.settings)
-    after = None if dst is None else Path(dst)
+    after = None if dst is None else storage.path(dst)
     return Compressed(
         model=model, map=sharing, ledger=ledger(found, path=after), sizes=sizes(source, path, found, after),
         fit=report, calibration=texts.calibration, quality=quality, measured_on=texts.measured_on,
@@ -204,7 +204,7 @@ def _wanted(
     """The map that was given, or else how much is to be shared."""
     given = asked["map"]
     if given is not None:
-        return (given if isinstance(given, SharingMap) else map_file.read(Path(given))), None
+        return (given if isinstance(given, SharingMap) else map_file.read(storage.path(given))), None
     part = asked["model_budget"]
     amount = Amount(asked["ratio"], asked["budget"] if part is None else attention_budget(source.config, part))
     methods.check_amount(amount, source.config)
@@ -274,7 +274,7 @@ def _silent(done: int, total: int) -> None:
 
 
 def _journals(work: str | Path, dst: str | Path | None) -> JournalFolder:
-    journals, folder = JournalFolder(work), Path(work).resolve()
-    if dst is not None and Path(dst).resolve() in (folder, *folder.parents):
+    journals, folder = JournalFolder(work), storage.absolute(storage.path(work))
+    if dst is not None and storage.is_within(folder, storage.absolute(storage.path(dst))):
         raise HeadshareError(f"The folder {work} lies in the output {dst}; choose another.", option="work")
     return journals

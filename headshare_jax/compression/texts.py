@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -10,6 +9,7 @@ from headshare_jax.calibration.overlap import Overlap, TextRuns
 from headshare_jax.calibration.own_text import check_window, own_text
 from headshare_jax.calibration.windows import tokens_digest
 from headshare_jax.config import LlamaConfig
+from headshare_jax.convert import storage
 from headshare_jax.loading import (
     CALIBRATION_TOKENS,
     MEASURED_WINDOWS,
@@ -111,7 +111,7 @@ def read(
     elif calibrate is not None:
         held_out = MEASURED_WINDOWS if evaluate is True else 0
         calibration = calibration_text(calibrate, tokenizer, count, seq_len, config.vocab_size, held_out=held_out)
-    if isinstance(evaluate, str | Path | np.ndarray):
+    if storage.is_name(evaluate) or isinstance(evaluate, np.ndarray):
         measured_wt = measured_windows(evaluate, tokenizer, seq_len, config.vocab_size)
         measured_on = "token ids" if isinstance(evaluate, np.ndarray) else str(evaluate)
     elif evaluate and calibration is not None:

@@ -147,5 +147,8 @@ def short(count: int) -> str:
 
 
 def disk_bytes(path: Path) -> int:
+    bucket: Any = path
+    if hasattr(bucket, "fs"):  # which lists what is there
+        return int(bucket.fs.du(bucket.path))
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)

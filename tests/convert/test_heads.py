@@ -13,7 +13,7 @@ from support_gguf import write_gguf
 
 import headshare_jax
 from headshare_jax import SharedView, parameters
-from headshare_jax.convert import safetensors_files
+from headshare_jax.convert import safetensors_files, storage
 from headshare_jax.parameters import PARAMETERS
 from headshare_jax.sharing.source import assemble
 
@@ -101,15 +101,15 @@ def test_threads_read_the_same_files(tmp_path: Path) -> None:
             assert found == expected
 
 
-def test_a_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[Path] = []
-    safe_open = safetensors_files.safe_open
+def test_of_some_rows_of_a_tensor_no_other_bytes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = headshare_jax.open_checkpoint(saved_hf_model(tmp_path / "hf"))
+    sizes: list[int] = []
+    read_array = storage.read_array
 
-    def counted(path: Path, *args: Any, **settings: Any) -> Any:
-        opened.append(path)
-        return safe_open(path, *args, **settings)
+    def counted(file: Path, start: int, size: int) -> np.ndarray:
+        sizes.append(size)
+        return read_array(file, start, size)
 
-    monkeypatch.setattr(safetensors_files, "safe_open", counted)
-    folder = saved_hf_model(tmp_path / "hf")
-    headshare_jax.load(folder)
-    assert opened == [folder / "model.safetensors"]
+    monkeypatch.setattr(storage, "read_array", counted)
+    part = source.read("q_pool_pdh", 1, [1, 2])
+    assert sizes == [part.nbytes]
