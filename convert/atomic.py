@@ -56,7 +56,8 @@ def check_place(path: Path, *, folder: bool) -> Path:
         raise HeadshareError(
             f"The folder {path.parent} cannot be written to; choose another, or change its permissions."
         )
-    recover(path)
+    else:
+        recover(path)
     if path.exists() and path.is_dir() != folder:
         found, wanted = ("file", "folder") if folder else ("folder", "file")
         raise HeadshareError(f"The output {path} is a {found}, not a {wanted}; choose another name.")

@@ -13,7 +13,7 @@ from typing import Any
 
 from headshare_jax.convert import leases, storage
 from headshare_jax.convert.leases import Lease
-from headshare_jax.errors import HeadshareError
+from headshare_jax.errors import HeadshareError, TryAgain
 from headshare_jax.signals import deferred
 
 logger = logging.getLogger(__name__)
@@ -43,8 +43,13 @@ def folder(path: Path) -> Iterator[Path]:
         begun = path.with_name(f".{path.name}.new") if path.exists() else path
         mine.tell(folder=begun.name, whole=False)
         try:
-            yield begun
+            with storage.reached(path):
+                yield begun
             mine.tell(folder=begun.name, whole=True)
+        except TryAgain:
+            # A bucket that is not reached cannot be put right; whoever comes next will do it.
+            mine.leave()
+            raise
         except BaseException:
             with deferred(), suppress(HeadshareError, OSError):
                 storage.remove(begun)
@@ -64,13 +69,18 @@ def lease(path: Path) -> Iterator[Lease]:
 
 def recover(path: Path) -> None:
     """Puts right what a killed process left of an output, and says so; what it may not change stays as it is."""
-    with suppress(HeadshareError, OSError):
-        holder = leases.read(lease_of(path))
-        if holder is None:
+    with suppress(OSError):
+        try:
+            _recover(path)
+        except TryAgain as busy:
+            logger.warning("%s", busy)
+        except HeadshareError:
             return
-        if not leases.is_void(lease_of(path)):
-            logger.warning("%s", leases.refusal(lease_of(path), holder))
-            return
+
+
+def _recover(path: Path) -> None:
+    """The same; raises TryAgain if another process writes this output."""
+    if leases.read(lease_of(path)) is not None:
         with lease(path):
             pass
 
@@ -105,9 +115,13 @@ def _put_in_place(begun: Path, path: Path) -> None:
 
 
 def check_place(path: Path) -> None:
-    """Raises HeadshareError unless an output can be written to a bucket's path; TryAgain if it is not reached."""
+    """Raises HeadshareError unless an output can be written to a bucket's path, TryAgain if that may be so later.
+
+    What killed processes left there is put right first.
+    """
     if storage.is_bucket(path):
         raise HeadshareError(f"The output {path} is a whole bucket; give it a name in there.")
+    _recover(path)
     probe = path.with_name(f".{path.name}.probe")
     with storage.reached(path):
         probe.write_bytes(b"")

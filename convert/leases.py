@@ -78,7 +78,7 @@ class Lease:
         self.found: dict[str, Any] | None = None
         self._about = me()
         self._said: dict[str, Any] = {}
-        self._writing = threading.Lock()
+        self._writing, self._left = threading.Lock(), False
         self._generation = self._written(None) or self._taken_over()
         self._renewal = Renewal(self._renew)
 
@@ -124,9 +124,15 @@ class Lease:
         )
         os._exit(_TRY_AGAIN)
 
+    def leave(self) -> None:
+        """Lets it become void, with what it tells."""
+        self._left = True
+
     def end(self) -> None:
-        """Gives it back; if the bucket is not reached, it becomes void."""
+        """Gives it back, unless it is left."""
         self._renewal.end()
+        if self._left:
+            return
         with suppress(HeadshareError, OSError):
             storage.remove_file(self.path)
 

@@ -327,6 +327,16 @@ def refusal(error: BaseException, place: str = "A bucket") -> HeadshareError | N
     return None
 
 
+# Whose errors are about buckets, whatever they say.
+_LIBRARIES = {"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "requests", "s3fs"}
+
+
+def is_about_buckets(error: BaseException) -> bool:
+    """Whether an error that nobody has put in words comes from a bucket."""
+    own = {type(cause).__module__.partition(".")[0] for cause in _causes(error)}
+    return bool(own & _LIBRARIES) or re.search(r"\b(gs|s3)://", str(error)) is not None
+
+
 def _names_no_object(said: str) -> bool:
     """Whether what was not found is a bucket's list of objects."""
     return re.search(r"(^|/)b/[^/]+/o(\?name=.*)?$", said) is not None

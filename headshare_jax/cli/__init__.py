@@ -30,6 +30,7 @@ from headshare_jax.cli.plan import Plan
 from headshare_jax.cli.postshare import Postshare
 from headshare_jax.cli.share import Share
 from headshare_jax.cli.sweep import Sweep
+from headshare_jax.convert import storage
 from headshare_jax.errors import HeadshareError, TryAgain, explained
 from headshare_jax.processes.start import quit_apart
 from headshare_jax.signals import handled
@@ -92,6 +93,8 @@ def run(args: list[str] | None = None) -> int:
             return ExitCode.DONE
         if _is_out_of_memory(error):
             return _fail(f"there is not enough memory ({error}); use a smaller batch, length or model.")
+        if storage.is_about_buckets(error) and (refusal := storage.refusal(error)):
+            return _fail(str(refusal), ExitCode.TRY_AGAIN if isinstance(refusal, TryAgain) else ExitCode.REFUSED)
         if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             if not error.filename:
                 _drop_output()
@@ -180,3 +183,6 @@ def _quieten_libraries() -> None:
             handler.setFormatter(logging.Formatter("headshare: %(message)s"))
     for name in ("absl", "orbax", "jax._src.xla_bridge"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # They show a traceback of what they raise besides.
+    for name in ("gcsfs", "s3fs", "botocore", "aiobotocore", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
