@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from headshare_jax import convert
-from headshare_jax.convert import map_file
+from headshare_jax.convert import map_file, storage
 from headshare_jax.convert.cache import cache_directory
 from headshare_jax.errors import HeadshareError
 from headshare_jax.loading import load_tokenizer, text_tokens
@@ -123,7 +123,7 @@ def pairs_to_plan(recipe: recipes.Recipe, source: convert.Checkpoint) -> Sharing
         return _chosen(recipe, MatchResult(*best, heads_per_unit=config.heads_per_unit, scores=scores))
     given = settings.start or settings.map
     assert given is not None
-    sharing = map_file.read(Path(given)) if settings.start is None else convert.open_checkpoint(given).sharing
+    sharing = map_file.read(storage.path(given)) if settings.start is None else convert.open_checkpoint(given).sharing
     if sharing is None:
         raise HeadshareError(f"sharing.start names {given}, which shares nothing; share {recipe.model} first.")
     sharing.check_model(config)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
+from headshare_jax.convert import storage
 from headshare_jax.errors import HeadshareError, explained, shown
 from headshare_jax.sharing.tie import check_tie
 
@@ -261,12 +262,13 @@ def load(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
       HeadshareError: no file, no readable YAML, or keys or values that are not a recipe's (the nearest right key is
         named).
     """
-    path = SHIPPED.get(str(path), Path(path))
+    path = SHIPPED.get(str(path)) or storage.path(path)
     try:
-        if not path.is_file():
+        with storage.reached(path):
+            content = path.read_bytes() if path.is_file() else None
+        if content is None:
             found = f"{str(path)[:200]} is no file" if path.exists() else f"There is no recipe {path}"
             raise HeadshareError(f"{found}; give a .yaml file, or one of the names {', '.join(SHIPPED)}.")
-        content = path.read_bytes()
     except OSError as error:
         raise HeadshareError(explained(error)) from error
     document = _parsed(content, f"The recipe {path}")
