@@ -54,10 +54,11 @@ class Renewal:
             with suppress(OSError):
                 self._renew()
 
-    def end(self) -> None:
-        """Returns when no call goes on any more."""
+    def end(self, *, wait: bool = True) -> None:
+        """Returns when no call goes on any more, unless that is not to be waited for."""
         self._ended.set()
-        self._thread.join()
+        if wait:
+            self._thread.join()
 
 
 class Lease:
@@ -108,7 +109,7 @@ class Lease:
             try:
                 written = self._written(self._generation)
             except (HeadshareError, OSError) as error:
-                logger.warning("The lease %s could not be renewed: %s", self.path, error)
+                logger.info("The lease %s could not be renewed: %s", self.path, error)
                 return
             if written is None and (read(self.path) or {}).get("token") != self._about["token"]:
                 self._lost()
@@ -130,7 +131,7 @@ class Lease:
 
     def end(self) -> None:
         """Gives it back, unless it is left."""
-        self._renewal.end()
+        self._renewal.end(wait=not self._left)
         if self._left:
             return
         with suppress(HeadshareError, OSError):
