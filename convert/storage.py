@@ -177,9 +177,9 @@ def size(file: Path) -> int:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder; in a bucket there is nothing to make."""
+    """Makes a folder, if it is not there, and those that it lies in; in a bucket there is nothing to make."""
     if not in_bucket(folder):
-        folder.mkdir()
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def remove(folder: Path) -> None:

@@ -3,6 +3,7 @@
 `python tests/buckets.py gs|s3 PORT BUCKET...` serves as a process of its own, which a test can kill.
 """
 
+import logging
 import subprocess
 import sys
 import time
@@ -51,6 +52,7 @@ def start(scheme: str, port: int = 0) -> Server:
         return Server("gs", server.url, variables("gs", server.url), server.stop)
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     moto = ThreadedMotoServer("127.0.0.1", port, verbose=False)
     moto.start()
     url = "http://{}:{}".format(*moto.get_host_and_port())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import grain
 import numpy as np
 
-from headshare_jax.convert import text
+from headshare_jax.convert import storage, text
 from headshare_jax.convert.atomic import new_directory, own_file
 from headshare_jax.convert.partial import temporary_folder
 from headshare_jax.convert.tokenizer import save as save_tokenizer
@@ -65,7 +65,7 @@ def prepare(
     """
     corpus = text.open_corpus(source, field=text_field, streaming=streaming)
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(cache)
         parts = [_FORMAT, _digest(corpus, cache), _tokenizer_digest(tokenizer), seq_len, text_field]
         digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         folder = cache / digest
@@ -151,7 +151,7 @@ def _digest(corpus: text.Corpus, cache: Path) -> str:
     if known.is_file() and _DIGEST.fullmatch(digest := known.read_text(encoding="utf-8")):
         return digest
     digest = corpus.digest()
-    known.parent.mkdir(exist_ok=True)
+    storage.make_folder(known.parent)
     with own_file(known) as unfinished:
         unfinished.write_text(digest, encoding="utf-8")
     return digest

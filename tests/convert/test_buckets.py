@@ -2,9 +2,13 @@
 
 import json
 import logging
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import buckets
 import numpy as np
 import pytest
 import support
@@ -281,3 +285,44 @@ def test_a_bucket_that_is_missing_or_forbids_it_is_told_in_a_sentence(
         assert cli.run(arguments) == 2
         said = capsys.readouterr().err
         assert re.fullmatch(rf"headshare: [^\n]*{scheme}://{name}[^\n]*\n", said)
+
+
+# Writes or reads a model, and has the server killed halfway.
+_BREAKS = """
+import os, signal, sys
+from headshare_jax import cli
+from headshare_jax.convert import huggingface, safetensors_files
+def killing(function):
+    def killed(*args, **settings):
+        if server:
+            os.kill(server.pop(), signal.SIGKILL)
+        return function(*args, **settings)
+    return killed
+server = [int(sys.argv[1])]
+huggingface.write_settings = killing(huggingface.write_settings)
+safetensors_files.SafetensorsReader.read = killing(safetensors_files.SafetensorsReader.read)
+sys.exit(cli.run(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_network_that_breaks_is_told_in_a_sentence(scheme: str, reads: bool, tmp_path: Path) -> None:
+    with buckets.process(scheme) as (server, found):
+        there, model, out = f"{scheme}://bucket/model", str(tmp_path / "model"), str(tmp_path / "out")
+        hs.save(support.tiny_model(), model, to="hf")
+        variables = {**os.environ, **found.variables}
+        command = [sys.executable, "-m", "headshare_jax", "convert", model, there, "--to", "hf"]
+        subprocess.run(command, env=variables, check=True, capture_output=True)
+        command = ["convert", there, out] if reads else ["convert", model, f"{there}2"]
+        done = subprocess.run(
+            [sys.executable, "-c", _BREAKS, str(server.pid), *command, "--to", "hf"],
+            env=variables, text=True, capture_output=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 75
+    said = [line for line in done.stderr.splitlines() if line.startswith("headshare: ")]
+    assert len(said) == 1
+    assert re.search(rf"{scheme}://bucket/model.* was not reached .*; try again when the network", said[0])
+    assert "Traceback" not in done.stderr
+    assert not Path(out).exists()
