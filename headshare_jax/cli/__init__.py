@@ -85,6 +85,9 @@ def run(args: list[str] | None = None) -> int:
         said = f"{str(error).removesuffix('.')} ({flags})." if flags else str(error)
         return _fail(said, ExitCode.TRY_AGAIN if isinstance(error, TryAgain) else ExitCode.REFUSED)
     except KeyboardInterrupt as stop:
+        for again in _stops_again:
+            # It was heard after all, and must not meet what tidies up.
+            again.cancel()
         return _fail("stopped; no output was left half-written.", ExitCode(_SIGNALLED + _number(stop)))
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
@@ -159,6 +162,9 @@ def _number(stop: BaseException) -> int:
     return stop.args[0] if stop.args else signal.SIGINT
 
 
+_stops_again: list[threading.Timer] = []
+
+
 def _stop_again(unraisable: Any) -> None:
     """Sends a stop once more that met a destructor or callback, as of the garbage collector: Python drops it there."""
     if not isinstance(unraisable.exc_value, KeyboardInterrupt):
@@ -168,6 +174,7 @@ def _stop_again(unraisable: Any) -> None:
         return
     again = threading.Timer(0.1, os.kill, (os.getpid(), _number(unraisable.exc_value)))
     again.daemon = True
+    _stops_again.append(again)
     again.start()
 
 
