@@ -17,6 +17,7 @@ from headshare_jax.loading import load_tokenizer, text_tokens
 from headshare_jax.matching.cosine import match
 from headshare_jax.matching.functional import FunctionalSettings, match_functional
 from headshare_jax.model.mesh import make_mesh
+from headshare_jax.processes.turns import first_alone
 from headshare_jax.sharing.choose import sharing_map
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.scores import MatchResult, best_donors
@@ -26,7 +27,6 @@ from headshare_jax.train import recipe as recipes
 from headshare_jax.train.room import check_room
 from headshare_jax.train.run_folder import MAP
 from headshare_jax.train.step import StageContext, trainable_names
-from headshare_jax.train.turns import first_alone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

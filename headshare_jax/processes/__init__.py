@@ -1,1 +1,1 @@
-"""Several processes that work as one: how they meet, watch over each other and agree. Public: `start`, `agreement`."""
+"""Several processes that work as one. Public: `start`, `agreement`, `turns`."""

@@ -26,17 +26,17 @@ _counting = threading.Lock()
 def wait_for_all(name: str) -> None:
     """Returns once every process has come to the place of this name."""
     if jax.process_count() > 1:
-        _client().wait_at_barrier(_unique(name), _DAY_MS)
+        client().wait_at_barrier(unique(name), _DAY_MS)
 
 
 def from_first(name: str, value: str) -> str:
     """The first process's value, in all processes; those of the others are not looked at."""
     if jax.process_count() == 1:
         return value
-    key = _unique(name)
+    key = unique(name)
     if jax.process_index() == 0:
-        _client().key_value_set(key, value)
-    return str(_client().blocking_key_value_get(key, _DAY_MS))
+        client().key_value_set(key, value)
+    return str(client().blocking_key_value_get(key, _DAY_MS))
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def together(name: str) -> Iterator[dict[str, object]]:
     if jax.process_count() == 1:
         yield values
         return
-    key, raised = _unique(name), None
+    key, raised = unique(name), None
     try:
         yield values
     except HeadshareError as error:
@@ -80,22 +80,22 @@ def give_notice() -> None:
     JAX gives this notice itself in a handler of SIGTERM, which Python's own takes the place of.
     """
     now = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
-    _client().key_value_set("RECEIVED_PREEMPTION_NOTICE", now, allow_overwrite=True)
+    client().key_value_set("RECEIVED_PREEMPTION_NOTICE", now, allow_overwrite=True)
 
 
 def _verdict(key: str, mine: Mapping[str, object], milliseconds: int) -> dict[str, Any]:
     """What the first process makes of what all have to say; empty if all is well."""
-    client, me = _client(), jax.process_index()
-    client.key_value_set(f"{key}/{me}", json.dumps(mine))
+    service, me = client(), jax.process_index()
+    service.key_value_set(f"{key}/{me}", json.dumps(mine))
     if me == 0:
         said = [
-            json.loads(client.blocking_key_value_get(f"{key}/{number}", milliseconds))
+            json.loads(service.blocking_key_value_get(f"{key}/{number}", milliseconds))
             for number in range(jax.process_count())
         ]
-        client.key_value_set(f"{key}/verdict", json.dumps(_judged(said)))
-    verdict: dict[str, Any] = json.loads(client.blocking_key_value_get(f"{key}/verdict", milliseconds))
+        service.key_value_set(f"{key}/verdict", json.dumps(_judged(said)))
+    verdict: dict[str, Any] = json.loads(service.blocking_key_value_get(f"{key}/verdict", milliseconds))
     # All have read it before the first process may end.
-    client.wait_at_barrier(f"{key}/read", milliseconds)
+    service.wait_at_barrier(f"{key}/read", milliseconds)
     return verdict
 
 
@@ -128,11 +128,13 @@ def _processes(numbers: list[int]) -> str:
     return f"process {shown}" if len(numbers) == 1 else f"processes {shown}"
 
 
-def _unique(name: str) -> str:
+def unique(name: str) -> str:
+    """A key for what goes by a name, another one each time."""
     with _counting:
         _uses[name] += 1
         return f"headshare/{name}/{_uses[name]}"
 
 
-def _client() -> Any:
+def client() -> Any:
+    """Of JAX's coordination service."""
     return distributed.global_state.client

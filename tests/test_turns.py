@@ -12,7 +12,7 @@ import sys, time, jax
 from functools import partial
 from pathlib import Path
 from headshare_jax.errors import HeadshareError, TryAgain
-from headshare_jax.train import turns
+from headshare_jax.processes import turns
 
 address, number, folder = sys.argv[1:]
 jax.distributed.initialize(address, 2, int(number), local_device_ids=[0])

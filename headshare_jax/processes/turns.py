@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
-from jax._src import distributed
 
 from headshare_jax.errors import HeadshareError, TryAgain
+from headshare_jax.processes.agreement import client, unique
 
 T = TypeVar("T")
 Step = Callable[[int, int], None]
@@ -25,7 +25,7 @@ def first_alone(what: str, work: Callable[[Step], T], progress: Step) -> T:
     The others find what the first has made where they see the same storage, and make it themselves where they do not.
 
     Args:
-      what: is being done, a word of its own for every call in a run.
+      what: is being done.
       work: given a function to call with what is done, and the whole.
       progress: called with the same, in the processes that wait too.
 
@@ -35,7 +35,7 @@ def first_alone(what: str, work: Callable[[Step], T], progress: Step) -> T:
     """
     if jax.process_count() == 1:
         return work(progress)
-    key = f"headshare/{what}"
+    key = unique(what)
     if jax.process_index():
         _wait(key, what, progress)
         return work(progress)
@@ -75,19 +75,14 @@ def _wait(key: str, what: str, progress: Step) -> None:
         time.sleep(_SECONDS_TO_LOOK)
 
 
-def _client() -> Any:
-    """Of the service by which processes of a run find each other."""
-    return distributed.global_state.client
-
-
 def _say(key: str, **values: Any) -> None:
-    _client().key_value_set(key, json.dumps(values), allow_overwrite=True)
+    client().key_value_set(key, json.dumps(values), allow_overwrite=True)
 
 
 def _said(key: str) -> Any:
     """What the first process said last; None if it has said nothing yet."""
     try:
-        return json.loads(_client().key_value_try_get(key))
+        return json.loads(client().key_value_try_get(key))
     except jax.errors.JaxRuntimeError as error:
         if "NOT_FOUND" not in str(error):
             raise
