@@ -25,6 +25,7 @@ from headshare_jax.convert import (
     native_writer,
     storage,
     tokenizer,
+    written,
 )
 from headshare_jax.convert.outputs import FORMATS, check_output, check_room, output_dtype, paths, quantised_as
 from headshare_jax.convert.partial import recover
@@ -158,7 +159,8 @@ def save(
 
     Args:
       source: a model, or an opened checkpoint, which is converted without ever being in memory as a whole.
-      dst: folder to make, or for `gguf` the file.
+      dst: folder to make, or for `gguf` the file. A checkpoint's folder on this machine that a killed process has left
+        unfinished is gone on with.
       to: `native` (a shared model stays small), `hf` (the family's own class, a shared model at its full size),
         `hf-compact` (a shared model stays small, and runs so in PyTorch with `trust_remote_code=True`) or `gguf` (for
         llama.cpp: dropped heads are left out, a model that shares is at its full size). Those of `hf` have its map and
@@ -186,6 +188,7 @@ def save(
     license = None if beside is None else card.license_of(beside)
     told = ({} if license is None else {"license": license}) | dict(provenance or {})
     files = paths((source, tokenizer_from))
+    key = written.key(source, [to, told, dict(documents or {}), [storage.version(file) for file in files]])
     source = source if progress is None else WatchedView(source, progress)
     generation: dict[str, Any] = next(filter(None, map(generation_config.read, files)), {})
     if to == "gguf":
@@ -195,7 +198,10 @@ def save(
                 tokenizer_from=tokenizer_from, provenance=told, documents=documents, generation=generation,
             )  # fmt: skip
         return
-    with atomic.new_directory(dst, overwrite=overwrite, keep=files) as folder:
+    with (
+        atomic.new_directory(dst, overwrite=overwrite, keep=files, key=key) as folder,
+        written.notes(folder, key) as notes,
+    ):
         if tokenizer_from is not None:
             tokenizer.carry(tokenizer_from, folder)
         if generation:
@@ -205,13 +211,14 @@ def save(
         # What tells that the folder is whole comes last: `headshare.json`, which answers for all that lies beside the
         # weights, or `config.json`.
         if to == "native":
-            native_writer.write(source, folder, provenance=told)
+            native_writer.write(source, folder, provenance=told, notes=notes)
             return
         if source.sharing is not None:
             (folder / MAP_FILE).write_text(source.sharing.to_json(), encoding="utf-8")
         text = card.card(source, to, dst.name, told, list(documents or ()))
         (folder / card.NAME).write_text(_readable(text), encoding="utf-8")
-        (huggingface if to == "hf" else compact).write(source, folder)
+        (huggingface if to == "hf" else compact).write(source, folder, notes=notes)
+        notes.end()
 
 
 def _readable(text: str) -> str:

@@ -65,11 +65,14 @@ def check_place(path: Path, *, folder: bool) -> Path:
 
 
 @contextmanager
-def new_directory(path: Path, *, overwrite: bool = False, keep: tuple[Path, ...] = ()) -> Iterator[Path]:
+def new_directory(
+    path: Path, *, overwrite: bool = False, keep: tuple[Path, ...] = (), key: str | None = None
+) -> Iterator[Path]:
     """A folder to fill, which takes the name `path` when the block ends without an error.
 
     Until then an old output under that name stays as it is. After an error the new folder is removed; after a kill it
-    is left behind under a hidden name, and the next output beside it removes it.
+    is left behind under a hidden name, and the next output beside it removes it. If it holds notes of what is in it
+    (`written`), it stays, and is the new folder where `path` is written again with the same key.
 
     Raises:
       HeadshareError: `path` cannot become an output (see `check_output`), or cannot be written.
@@ -80,7 +83,7 @@ def new_directory(path: Path, *, overwrite: bool = False, keep: tuple[Path, ...]
         with _explained(path), bucket_outputs.folder(path) as partial:
             yield partial
         return
-    with _explained(path), unfinished(path, folder=True) as partial:
+    with _explained(path), unfinished(path, folder=True, key=key) as partial:
         yield partial
         check_output(path, folder=True, overwrite=overwrite, keep=keep)
         take_place(partial, path)

@@ -21,6 +21,7 @@ from headshare_jax.config import LlamaConfig
 from headshare_jax.convert import compact_before, huggingface, keys
 from headshare_jax.convert.safetensors_files import SafetensorsReader
 from headshare_jax.convert.tensor_files import TensorCheckpoint
+from headshare_jax.convert.written import Written
 from headshare_jax.errors import HeadshareError
 from headshare_jax.families import FAMILIES
 from headshare_jax.parameters import PARAMETERS
@@ -164,15 +165,21 @@ def open_directory(path: Path) -> TensorCheckpoint:
     return kind(path, config, _table(config, sharing), reader, sharing=sharing)
 
 
-def write(source: WeightSource, folder: Path, *, shard_bytes: int = huggingface.SHARD_BYTES) -> None:
-    """Writes a source into an existing folder; peak memory is that of `huggingface.write`.
+def write(
+    source: WeightSource,
+    folder: Path,
+    *,
+    shard_bytes: int = huggingface.SHARD_BYTES,
+    notes: Written | None = None,
+) -> None:
+    """Writes a source into an existing folder; arguments and peak memory are those of `huggingface.write`.
 
     A model without a map is written as a plain one of its family, which runs without code of its own. A normalised
     output head (Baichuan-2) is written already normalised.
     """
     config, sharing = source.config, source.sharing
     if sharing is None:
-        huggingface.write(source, folder, shard_bytes=shard_bytes)
+        huggingface.write(source, folder, shard_bytes=shard_bytes, notes=notes)
         return
     table, pooled = _table(config, sharing), _tensors(config, sharing)
     dense = not_pooled(keys.tensors(table, config), sharing)
@@ -186,7 +193,7 @@ def write(source: WeightSource, folder: Path, *, shard_bytes: int = huggingface.
         (parameter,) = tensor.parts
         return keys.encode(BLOCKS, config, parameter, source.read(parameter, block.layer, list(block.heads)))
 
-    huggingface.write_weights(folder, layout, value, shard_bytes)
+    huggingface.write_weights(folder, layout, value, shard_bytes, notes)
     (folder / MODELING.name).write_text(_modeling(config.family), encoding="utf-8")
     huggingface.write_settings(source, folder, _settings(config, sharing))
 

@@ -20,6 +20,7 @@ from headshare_jax.convert.safetensors_files import SafetensorsReader, write_saf
 from headshare_jax.convert.tensor_files import TensorCheckpoint, TensorReader
 from headshare_jax.convert.text_model import TextModelReader
 from headshare_jax.convert.torch_files import TorchReader
+from headshare_jax.convert.written import Written
 from headshare_jax.errors import HeadshareError, TryAgain, explained
 from headshare_jax.sharing.source import WeightSource
 
@@ -141,17 +142,30 @@ def fetch(hub_id: str) -> Path:
     return folder
 
 
-def write(source: WeightSource, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+def write(
+    source: WeightSource,
+    folder: Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    notes: Written | None = None,
+) -> None:
     """Writes a source into an existing folder as a plain, dense model of its family's class, such as
-    `LlamaForCausalLM`; peak memory is one tensor, and one parameter more where tensors are fused.
+    `LlamaForCausalLM`; peak memory is one tensor and those that threads read ahead, and one parameter more each where
+    tensors are fused.
 
     A shared model is expanded: every receiver gets its own copy of its donor's weights. A normalised output head
     (Baichuan-2) is written already normalised, since plain LLaMA has no such step.
+
+    Args:
+      source: the model.
+      folder: an existing folder.
+      shard_bytes: size beyond which a new file begins.
+      notes: of what the folder holds already; none by default.
     """
     table = keys.of_family(source.config.family)
     tensors = keys.tensors(table, source.config)
     layout = {name: (tensor.shape, keys.dtype(source, tensor)) for name, tensor in tensors.items()}
-    write_weights(folder, layout, lambda name: keys.encoded(table, source, tensors[name]), shard_bytes)
+    write_weights(folder, layout, lambda name: keys.encoded(table, source, tensors[name]), shard_bytes, notes)
     write_settings(source, folder)
 
 
@@ -160,14 +174,16 @@ def write_weights(
     layout: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]],
     value: Callable[[str], np.ndarray],
     shard_bytes: int,
+    notes: Written | None = None,
 ) -> None:
-    """Writes `model.safetensors`, or shards with their index; peak memory is one tensor.
+    """Writes `model.safetensors`, or shards with their index; peak memory is one tensor, or a few with notes.
 
     Args:
       folder: an existing folder.
       layout: shape and type of every tensor, by name.
       value: gives a tensor by name.
       shard_bytes: size beyond which a new shard begins.
+      notes: as for `write`.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
 
@@ -180,7 +196,7 @@ def write_weights(
     for file, names in shards.filename_to_tensors.items():
         # Widest type first keeps every tensor at a multiple of its own width.
         ordered = sorted(names, key=lambda name: -layout[name][1].itemsize)
-        write_safetensors(folder / file, {name: layout[name] for name in ordered}, map(value, ordered))
+        write_safetensors(folder / file, {name: layout[name] for name in ordered}, value, notes)
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         _write_json(folder / "model.safetensors.index.json", index)

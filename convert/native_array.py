@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from headshare_jax.ahead import in_order
 from headshare_jax.convert import storage
 from headshare_jax.convert.native_document import checksum, named
+from headshare_jax.convert.written import Written
 from headshare_jax.errors import HeadshareError
 
 # A file holds as many chunks as fit into so many bytes, or one.
@@ -27,17 +29,21 @@ class Deferred:
     Attributes:
       shape, dtype: of all of it.
       layered: there is a chunk for each row of its leading axis.
-      parts: rows of that axis and their values, in order.
+      parts: rows of that axis, in order, and what gives their values.
+      threads: that read parts ahead; 0 reads them as they are written.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     layered: bool
-    parts: Iterable[tuple[slice, np.ndarray]]
+    parts: Iterable[tuple[slice, Callable[[], np.ndarray]]]
+    threads: int = 0
 
 
-def write(path: Path, value: Deferred) -> list[str]:
+def write(path: Path, value: Deferred, notes: Written | None = None) -> list[str]:
     """Writes a sharded zarr array, uncompressed: weights do not compress, and a layer or a head can be read by itself.
+
+    Files that a killed process has noted as written, and that have the checksums it noted, are kept.
 
     Returns:
       The checksum of every chunk.
@@ -46,22 +52,45 @@ def write(path: Path, value: Deferred) -> list[str]:
       OSError, ValueError: the folder cannot be written to.
     """
     chunk, shard = layout(value)
-    array = ts.open(_spec(path, value, chunk, shard), create=True).result()
-    sums: list[str] = []
-    writes: deque[ts.WriteFutures] = deque()
+    array = ts.open(_spec(path, value, chunk, shard), open=True, create=True).result()
+    notes = notes or Written()
+    kept = {}
+    for start in range(0, value.shape[0], shard):
+        sums = notes.sums(f"{path.name}/{start}")
+        if sums and sums == _sums_there(array, slice(start, start + shard), chunk):
+            kept[start] = sums
+    found = dict(kept)
+    writes: deque[tuple[int, ts.WriteFutures]] = deque()
+
+    def end_first() -> None:
+        start, write = writes[0]
+        write.result()
+        notes.add(f"{path.name}/{start}", found[start])
+        writes.popleft()
+
     try:
-        for start, values in _shards(value, shard):
-            sums += _checksums(values, chunk)
-            writes.append(array[start : start + len(values)].write(values, can_reference_source_data_indefinitely=True))
+        for start, values in _shards(value, shard, kept):
+            found[start] = _checksums(values, chunk)
+            rows = array[start : start + len(values)]
+            writes.append((start, rows.write(values, can_reference_source_data_indefinitely=True)))
             if len(writes) > 1:
-                writes.popleft().result()
-        for write in writes:
-            write.result()
+                end_first()
+        while writes:
+            end_first()
     finally:
         # So that after an error none goes on behind the back of whoever cleans up.
-        for write in writes:
+        for _, write in writes:
             write.exception()
-    return sums
+    return [digest for start in sorted(found) for digest in found[start]]
+
+
+def _sums_there(array: ts.TensorStore, rows: slice, chunk: int) -> list[str]:
+    """Checksums of a file's chunks as they are stored; none if it cannot be read."""
+    try:
+        stop = min(rows.stop, array.shape[0])
+        return _checksums(np.asarray(array[rows.start : stop].read().result()), chunk)
+    except _UNREADABLE:
+        return []
 
 
 def layout(value: Deferred) -> tuple[int, int]:
@@ -96,24 +125,35 @@ def _spec(path: Path, value: Deferred, chunk: int, shard: int) -> dict[str, Any]
     }
 
 
-def _shards(value: Deferred, shard: int) -> Iterator[tuple[int, np.ndarray]]:
-    """First rows and values of every shard, put together from the parts."""
-    total = value.shape[0]
-    start, filled, gathered = 0, 0, None
-    for rows, values in value.parts:
-        for first in _cuts(rows, shard):
-            piece = values[first.start - rows.start : first.stop - rows.start]
-            size = min(shard, total - start)
+def _shards(value: Deferred, shard: int, kept: Collection[int]) -> Iterator[tuple[int, np.ndarray]]:
+    """First rows and values of every shard but the kept ones, put together from the parts that it takes."""
+    needed = (
+        (rows, read) for rows, read in value.parts if any(_first(cut, shard) not in kept for cut in _cuts(rows, shard))
+    )
+    # As many parts in memory as threads have in work, and the one that is being written.
+    parts = in_order(lambda part: (part[0], part[1]()), needed, value.threads, value.threads)
+    filled, gathered = 0, None
+    for rows, values in parts:
+        for cut in _cuts(rows, shard):
+            start = _first(cut, shard)
+            if start in kept:
+                continue
+            piece = values[cut.start - rows.start : cut.stop - rows.start]
+            size = min(shard, value.shape[0] - start)
             if len(piece) == size:
                 yield start, np.ascontiguousarray(piece, value.dtype)
-                start += size
                 continue
             gathered = np.empty((size, *value.shape[1:]), value.dtype) if gathered is None else gathered
             gathered[filled : filled + len(piece)] = piece
             filled += len(piece)
             if filled == size:
                 yield start, gathered
-                start, filled, gathered = start + size, 0, None
+                filled, gathered = 0, None
+
+
+def _first(cut: slice, shard: int) -> int:
+    """The first row of the shard that holds some rows."""
+    return cut.start - cut.start % shard
 
 
 def _cuts(rows: slice, shard: int) -> Iterator[slice]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
-from headshare_jax.convert import atomic, gguf_writer, storage
+from headshare_jax.convert import atomic, gguf_writer, partial, storage
 from headshare_jax.errors import HeadshareError
 from headshare_jax.resources import check_disk
 from headshare_jax.sharing.ledger import ledger
@@ -68,6 +68,8 @@ def check_room(
     needed = gguf_writer.expected_bytes(source, quantize) if to == "gguf" else ledger(source).dense_bytes
     path = storage.path(dst)
     if not storage.in_bucket(path):
+        # What a killed process left is written over, or gone on with.
+        needed -= min(needed, partial.left_bytes(path.resolve()))
         check_disk(path.resolve().parent, needed, f"The output {dst}")
     elif to == "gguf":
         check_disk(Path(gettempdir()), needed, f"The output {dst}, which is written to a temporary file first,")

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from headshare_jax.convert import bucket_outputs, locks, storage
+from headshare_jax.convert import bucket_outputs, locks, storage, written
 from headshare_jax.signals import deferred
 
 logger = logging.getLogger(__name__)
@@ -25,10 +25,11 @@ _begun: set[Path] = set()
 
 
 @contextmanager
-def unfinished(path: Path, *, folder: bool) -> Iterator[Path]:
+def unfinished(path: Path, *, folder: bool, key: str | None = None) -> Iterator[Path]:
     """A new file or folder beside `path`, to be filled and then given its name; if it is not, it is removed.
 
-    A file's ending stays, since writers choose their format by it.
+    A file's ending stays, since writers choose their format by it. With a key, what a killed process left of a folder
+    with the same key (see `written`) is that folder; what it left with another is removed.
     """
     stem, suffix = (path.name, "") if folder else (path.stem, path.suffix)
     partial = path.with_name(f".{stem}.{locks.mark()}.partial{suffix}")
@@ -36,7 +37,7 @@ def unfinished(path: Path, *, folder: bool) -> Iterator[Path]:
     try:
         with deferred():
             if folder:
-                partial.mkdir()
+                _go_on(path, key, partial)
             else:
                 partial.touch(exist_ok=False)
             mine = locks.keep(partial)
@@ -81,10 +82,39 @@ def take_place(partial: Path, path: Path) -> None:
         _remove(gone)
 
 
+def _go_on(path: Path, key: str | None, partial: Path) -> None:
+    """Makes a folder, of what a killed process left of the same if there is such."""
+    for left in _left(path):
+        if key is not None and not partial.exists() and written.belongs(left, key):
+            os.rename(left, partial)
+            logger.warning("%s is gone on with where a killed process had stopped.", path)
+        else:
+            _remove(left)
+            logger.warning("%s is removed, which a killed process had left.", left)
+    if not partial.exists():
+        partial.mkdir()
+
+
+def _left(path: Path) -> Iterator[Path]:
+    """Unfinished folders of an output that a killed process left and that can be gone on with."""
+    for entry in _entries(path.parent):
+        found = _NAME.fullmatch(entry.name)
+        if found is not None and found["name"] == path.name and not found["suffix"] and found["state"] == "partial":
+            left = Path(entry.path)
+            if left not in _begun and (left / written.NAME).exists() and locks.abandoned(left, found):
+                yield left
+
+
+def left_bytes(path: Path) -> int:
+    """Bytes that a killed process left of an output, which need no room any more."""
+    return sum(sum(storage.files(left).values()) for left in _left(path))
+
+
 def recover(path: Path) -> None:
     """Puts right, in the folder of an output, what killed processes left there, and says so.
 
-    In a bucket it is what they left of this output; see `bucket_outputs`.
+    What can be gone on with stays for who writes that output. In a bucket it is what they left of this output; see
+    `bucket_outputs`.
     """
     if storage.in_bucket(path):
         bucket_outputs.recover(path)
@@ -103,9 +133,11 @@ def recover(path: Path) -> None:
             elif found["state"] == "old" and not left.with_name(name).exists():
                 os.rename(left, left.with_name(name))
                 logger.warning("%s is back: a process was killed as it replaced it.", left.with_name(name))
-            else:
+            elif not (left / written.NAME).exists():
                 _remove(left)
                 logger.warning("%s is removed, which a killed process had left.", left)
+            elif name != path.name:
+                logger.warning("%s is half of %s; write that again to go on, or delete it.", left, name)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -13,6 +13,8 @@ from headshare_jax import cli
 from headshare_jax.convert.locks import held
 from headshare_jax.convert.partial import take_place, unfinished
 
+# Of a native checkpoint, bytes.
+SMALL_FILES = 8_192
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["headshare_jax.cli"])
 
@@ -71,3 +73,23 @@ def replaces(ready: Callable[[], None], out: Path, text: str, renamings: int) ->
         (folder / "headshare.json").write_text(text)
         ready()
         take_place(folder, out)
+
+
+def converts(ready: Callable[[], None], src: Path, dst: Path, to: str, parts: int) -> None:
+    """Converts a model, and is killed when it has written so many parts of it down."""
+    import headshare_jax as hs
+    from headshare_jax.convert import native_array
+    from headshare_jax.convert.written import Written
+
+    native_array.SHARD_BYTES = SMALL_FILES
+    done, add = [], Written.add
+
+    def added(notes: Written, part: str, sums: list[str]) -> None:
+        add(notes, part, sums)
+        done.append(part)
+        if len(done) == parts:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Written.add = added  # type: ignore[method-assign]
+    ready()
+    hs.save(hs.open_checkpoint(src), dst, to=to, tokenizer_from=src)

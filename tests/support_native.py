@@ -27,6 +27,6 @@ def replace_array(folder: Path, name: str, value: np.ndarray) -> None:
     shutil.rmtree(path)
     layered = name in PARAMETERS and PARAMETERS[name].layered
     sums = native_array.write(
-        path, native_array.Deferred(value.shape, value.dtype, layered, [(slice(0, len(value)), value)])
+        path, native_array.Deferred(value.shape, value.dtype, layered, [(slice(0, len(value)), lambda: value)])
     )
     forge(folder, lambda document: document[native_document.SUMS].update({name: " ".join(sums)}))

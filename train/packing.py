@@ -1,14 +1,13 @@
 """Text into blocks of tokens: documents tokenised in threads, and packed back to back."""
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from headshare_jax.ahead import in_order
 from headshare_jax.convert.text import Corpus, Piece
 from headshare_jax.convert.tokenizer import encode_each
 from headshare_jax.errors import HeadshareError
@@ -16,8 +15,6 @@ from headshare_jax.errors import HeadshareError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-T = TypeVar("T")
-R = TypeVar("R")
 Step = Callable[[int, int], None]
 
 # Characters that are tokenised at a time.
@@ -78,7 +75,7 @@ def _encoded(
         return np.stack([np.concatenate([np.array(row, np.int64) for row in rows]), documents]), batch[-1][1].done
 
     done = 0
-    for pair, done in _in_order(encode, _batches(corpus.pieces()), workers):
+    for pair, done in in_order(encode, _batches(corpus.pieces()), workers, 2 * workers):
         yield pair
         progress(done, max(done, corpus.size))
     size = max(done, corpus.size)
@@ -99,17 +96,6 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[tuple[int, Piece]]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """The function's values, computed in threads, for a few items ahead of the value that is wanted."""
-    with ThreadPoolExecutor(workers) as threads:
-        running: deque[Future[R]] = deque()
-        for item in items:
-            running.append(threads.submit(function, item))
-            if len(running) > 2 * workers:
-                yield running.popleft().result()
-        yield from (future.result() for future in running)
 
 
 @contextmanager

@@ -104,21 +104,31 @@ def read_heads(
     return values
 
 
-def stored_layers(source: WeightSource, name: str) -> Iterator[tuple[slice, np.ndarray]]:
-    """What a model stores of a parameter with layers, in order: rows of its leading axis, and their values.
+def stored_rows(source: WeightSource, name: str) -> Iterator[tuple[slice, int, Sequence[int] | None]]:
+    """Of a parameter with layers, in order: rows of its leading axis, and the layer and heads that they are read as.
 
-    A layer's slice has a leading axis of 1, a pool's rows are those that the layer stores. Layers of which nothing is
-    stored are left out.
+    A layer is one row, of a pool those that the layer stores. Layers of which nothing is stored are left out.
     """
     projection, start = PARAMETERS[name].pool, 0
     owns = None if source.sharing is None or projection is None else source.sharing.owns_weights(projection)
     for layer in range(source.config.num_layers):
         heads = None if owns is None or owns[layer].all() else np.flatnonzero(owns[layer]).tolist()
         if heads != []:
-            values = source.read(name, layer, heads)
-            values = values[None] if projection is None else values
-            yield slice(start, start + len(values)), values
-            start += len(values)
+            count = 1 if projection is None else slice_shape(source.config, name)[0] if heads is None else len(heads)
+            yield slice(start, start + count), layer, heads
+            start += count
+
+
+def read_rows(source: WeightSource, name: str, layer: int, heads: Sequence[int] | None) -> np.ndarray:
+    """Rows of a stored parameter, as `stored_rows` names them."""
+    values = source.read(name, layer, heads)
+    return values[None] if PARAMETERS[name].pool is None else values
+
+
+def stored_layers(source: WeightSource, name: str) -> Iterator[tuple[slice, np.ndarray]]:
+    """What a model stores of a parameter with layers, in order: rows of its leading axis, and their values."""
+    for rows, layer, heads in stored_rows(source, name):
+        yield rows, read_rows(source, name, layer, heads)
 
 
 def path_of(source: WeightSource) -> Path | None:
