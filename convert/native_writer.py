@@ -77,7 +77,9 @@ def write(
 def _parameter(source: WeightSource, name: str, threads: int) -> Deferred:
     shape, layered = stored_shape(source.config, name, source.sharing), PARAMETERS[name].layered
     whole = [(slice(0, shape[0]), partial(source.read, name))]
-    layers = ((rows, partial(read_rows, source, name, *which)) for rows, *which in stored_rows(source, name))
+    layers = (
+        (rows, partial(read_rows, source, name, layer, heads)) for rows, layer, heads in stored_rows(source, name)
+    )
     return Deferred(shape, source.dtype(name), layered, layers if layered else whole, threads)
 
 
