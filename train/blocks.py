@@ -70,8 +70,7 @@ class Blocks:
         if not storage.in_bucket(path):
             return self._mapped[numbers]
         starts = [int(number) * kind.itemsize for number in numbers]
-        parts = _ranges(path, starts, kind.itemsize)
-        return np.frombuffer(b"".join(parts), kind)
+        return np.frombuffer(storage.read_ranges(path, starts, kind.itemsize), kind)
 
     @cached_property
     def _mapped(self) -> np.ndarray:
@@ -81,10 +80,11 @@ class Blocks:
 def stored(folder: Path, digest: str) -> Blocks | None:
     """The blocks in a folder, by its document and the size of its records; None unless they are whole."""
     try:
-        said = json.loads((folder / DOCUMENT).read_text(encoding="utf-8"))
+        with storage.reached(folder):
+            said = json.loads((folder / DOCUMENT).read_text(encoding="utf-8"))
         blocks = Blocks(folder, digest, said["blocks"], said["seq_len"], said["token_type"])
         size = blocks.count * _record(blocks.seq_len, blocks.token_type).itemsize
-        whole = said["format"] == _FORMAT and (folder / RECORDS).stat().st_size == size
+        whole = said["format"] == _FORMAT and storage.size(folder / RECORDS) == size
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return blocks if whole else None
@@ -121,13 +121,3 @@ def _record(seq_len: int, token_type: str) -> np.dtype[Any]:
 def _checksum(record: np.void) -> int:
     """xxh3-64 of a record without its checksum."""
     return xxhash.xxh3_64_intdigest(record.tobytes()[:-8])
-
-
-def _ranges(path: Any, starts: list[int], size: int) -> list[bytes]:
-    """So many bytes of a bucket's file from each start on, fetched side by side."""
-    try:
-        ends = [start + size for start in starts]
-        parts: list[bytes] = path.fs.cat_ranges([path.path] * len(starts), starts, ends, on_error="raise")
-    except Exception as error:  # every bucket has its own ways to fail
-        raise TryAgain(f"{path} cannot be read: {error}.") from error
-    return parts

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from headshare_jax import HeadshareError
-from headshare_jax.convert import text
+from headshare_jax.convert import storage, text
 from headshare_jax.errors import TryAgain
 from headshare_jax.train import packing
 from headshare_jax.train.blocks import Blocks
@@ -373,6 +373,40 @@ def test_an_interrupted_call_leaves_nothing(tokenizer: RecordingTokenizer, tmp_p
     with pytest.raises(KeyboardInterrupt):
         prepare(source, tokenizer, seq_len=8, cache=tmp_path / "cache", progress=interrupt)
     assert folders(tmp_path / "cache") == set()
+
+
+def test_a_cache_in_a_bucket_is_read_by_ranges(tokenizer: RecordingTokenizer, tmp_path: Path, bucket: str) -> None:
+    source = json_lines(tmp_path / "documents.jsonl", [*DOCUMENTS])
+    here, there = (prepare(source, tokenizer, seq_len=8, cache=cache) for cache in (tmp_path, storage.path(bucket)))
+    assert there.digest == here.digest
+    numbers = np.array([[2, 0], [1, 2]])
+    np.testing.assert_array_equal(there.read(numbers), here.read(numbers))
+    tokenizer.seen.clear()
+    assert prepare(source, tokenizer, seq_len=8, cache=storage.path(bucket)).digest == here.digest
+    assert tokenizer.seen == []
+    (there.folder / "blocks.json").unlink()
+    np.testing.assert_array_equal(
+        everything(prepare(source, tokenizer, seq_len=8, cache=storage.path(bucket))), everything(here)
+    )
+    assert tokenizer.seen
+
+
+def test_a_text_in_a_bucket_is_known_by_its_tag(
+    tokenizer: RecordingTokenizer, tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = storage.path(f"{bucket}/documents.jsonl")
+    source.write_text(Path(json_lines(tmp_path / "documents.jsonl", [*DOCUMENTS])).read_text())
+    read: list[Path] = []
+    monkeypatch.setattr(text, "sha256", lambda path, hashed=text.sha256: read.append(path) or hashed(path))
+    digests = [prepare(str(source), tokenizer, seq_len=8, cache=tmp_path / "cache").digest for _ in range(2)]
+    assert (
+        digests[0]
+        == digests[1]
+        == prepare(str(tmp_path / "documents.jsonl"), tokenizer, seq_len=8, cache=tmp_path / "cache").digest
+    )
+    assert read.count(source) == 1
+    source.write_text(source.read_text().replace("One", "Two"))
+    assert prepare(str(source), tokenizer, seq_len=8, cache=tmp_path / "cache").digest != digests[0]
 
 
 # Bad input.
