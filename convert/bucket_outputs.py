@@ -54,7 +54,7 @@ def folder(path: Path) -> Iterator[Path]:
             with deferred(), suppress(HeadshareError, OSError):
                 storage.remove(begun)
             raise
-        with deferred():
+        with _left_if_it_fails(mine), deferred():
             _put_in_place(begun, path)
 
 
@@ -63,8 +63,19 @@ def lease(path: Path) -> Iterator[Lease]:
     """The lease of an output, after what its last holder left is put right; errors as of `folder`."""
     with Lease(lease_of(path)) as mine:
         if mine.found is not None:
-            _put_right(path, mine.found)
+            with _left_if_it_fails(mine):
+                _put_right(path, mine.found)
         yield mine
+
+
+@contextmanager
+def _left_if_it_fails(mine: Lease) -> Iterator[None]:
+    """Leaves a lease for whoever comes next, who does what the block could not."""
+    try:
+        yield
+    except BaseException:
+        mine.leave()
+        raise
 
 
 def recover(path: Path) -> None:

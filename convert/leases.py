@@ -33,12 +33,28 @@ def me() -> dict[str, Any]:
     """This process, as a lock names it."""
     return {
         "host": socket.gethostname(),
+        "machine": _machine(),
         "pid": os.getpid(),
         "since": time.strftime("%F %T %z"),
         "lease_seconds": SECONDS,
         # So that a process knows its own, whatever its name and number were before.
         "token": secrets.token_hex(8),
     }
+
+
+def runs(pid: int) -> bool:
+    """Whether there is a process of this number on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    try:
+        # One that was killed stays a zombie until its parent asks for it.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except (OSError, IndexError):
+        return True
 
 
 class Renewal:
@@ -86,7 +102,7 @@ class Lease:
     def _taken_over(self) -> str:
         expected, found = storage.generation(self.path), read(self.path)
         if found is not None and found.get("token") != self._about["token"]:
-            if not is_void(self.path):
+            if not _has_ended(found) and not is_void(self.path):
                 raise TryAgain(refusal(self.path, found))
             self.found, self._said = found, {name: said for name, said in found.items() if name not in self._about}
         if generation := self._written(expected):
@@ -156,6 +172,20 @@ def read(path: Path) -> dict[str, Any] | None:
             raise
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _machine() -> str:
+    """What processes have in common that know each other by their numbers; nothing where that cannot be told."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _has_ended(holder: dict[str, Any]) -> bool:
+    """Whether a lease's holder was a process of this machine, and is no more."""
+    machine, pid = _machine(), holder.get("pid")
+    return bool(machine) and holder.get("machine") == machine and isinstance(pid, int) and not runs(pid)
 
 
 def is_void(path: Path) -> bool:

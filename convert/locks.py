@@ -50,7 +50,7 @@ def keep(path: Path) -> int:
 def abandoned(path: Path, found: re.Match[str]) -> bool:
     """Whether the process that made a file or folder, which has its mark in the name, has ended on this machine."""
     pid = int(found["pid"])
-    if found["host"] != _host() or (pid != os.getpid() and _runs(pid)):
+    if found["host"] != _host() or (pid != os.getpid() and leases.runs(pid)):
         return False
     try:
         opened = os.open(path, os.O_RDONLY)
@@ -127,7 +127,7 @@ def _has_it(holder: dict[str, Any], locked: bool | None) -> bool:
         return False
     if holder["host"] != socket.gethostname():
         return True
-    return locked is None and holder["pid"] != os.getpid() and _runs(holder["pid"])
+    return locked is None and holder["pid"] != os.getpid() and leases.runs(holder["pid"])
 
 
 def _is_void(path: Path, holder: dict[str, Any]) -> bool:
@@ -169,20 +169,6 @@ def _lock(opened: int) -> bool | None:
     except OSError as error:
         return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
     return True
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    try:
-        # One that was killed stays a zombie until its parent asks for it.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except (OSError, IndexError):
-        return True
 
 
 def _host() -> str:

@@ -118,7 +118,8 @@ def broken_off(path: Path, monkeypatch: pytest.MonkeyPatch, *, at: str = "") -> 
     with monkeypatch.context() as broken:
         # Nothing is cleared away.
         broken.setattr(storage, "remove", lambda place: None)
-        broken.setattr(leases.Lease, "end", lambda lease: None)
+        if not at:
+            broken.setattr(leases.Lease, "end", lambda lease: None)
         if at:
             broken.setattr(storage, at, killed)
         with pytest.raises(KilledError):
