@@ -101,6 +101,11 @@ def open_checkpoint(src: str | Path) -> Checkpoint:
       (2, 64, 16)
     """
     path = locate(src)
+    with storage.reached(path):
+        return _opened(path)
+
+
+def _opened(path: Path) -> Checkpoint:
     if path.is_file():
         return gguf_file.open_file(path)
     if native.is_native(path):

@@ -137,8 +137,8 @@ def header(path: Path) -> tuple[dict[str, Entry], list[str]]:
     """
     with _explained(path):
         total = storage.size(path)
-        length = int.from_bytes(storage.read_range(path, 0, 8), "little")
-        if total < 8 or length > min(_HEADER_BYTES, total - 8):
+        length = int.from_bytes(storage.read_range(path, 0, 8), "little") if total > 8 else 0
+        if not 0 < length <= min(_HEADER_BYTES, total - 8):
             raise ValueError(f"its header would have {length:,} bytes")
         pairs = json.loads(
             storage.read_range(path, 8, 8 + length).decode(), object_pairs_hook=list, parse_constant=_refused

@@ -34,9 +34,10 @@ def load(path: Path) -> "PreTrainedTokenizerBase":
         with temporary_folder() as folder:
             gguf_tokenizer.write(read_header(path), folder)
             return _load_folder(folder, folder)
-    native.check_files(path)
-    with fetched.small_files(path) as folder:
-        return _load_folder(path, folder)
+    with storage.reached(path):
+        native.check_files(path)
+        with fetched.small_files(path) as folder:
+            return _load_folder(path, folder)
 
 
 def is_in(path: Path) -> bool:

@@ -13,7 +13,7 @@ from headshare_jax import convert
 from headshare_jax.calibration.overlap import Overlap, TextRuns
 from headshare_jax.cli import kinds
 from headshare_jax.cli.command import Command, ComputeDtype, Source
-from headshare_jax.convert import text
+from headshare_jax.convert import storage, text
 from headshare_jax.convert.tokenizer import encode
 from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluate.perplexity import perplexity
@@ -58,8 +58,10 @@ class Evaluate(Command):
     def run(self) -> dict[str, Any]:
         if self.text is None and self.tasks is None:
             raise HeadshareError("Give --text, to measure perplexity, or --tasks, or both.")
-        if self.task_folder is not None and not self.task_folder.is_dir():
-            raise HeadshareError(f"There is no folder {self.task_folder}; --task-folder takes one with task files.")
+        if self.task_folder is not None and (storage.in_bucket(self.task_folder) or not self.task_folder.is_dir()):
+            raise HeadshareError(
+                f"There is no folder {self.task_folder} on this machine; --task-folder takes one with task files."
+            )
         if self.text is not None and not text.has_fields(self.text):
             self.refuse("text_field", without="rows in --text, as of JSONL and parquet files and data sets")
         harness: Any = None if self.tasks is None else _harness()
