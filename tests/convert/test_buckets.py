@@ -16,7 +16,7 @@ import tiny_cli_model
 from buckets import FORBIDDEN, SCHEMES, Server
 
 import headshare_jax as hs
-from headshare_jax import cli, convert, parameters
+from headshare_jax import HeadshareError, cli, convert, parameters
 from headshare_jax.convert import bucket_outputs, leases, storage
 from headshare_jax.convert.atomic import new_directory, new_file
 from headshare_jax.convert.journal_folder import JournalFolder
@@ -98,31 +98,23 @@ def test_all_of_a_command_in_buckets(
     assert cli.run(["inspect", f"{bucket}/small", "--check"]) == 0
 
 
-class KilledError(Exception):
-    """In place of the end of a process."""
-
-
 def broken_off(path: Path, monkeypatch: pytest.MonkeyPatch, *, at: str = "") -> None:
-    """Writes a folder as a process does that is killed before its end, or where it calls a function of `storage`."""
+    """Writes a folder and is cut off from the bucket before its end, or where it calls a function of `storage`."""
 
-    def killed(*args: object) -> None:
-        raise KilledError
+    def cut_off(*args: object) -> None:
+        raise TryAgain("cut off")
 
     def begun() -> None:
         with new_directory(path, overwrite=True) as partial:
             (partial / "new").write_text("new")
             (partial / "config.json").write_text("new")
             if not at:
-                raise KilledError
+                cut_off()
 
     with monkeypatch.context() as broken:
-        # Nothing is cleared away.
-        broken.setattr(storage, "remove", lambda place: None)
-        if not at:
-            broken.setattr(leases.Lease, "end", lambda lease: None)
         if at:
-            broken.setattr(storage, at, killed)
-        with pytest.raises(KilledError):
+            broken.setattr(storage, at, cut_off)
+        with pytest.raises(TryAgain, match="cut off"):
             begun()
 
 
@@ -178,7 +170,9 @@ def test_uploads_that_were_never_ended_are_ended(servers: dict[str, Server], voi
     system = path.fs  # type: ignore[attr-defined]
     system.call_s3("create_multipart_upload", Bucket="bucket", Key="uploads/model/weights")
     other = system.call_s3("create_multipart_upload", Bucket="bucket", Key="uploads/model2")["UploadId"]
-    leases.Lease(bucket_outputs.lease_of(path)).tell(folder="model", whole=False)
+    with leases.Lease(bucket_outputs.lease_of(path)) as lease:
+        lease.tell(folder="model", whole=False)
+        lease.leave()
     bucket_outputs.recover(path)
     left = system.call_s3("list_multipart_uploads", Bucket="bucket").get("Uploads", ())
     assert [each["UploadId"] for each in left] == [other]
@@ -192,13 +186,14 @@ def test_a_folder_is_held_by_one_process_until_it_ends(
             pass
         assert names(folder) == [".headshare.lock"]
     assert names(folder) == []
-    lost = leases.Lease(folder / ".headshare.lock")
-    monkeypatch.setattr(leases, "SECONDS", -1.0)
     ended: list[int] = []
     monkeypatch.setattr(leases.os, "_exit", ended.append)
-    with held(folder):
-        assert "was left by process" in caplog.text
-        lost.tell(anything=1)
+    with leases.Lease(folder / ".headshare.lock") as lost:
+        monkeypatch.setattr(leases, "SECONDS", -1.0)
+        with held(folder):
+            assert "was left by process" in caplog.text
+            lost.tell(anything=1)
+        lost.leave()
     # Whoever has lost it writes nothing more.
     assert ended == [75]
 
@@ -219,9 +214,9 @@ def test_a_file_appears_whole_or_not_at_all(folder: Path) -> None:
     def half() -> None:
         with new_file(folder / "map.json") as partial:
             partial.write_text("half")
-            raise KilledError
+            raise OSError("no more")
 
-    with pytest.raises(KilledError):
+    with pytest.raises(HeadshareError, match="no more"):
         half()
     assert names(folder) == []
 
