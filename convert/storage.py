@@ -6,6 +6,7 @@ Buckets have no folders of their own, no rename and no locks: only objects, that
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -147,12 +148,8 @@ def read_range(file: Path, start: int, stop: int) -> bytes:
       OSError, HeadshareError: they cannot be read.
     """
     if in_bucket(file):
-        starts = list(range(start, stop, _PIECE_BYTES))
-        with reached(file):
-            parts = _system(file).cat_ranges(
-                [_place(file)] * len(starts), starts, [*starts[1:], stop][: len(starts)], on_error="raise"
-            )
-        return b"".join(parts)
+        starts = range(start, stop, _PIECE_BYTES)
+        return _fetched(file, starts, [min(first + _PIECE_BYTES, stop) for first in starts])
     with file.open("rb") as opened:
         opened.seek(start)
         return opened.read(stop - start)
@@ -160,9 +157,12 @@ def read_range(file: Path, start: int, stop: int) -> bytes:
 
 def read_ranges(file: Path, starts: Sequence[int], size: int) -> bytes:
     """So many bytes of a bucket's file from each start on, fetched side by side; HeadshareError if they cannot be."""
-    place, ends = _place(file), [start + size for start in starts]
+    return _fetched(file, starts, [start + size for start in starts])
+
+
+def _fetched(file: Path, starts: Sequence[int], stops: list[int]) -> bytes:
     with reached(file):
-        parts = _system(file).cat_ranges([place] * len(starts), list(starts), ends, on_error="raise")
+        parts = _system(file).cat_ranges([_place(file)] * len(starts), list(starts), stops, on_error="raise")
     return b"".join(parts)
 
 
@@ -197,7 +197,10 @@ def make_folder(folder: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Removes a bucket's folder, and uploads to there that were never ended."""
+    """Removes a folder and all that is in it; in a bucket, also uploads to there that were never ended."""
+    if not in_bucket(folder):
+        shutil.rmtree(folder)
+        return
     names = [f"{_place(folder)}/{name}" for name in files(folder)]
     with reached(folder), suppress(FileNotFoundError):
         if names:
