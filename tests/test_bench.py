@@ -37,16 +37,17 @@ def test_matching_is_compared_with_pairs_and_with_matrix_products(tmp_path: Path
     assert [row["layers"] for row in result["growth"]] == [2, 4, 8]
 
 
-def test_conversion_is_compared_with_the_model_and_with_copies(tmp_path: Path) -> None:
+def test_conversion_is_compared_with_two_layers_and_with_copies(tmp_path: Path) -> None:
     result = run_quick("convert", tmp_path, str(tiny_cli_model.saved(tmp_path / "model")))
     assert [row["name"] for row in result["directions"]] == ["HF -> native", "native -> HF", "HF -> native"]
     for row in result["directions"]:
         sizes, took = row["bytes"], row["seconds"]
         assert all(value > 0 for value in took.values())
         assert row["ratio"]["to_copy_of_output"] == took["convert"] / took["copy_output"]
-        assert 0 < sizes["model"] < sizes["output"]
-        assert sizes["model"] < sizes["libraries_rss"] < sizes["peak_rss"]
-        assert row["peak_of_limit"] == pytest.approx(sizes["peak_rss"] / (sizes["model"] + 250e6))
+        assert 0 < sizes["layer"] < sizes["output"]
+        assert sizes["layer"] < sizes["libraries_rss"] < sizes["peak_rss"]
+        assert row["peak_of_limit"] == pytest.approx(sizes["peak_rss"] / (2 * sizes["layer"] + 1e9))
+        assert row["files"] > 3
 
 
 def test_fitting_is_measured_at_several_sizes(tmp_path: Path) -> None:
