@@ -86,7 +86,7 @@ class Current:
 
     def model(self) -> Llama:
         """The stage's model as trained so far."""
-        return self.context.model({**self.frozen, **self.state.params})
+        return self.context.model({**self.frozen, **self.state.params}, self.task.mesh)
 
     def placed(self, source: WeightSource) -> Llama:
         """A source on the run's mesh."""

@@ -32,11 +32,11 @@ def export(current: Current, held_out: HeldOut, last: dict[str, Any]) -> dict[st
         last["start_perplexity"] = held_out.start_perplexity
     if current.stage.kind == "align" and task.recipe.sharing.refit_windows and "shared_perplexity" in last:
         last["shared_perplexity"] = held_out.perplexity(current.placed(finished))
-    whole = finished if jax.process_count() == 1 else gathered(current.placed(finished))
-    whole = cast(whole, convert.output_dtype(task.source, "native") or str(task.source.dtype("embed_vd")))
-    if jax.process_count() == 1:
-        found = held_out.agreement(task.source, whole, partial(current.progress, "comparing with the dense model"))
-        last["agreement"] = None if found is None else asdict(found)
+    dtype = convert.output_dtype(task.source, "native") or str(task.source.dtype("embed_vd"))
+    progress = partial(current.progress, "comparing with the dense model")
+    found = held_out.agreement(task.source, cast(finished, dtype), task.mesh, progress)
+    last["agreement"] = None if found is None else asdict(found)
+    whole = cast(finished if jax.process_count() == 1 else gathered(current.placed(finished)), dtype)
     if jax.process_index() == 0:
         convert.save(
             whole,

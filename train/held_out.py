@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from headshare_jax.convert.atomic import own_file
 from headshare_jax.evaluate.agreement import Agreement, agreement
@@ -68,14 +69,19 @@ class HeldOut:
                 path.write_text(json.dumps(values, indent=1))
 
     def agreement(
-        self, dense: WeightSource, final: WeightSource, progress: Callable[[int, int], None]
+        self, dense: WeightSource, final: WeightSource, mesh: Mesh, progress: Callable[[int, int], None]
     ) -> Agreement | None:
-        """How far the final model is from the dense one; None without a text, or where predictions are not finite."""
+        """How far the final model is from the dense one; None without a text, or where predictions are not finite.
+
+        On a mesh of several devices both lie there as a whole, and all of its processes call it; else layer by layer.
+        """
         length = min(self._settings.seq_len, self._tokens.size)
         if length < 2:
             return None
         windows = min(self._tokens.size // length, self._settings.eval_windows)
         windows_wt = self._tokens[: windows * length].reshape(windows, length)
+        if mesh.size > 1:
+            dense, final = (Llama.of(source, mesh=mesh) for source in (dense, final))
         try:
             return agreement(dense, final, windows_wt, progress=progress)
         except NotFinite:

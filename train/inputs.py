@@ -73,7 +73,8 @@ def prepare(recipe: recipes.Recipe, output: Path, progress: Progress) -> Run:
 
 def check_devices(recipe: recipes.Recipe) -> Mesh:
     """The recipe's mesh on this machine's devices; raises HeadshareError if it or the batch does not fit them."""
-    mesh = make_mesh((recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor))
+    sizes = recipe.mesh
+    mesh = make_mesh((sizes.data, sizes.fsdp, sizes.tensor), dcn_data=sizes.dcn_data)
     rows, parts = recipe.batch_size // recipe.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % parts:
         raise HeadshareError(

@@ -168,8 +168,15 @@ class Stage(_Section):
 
 
 class Mesh(_Section):
-    """Sizes of the device mesh; one may be -1, for all devices that the others leave."""
+    """Sizes of the device mesh, of which one may be -1, for all devices that the others leave.
 
+    Attributes:
+      dcn_data: slices of chips, or groups of hosts, joined by a slower network than the chips in each: every one holds
+        the whole model, and only sums of gradients cross.
+      data, fsdp, tensor: sizes within a slice.
+    """
+
+    dcn_data: Count = 1
     data: Whole = 1
     fsdp: Whole = -1
     tensor: Whole = 1

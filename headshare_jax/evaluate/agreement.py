@@ -1,18 +1,23 @@
-"""How far one model's predictions are from another's on a text, with neither model ever whole in memory."""
+"""How far one model's predictions are from another's on a text: layer by layer from disk, or both models on a mesh."""
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from headshare_jax.calibration import streams
 from headshare_jax.calibration.fisher import output_head
 from headshare_jax.errors import HeadshareError
+from headshare_jax.evaluate.perplexity import position_by_position
 from headshare_jax.model.layer import rms_norm
+from headshare_jax.model.llama import Llama
+from headshare_jax.model.mesh import batch_sharding, put, rows_of
 from headshare_jax.output_head import head_logits
 from headshare_jax.sharing.finite import NotFinite
 from headshare_jax.sharing.source import WeightSource
@@ -65,7 +70,8 @@ def agreement(
 ) -> Agreement:
     """Compares the predictions of two models with the same vocabulary.
 
-    One layer's weights are in memory at a time, and both output heads; hidden states lie in temporary files.
+    One layer's weights are in memory at a time, and both output heads; hidden states lie in temporary files. Models
+    that lie on one mesh run there, windows side by side; all processes of the mesh call it with the same windows.
 
     Args:
       first: the model to compare with, such as the dense one.
@@ -93,7 +99,57 @@ def agreement(
         raise HeadshareError(f"Models are compared on windows of at least two tokens, not {list(windows_wt.shape)}.")
     if windows_wt.min() < 0 or windows_wt.max() >= vocab_size:
         raise HeadshareError(f"The text holds a token outside the models' vocabulary of {vocab_size}.")
+    if isinstance(first, Llama) and isinstance(second, Llama) and first.mesh is not None:
+        sums_wc = _sums_on_mesh(first, second, windows_wt, first.mesh, batch_tokens, progress)
+    else:
+        sums_wc = _sums_by_layers(first, second, windows_wt, batch_tokens, progress)
     windows, seq_len = windows_wt.shape
+    return _agreement(sums_wc / (seq_len - 1), windows, seq_len)
+
+
+def _sums_on_mesh(
+    first: Llama,
+    second: Llama,
+    windows_wt: np.ndarray,
+    mesh: Mesh,
+    batch_tokens: int,
+    progress: Callable[[int, int], None],
+) -> np.ndarray:
+    """Of every window, float64 [W, 4]: sums over its tokens of what `_of_token` gives."""
+    windows, seq_len = windows_wt.shape
+    batch = max(1, batch_tokens // seq_len) * rows_of(mesh)
+    sums = []
+    for begin in range(0, windows, batch):
+        tokens_bt = np.asarray(windows_wt[begin : begin + batch], np.int32)
+        filled_bt = np.pad(tokens_bt, ((0, batch - len(tokens_bt)), (0, 0)))
+        found_btc = _compared_models(first, second, put(filled_bt, batch_sharding(mesh)))
+        sums.append(np.asarray(found_btc)[: len(tokens_bt)].sum(axis=1, dtype=np.float64))
+        progress(min(begin + batch, windows), windows)
+    return np.concatenate(sums)
+
+
+@jax.jit
+def _compared_models(first: Llama, second: Llama, tokens_bt: jax.Array) -> jax.Array:
+    """What `_of_token` gives for every token but a row's first, float32 [B, T - 1, 4], whole on every device."""
+    with jax.default_matmul_precision("highest"):
+        states = tuple(model.features(tokens_bt)[:, :-1].astype(jnp.float32) for model in (first, second))
+        heads = tuple(model.head_weights().astype(jnp.float32) for model in (first, second))
+
+        def compare(first_bpd: jax.Array, second_bpd: jax.Array, target_bp: jax.Array) -> jax.Array:
+            return jax.vmap(jax.vmap(partial(_of_token, heads)))((first_bpd, second_bpd), target_bp)
+
+        return position_by_position(compare, (*states, tokens_bt[:, 1:]), first.mesh)
+
+
+def _sums_by_layers(
+    first: WeightSource,
+    second: WeightSource,
+    windows_wt: np.ndarray,
+    batch_tokens: int,
+    progress: Callable[[int, int], None],
+) -> np.ndarray:
+    """The same, with one layer of the models in memory at a time."""
+    windows = len(windows_wt)
     layers = [model.config.num_layers for model in (first, second)]
     total = sum(layers) + windows
     with (
@@ -107,7 +163,7 @@ def agreement(
             states = tuple(jnp.asarray(x_wtd[window, :-1]) for x_wtd in (first_wtd, second_wtd))
             sums_wc[window] = _compared(heads, states, target_t)
             progress(sum(layers) + window + 1, total)
-    return _agreement(sums_wc / (seq_len - 1), windows, seq_len)
+    return sums_wc
 
 
 @contextmanager
@@ -131,17 +187,19 @@ def _final_states(
 
 @jax.jit
 def _compared(heads: tuple[jax.Array, ...], states: tuple[jax.Array, ...], target_t: jax.Array) -> jax.Array:
-    """Sums over a window's tokens, float32 [4]: both models' losses, the divergence, and the equal first choices."""
-
-    def of_token(token: tuple[tuple[jax.Array, ...], jax.Array]) -> jax.Array:
-        rows, target = token
-        first_v, second_v = (jax.nn.log_softmax(head_logits(row, head)) for row, head in zip(rows, heads, strict=True))
-        divergence = jnp.sum(jnp.exp(first_v) * (first_v - second_v))
-        same = jnp.argmax(first_v) == jnp.argmax(second_v)
-        return jnp.stack([-first_v[target], -second_v[target], divergence, same.astype(jnp.float32)])
-
+    """Sums over a window's tokens of what `_of_token` gives, float32 [4]."""
     with jax.default_matmul_precision("highest"):
-        return jnp.sum(jax.lax.map(of_token, (states, target_t), batch_size=_HEAD_TOKENS), axis=0)
+        of_token = partial(_of_token, heads)
+        found_tc = jax.lax.map(lambda token: of_token(*token), (states, target_t), batch_size=_HEAD_TOKENS)
+        return jnp.sum(found_tc, axis=0)
+
+
+def _of_token(heads: tuple[jax.Array, ...], rows: tuple[jax.Array, ...], target: jax.Array) -> jax.Array:
+    """Both models' losses, the divergence, and whether the first choices are equal, float32 [4]."""
+    first_v, second_v = (jax.nn.log_softmax(head_logits(row, head)) for row, head in zip(rows, heads, strict=True))
+    divergence = jnp.sum(jnp.exp(first_v) * (first_v - second_v))
+    same = jnp.argmax(first_v) == jnp.argmax(second_v)
+    return jnp.stack([-first_v[target], -second_v[target], divergence, same.astype(jnp.float32)])
 
 
 def _agreement(means_wc: np.ndarray, windows: int, seq_len: int) -> Agreement:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
 import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import simple_evaluate
@@ -22,6 +21,7 @@ from headshare_jax.errors import HeadshareError, TryAgain
 from headshare_jax.evaluate.perplexity import next_token_scores
 from headshare_jax.model.generate import Sampling, generate
 from headshare_jax.model.llama import Llama
+from headshare_jax.model.mesh import rows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -108,7 +108,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         Args:
           model: dense or shared.
           tokenizer: its tokenizer.
-          batch_size: rows run at a time.
+          batch_size: rows run at a time; of a model on a mesh a multiple of the mesh's rows, at least so many.
           max_length: tokens that a prediction may rest on, the last ones; by default the model's context.
           progress: called with the rows done and in all, of each kind of request.
 
@@ -125,7 +125,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             )
         if tokenizer.eos_token_id is None:
             raise HeadshareError("The tokenizer has no end-of-sequence token, which the tasks need.")
-        self.model, self.tokenizer, self.batch_size, self.progress = model, tokenizer, batch_size, progress
+        self.model, self.tokenizer, self.progress = model, tokenizer, progress
+        self.batch_size = batch_size + -batch_size % rows_of(model.mesh)
 
     @property
     def eot_token_id(self) -> int:
@@ -185,7 +186,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             batch = np.zeros((self.batch_size, width), np.int32)
             for place, number in enumerate(chosen):
                 batch[place, : len(rows[number][0])] = rows[number][0]
-            nll_bt, greedy_bt = (np.asarray(array) for array in next_token_scores(self.model, jnp.asarray(batch)))
+            nll_bt, greedy_bt = next_token_scores(self.model, batch)
             for place, number in enumerate(chosen):
                 tokens, scored = rows[number]
                 span = slice(len(tokens) - 1 - min(scored, len(tokens) - 1), len(tokens) - 1)

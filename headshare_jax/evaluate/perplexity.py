@@ -3,17 +3,23 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from headshare_jax.errors import HeadshareError
 from headshare_jax.model.llama import Llama
+from headshare_jax.model.mesh import batch_sharding, put, replicated, rows_of
+from headshare_jax.output_head import head_logits
 from headshare_jax.sharing import finite
 from headshare_jax.typed import typed
 
-# Tokens whose logits are in memory at a time.
+# What is computed of tokens: an array, or several.
+Results = TypeVar("Results")
+# Tokens whose logits are in a device's memory at a time.
 _HEAD_TOKENS = 256
 
 
@@ -67,7 +73,7 @@ def perplexity(
     words: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Perplexity:
-    """Perplexity of a model on a text.
+    """Perplexity of a model on a text; windows run side by side on the mesh that the model lies on, if it is on one.
 
     Args:
       model: dense or shared.
@@ -75,7 +81,7 @@ def perplexity(
       seq_len: tokens in a window; a shorter text is one window.
       stride: tokens from one window's start to the next; by default windows do not overlap.
       max_windows: run the first windows only.
-      batch_size: windows run at a time.
+      batch_size: windows run at a time; of a model on a mesh at least so many, a multiple of the mesh's rows.
       words: number of words in the text, for the word perplexity.
       progress: called with the windows done and in all.
 
@@ -105,6 +111,7 @@ def perplexity(
         raise HeadshareError(f"The stride must be from 1 to seq_len ({seq_len}), not {stride}.")
     if max_windows is not None and max_windows < 1:
         raise HeadshareError(f"max_windows must be at least 1, not {max_windows}.")
+    batch_size += -batch_size % rows_of(model.mesh)
     starts = np.arange(0, tokens.size - seq_len + 1, stride)[:max_windows]
     total, scored = 0.0, 0
     for begin in range(0, len(starts), batch_size):
@@ -114,7 +121,7 @@ def perplexity(
         tokens_bt[: len(starts_b)] = tokens[starts_b[:, None] + np.arange(seq_len)]
         first_scored_b = np.full(batch_size, seq_len)
         first_scored_b[: len(starts_b)] = np.where(starts_b == 0, 1, max(1, seq_len - stride))
-        nll_bt = np.asarray(next_token_scores(model, jnp.asarray(tokens_bt))[0], np.float64)
+        nll_bt = np.asarray(next_token_scores(model, tokens_bt)[0], np.float64)
         # Column t holds the loss of the window's token t + 1.
         counted_bt = np.arange(1, seq_len)[None, :] >= first_scored_b[:, None]
         wrong = int(np.count_nonzero(~np.isfinite(nll_bt[counted_bt])))
@@ -138,24 +145,56 @@ def perplexity(
     )
 
 
-@jax.jit
-def next_token_scores(model: Llama, tokens_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
+def next_token_scores(model: Llama, tokens_bt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How well every token but the first is predicted by those before it.
+
+    Rows that the model's mesh does not divide are filled up. All processes of a mesh call it with the same rows.
 
     Returns:
       Negative log-likelihoods, float32 [B, T - 1], in nats; and whether each token is the most likely one, bool
       [B, T - 1].
     """
-    features_btd = model.features(tokens_bt)[:, :-1]
+    batch, mesh = len(tokens_bt), model.mesh
+    tokens_bt = np.pad(tokens_bt, ((0, -batch % rows_of(mesh)), (0, 0)))
+    rows = jnp.asarray(tokens_bt) if mesh is None else put(tokens_bt, batch_sharding(mesh))
+    nll_bt, greedy_bt = (np.asarray(scores)[:batch] for scores in scored(model, rows))
+    return nll_bt, greedy_bt
 
-    def score(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        feature_d, token = pair
-        logits_v = model.logits(feature_d)
-        return jax.nn.logsumexp(logits_v) - logits_v[token], jnp.argmax(logits_v) == token
 
-    pairs = (features_btd.reshape(-1, features_btd.shape[-1]), tokens_bt[:, 1:].reshape(-1))
-    nll_m, greedy_m = jax.lax.map(score, pairs, batch_size=_HEAD_TOKENS)
-    return nll_m.reshape(features_btd.shape[:2]), greedy_m.reshape(features_btd.shape[:2])
+@jax.jit
+def scored(model: Llama, tokens_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The scores of `next_token_scores`, whole on every device of a mesh that divides the rows."""
+    head_vd = model.head_weights()
+
+    def score(features_bpd: jax.Array, target_bp: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits_bpv = head_logits(features_bpd, head_vd)
+        chosen_bp = jnp.take_along_axis(logits_bpv, target_bp[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits_bpv, axis=-1) - chosen_bp, jnp.argmax(logits_bpv, axis=-1) == target_bp
+
+    nll_bt, greedy_bt = position_by_position(score, (model.features(tokens_bt)[:, :-1], tokens_bt[:, 1:]), model.mesh)
+    return nll_bt, greedy_bt
+
+
+def position_by_position(
+    function: Callable[..., Results], rows: Sequence[jax.Array], mesh: Mesh | None, tokens: int = _HEAD_TOKENS
+) -> Results:
+    """What a function gives for rows [B, T, ...], of which it is given a few positions at a time, [B, p, ...].
+
+    Every device has its own rows of them, at most so many tokens. Results, [B, T, ...], are whole on every device.
+    """
+    batch, length = rows[0].shape[:2]
+    positions = min(length, max(1, tokens * rows_of(mesh) // batch))
+
+    def chunked(row_bt: jax.Array) -> jax.Array:
+        filled_bt = jnp.pad(row_bt, [(0, 0), (0, -length % positions)] + [(0, 0)] * (row_bt.ndim - 2))
+        return filled_bt.reshape(batch, -1, positions, *row_bt.shape[2:]).swapaxes(0, 1)
+
+    def whole(chunks: jax.Array) -> jax.Array:
+        out_bt = chunks.swapaxes(0, 1).reshape(batch, -1, *chunks.shape[3:])[:, :length]
+        return out_bt if mesh is None else jax.lax.with_sharding_constraint(out_bt, replicated(mesh))
+
+    found: Results = jax.lax.map(lambda chunk: function(*chunk), tuple(map(chunked, rows)))
+    return jax.tree.map(whole, found)
 
 
 def _exp(value: float) -> float:

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
-from headshare_jax.model.mesh import BATCH, nvidia_capability
+from headshare_jax.config import LlamaConfig
+from headshare_jax.model.mesh import BATCH, nvidia_capability, rows_of
 
 # Queries whose attention scores are in memory at a time, unless that makes more blocks than are good to unroll.
 QUERY_BLOCK, MAX_QUERY_BLOCKS = 128, 8
@@ -134,6 +135,44 @@ def _attend_block(q_ktgh: jax.Array, k_ksh: jax.Array, v_ksh: jax.Array, mask_tm
     out_kmh = jnp.einsum("kms,ksh->kmh", weights_kms, v_ksh, preferred_element_type=jnp.float32)
     out_ktgh = out_kmh.reshape(q_ktgh.shape) / jnp.sum(weights_ktgs, axis=-1)[..., None]
     return out_ktgh.astype(q_ktgh.dtype)
+
+
+def among_tokens(
+    config: LlamaConfig, dtype: str, mesh: Mesh | None, tokens_bt: jax.Array, segments_bt: jax.Array | None
+) -> Callable[[jax.Array, jax.Array, jax.Array, Window], tuple[jax.Array, None]]:
+    """Attention among some tokens within their segments, by a kernel where their mesh has one and divides them.
+
+    Args:
+      config: the architecture.
+      dtype: that it is computed in.
+      mesh: where the batch lies, if it is cut over one.
+      tokens_bt: int32 [B, T].
+      segments_bt: int32 [B, T], as of `Llama.features`.
+    """
+    batch, length = tokens_bt.shape
+    divides = mesh is not None and batch % rows_of(mesh) == 0
+    if mesh is not None and divides and has_kernel(mesh, length, config.head_dim, dtype):
+        document_bt = jnp.zeros_like(tokens_bt) if segments_bt is None else segments_bt
+        flash = partial(flash_attention, segments_bt=document_bt, mesh=mesh)
+
+        def by_kernel(
+            q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, window: Window
+        ) -> tuple[jax.Array, None]:
+            if window is None or isinstance(window, int):
+                return flash(q_btnh, k_btkh, v_btkh, window=window), None
+            # Layers differ: a kernel's window is part of its program.
+            own = config.sliding_window
+            near = partial(flash, window=own)
+            return jax.lax.cond(window == own, near, flash, q_btnh, k_btkh, v_btkh), None
+
+        return by_kernel
+    mask_bts = None
+    if segments_bt is not None:
+        earlier_ts = jnp.tril(jnp.ones((length, length), bool))
+        mask_bts = earlier_ts[None] & (segments_bt[:, :, None] == segments_bt[:, None, :])
+    in_turns = rows_apart if mesh is None or mesh.size == 1 else None
+    masked = partial(attend, mask_bts=mask_bts, causal=True, in_turns=in_turns)
+    return lambda q_btnh, k_btkh, v_btkh, window: (masked(q_btnh, k_btkh, v_btkh, window=window), None)
 
 
 def has_kernel(mesh: Mesh, length: int, width: int, dtype: str) -> bool:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, Self, TypeVar
 
 import jax
@@ -13,16 +12,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
-from headshare_jax.model.attention import Window, attend, flash_attention, has_kernel, rows_apart, rows_in_place
+from headshare_jax.model.attention import Window, among_tokens, attend, rows_in_place
 from headshare_jax.model.cache import KVCache, RingCache, cache_slots
-from headshare_jax.model.layer import (
-    REMAT_POLICIES,
-    Attend,
-    attention_block,
-    layer_kinds,
-    mlp_block,
-    rms_norm,
-)
+from headshare_jax.model.embedding import look_up
+from headshare_jax.model.layer import REMAT_POLICIES, attention_block, layer_kinds, mlp_block, rms_norm
+from headshare_jax.model.mesh import batch_sharding, rows_of
 from headshare_jax.model.place import place
 from headshare_jax.model.reading import PER_HEAD_TOKENS, Gathered, Layer, OneByOne, Reading, Stacks
 from headshare_jax.model.tokens import check_tokens, positions
@@ -57,7 +51,8 @@ class Llama(nnx.Module):
         and logits are float32 always.
       remat: which activations of a layer a training step keeps: `none` computes only norms and other cheap things
         again, `dots` also the attention, `full` everything.
-      batch_sharding: where activations lie on a mesh of devices, by their first axis; None leaves it to the compiler.
+      batch_sharding: where activations lie on a mesh of devices, by their first axis, if it divides; None leaves it to
+        the compiler.
       q_index_ln: pool row of every query head; P, one past the last, of a dropped one.
       k_index_lk: of every key head, likewise.
       v_index_lk: of every value head.
@@ -101,11 +96,13 @@ class Llama(nnx.Module):
         Args:
           source: an opened checkpoint, a model, or a view of either; what a view leaves of a model in memory is not
             copied.
-          mesh: devices to lie on; by default one.
+          mesh: devices to lie on, over which batches are then cut; by default one.
           dtype: type to hold the parameters in; by default the source's own.
           settings: keyword arguments of the constructor: `compute_dtype`, `remat`, `batch_sharding`.
         """
         params = place(source, parameter_names(source.config), mesh, dtype)
+        if mesh is not None:
+            settings.setdefault("batch_sharding", batch_sharding(mesh))
         return cls(source.config, params, sharing=source.sharing, **settings)
 
     @classmethod
@@ -136,6 +133,12 @@ class Llama(nnx.Module):
     def nbytes(self) -> int:
         """Bytes of the parameters, all devices together where they are cut and not copied."""
         return sum(self.array(name).nbytes for name in parameter_names(self.config))
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices that batches are cut over, if it was made for a mesh."""
+        mesh = None if self.batch_sharding is None else self.batch_sharding.mesh
+        return mesh if isinstance(mesh, Mesh) else None
 
     @property
     def device(self) -> jax.Device | None:
@@ -177,7 +180,8 @@ class Llama(nnx.Module):
         if positions_bt is None:
             positions_bt = positions(tokens_bt, segments_bt)
         angles = rotary_angles(self.config, positions_bt)
-        stacks, attention = self._stacks(), self._attention(tokens_bt, segments_bt)
+        stacks = self._stacks()
+        attention = among_tokens(self.config, self.compute_dtype, self.mesh, tokens_bt, segments_bt)
 
         def layer(x_btd: jax.Array, slices: dict[str, jax.Array]) -> tuple[jax.Array, None]:
             weights = stacks.held(slices)
@@ -352,41 +356,14 @@ class Llama(nnx.Module):
         carry, _ = jax.lax.scan(body, carry, jnp.arange(count, dtype=jnp.int32))
         return carry
 
-    def _attention(self, tokens_bt: jax.Array, segments_bt: jax.Array | None) -> Attend[None]:
-        """Attention among some tokens within their segments, by a kernel where the mesh has one."""
-        length = tokens_bt.shape[1]
-        mesh = None if self.batch_sharding is None else self.batch_sharding.mesh
-        if isinstance(mesh, Mesh) and has_kernel(mesh, length, self.config.head_dim, self.compute_dtype):
-            document_bt = jnp.zeros_like(tokens_bt) if segments_bt is None else segments_bt
-            flash = partial(flash_attention, segments_bt=document_bt, mesh=mesh)
-
-            def by_kernel(
-                q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, window: Window
-            ) -> tuple[jax.Array, None]:
-                if window is None or isinstance(window, int):
-                    return flash(q_btnh, k_btkh, v_btkh, window=window), None
-                # Layers differ: a kernel's window is part of its program.
-                own = self.config.sliding_window
-                near = partial(flash, window=own)
-                return jax.lax.cond(window == own, near, flash, q_btnh, k_btkh, v_btkh), None
-
-            return by_kernel
-        mask_bts = None
-        if segments_bt is not None:
-            earlier_ts = jnp.tril(jnp.ones((length, length), bool))
-            mask_bts = earlier_ts[None] & (segments_bt[:, :, None] == segments_bt[:, None, :])
-        in_turns = rows_apart if mesh is None or mesh.size == 1 else None
-        masked = partial(attend, mask_bts=mask_bts, causal=True, in_turns=in_turns)
-        return lambda q_btnh, k_btkh, v_btkh, window: (masked(q_btnh, k_btkh, v_btkh, window=window), None)
-
     def _placed(self, x_btd: jax.Array) -> jax.Array:
         """Activations kept where the batch lies: else they would follow the weights, which are cut along D."""
-        if self.batch_sharding is None:
+        if self.batch_sharding is None or len(x_btd) % rows_of(self.batch_sharding.mesh):
             return x_btd
         return jax.lax.with_sharding_constraint(x_btd, self.batch_sharding)
 
     def _embed(self, tokens_bt: jax.Array) -> jax.Array:
-        return self.array("embed_vd")[tokens_bt].astype(self.compute_dtype)
+        return look_up(self.array("embed_vd"), tokens_bt, self.compute_dtype, self.batch_sharding)
 
     def _final_norm(self, x_btd: jax.Array) -> jax.Array:
         return rms_norm(x_btd, self.array("final_norm_d"), self.config.rms_norm_eps)

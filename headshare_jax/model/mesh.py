@@ -1,10 +1,14 @@
 """Device meshes, and where parameters and batches lie on them."""
 
+import logging
+from collections import defaultdict
 from collections.abc import Sequence
+from itertools import chain
 from math import prod
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from headshare_jax.config import LlamaConfig
@@ -14,16 +18,67 @@ from headshare_jax.parameters import PARAMETERS
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 
+logger = logging.getLogger(__name__)
 
-def make_mesh(sizes: Sequence[int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+
+def make_mesh(sizes: Sequence[int], devices: Sequence[jax.Device] | None = None, *, dcn_data: int = 1) -> Mesh:
     """A mesh with the axes `AXES`; one size may be -1, for all devices that the others leave.
 
+    Neighbours on an axis are neighbours in the chips' network, as far as its shape allows. Of several slices, which a
+    slower network joins, each holds the others' parts of the axes fsdp and tensor too, so that the data axis alone
+    crosses it.
+
+    Args:
+      sizes: of data, fsdp and tensor, within a slice.
+      devices: by default all.
+      dcn_data: slices; the mesh's data axis is so many times as long. Where devices tell no slices, a slice is one
+        process, or as many as there are for each.
+
     Raises:
-      HeadshareError: the sizes do not multiply to the number of devices.
+      HeadshareError: the sizes do not multiply to the number of devices, or the devices are not in so many slices.
     """
-    devices = jax.devices() if devices is None else devices
-    shape = mesh_shape(sizes, len(devices))
-    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    slices = _slices(jax.devices() if devices is None else devices, dcn_data)
+    shape = mesh_shape(sizes, len(slices[0]))
+    parts = [_ordered(shape, devices) for devices in slices]
+    return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _slices(devices: Sequence[jax.Device], count: int) -> list[list[jax.Device]]:
+    """The devices of each of so many slices."""
+    groups: dict[int, list[jax.Device]] = defaultdict(list)
+    for device in devices:
+        groups[getattr(device, "slice_index", 0)].append(device)
+    told = len(groups)
+    if count == 1:
+        if told > 1 and devices[0].platform == "tpu":
+            logger.warning(
+                "The devices are in %d slices, but the mesh is not: all of its axes cross the network between them; "
+                "give it dcn_data: %d.",
+                told,
+                told,
+            )
+        return [list(devices)]
+    if told == 1:
+        groups = defaultdict(list)
+        for device in devices:
+            groups[device.process_index].append(device)
+    each, left = divmod(len(groups), count)
+    parts = [groups[index] for index in sorted(groups)]
+    if each == 0 or left or (told > 1 and each > 1) or len(set(map(len, parts))) > 1:
+        raise HeadshareError(
+            f"A mesh of {count} slices (dcn_data) needs devices in so many equal ones, but these are in {len(groups)} "
+            f"{'slices' if told > 1 else 'processes'}; give another number."
+        )
+    return [list(chain(*parts[begin : begin + each])) for begin in range(0, len(parts), each)]
+
+
+def _ordered(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices of a slice as a mesh."""
+    try:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError, ValueError):
+        # Some chips of a slice only, or a shape that its network has nothing like.
+        return np.asarray(devices).reshape(shape)
 
 
 def mesh_shape(sizes: Sequence[int], count: int) -> tuple[int, ...]:
@@ -64,6 +119,16 @@ def parameter_sharding(
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """Where a batch lies whose rows are along `axis`: cut over the data and fsdp axes."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH))
+
+
+def rows_of(mesh: Mesh | AbstractMesh | None) -> int:
+    """Parts in which a batch is cut over a mesh; 1 without one."""
+    return 1 if mesh is None else prod(mesh.shape[axis] for axis in BATCH)
+
+
+def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array that every process has whole, in the place that a sharding says."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from headshare_jax.model.mesh import parameter_sharding
 from headshare_jax.parameters import PARAMETERS
 from headshare_jax.sharing.source import WeightSource, assemble, assemble_parts, stored_shape
-from headshare_jax.sharing.view import DenseView, ReplacedView, SharedView
+from headshare_jax.sharing.view import CastView, DenseView, ReplacedView, SharedView
 
 
 @runtime_checkable
@@ -59,9 +59,11 @@ def _held(source: WeightSource, name: str) -> jax.Array | None:
         array = source.array(name)
         # A model gathered from several hosts is NumPy's arrays, of which each process takes its part.
         return array if isinstance(array, jax.Array) else None
-    if not isinstance(source, SharedView | DenseView | ReplacedView):
+    if not isinstance(source, SharedView | DenseView | ReplacedView | CastView):
         return None
     base = _held(source.base, name)
+    if base is not None and isinstance(source, CastView):
+        return base.astype(source.dtype(name))
     projection = PARAMETERS[name].pool
     if base is None or (isinstance(source, ReplacedView) and name in {changed for changed, _ in source.values}):
         return None

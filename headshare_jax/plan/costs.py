@@ -179,7 +179,7 @@ def _group_size(attributes: str) -> int:
     """Devices that take part in a collective operation with one another."""
     if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
         return int(counted[1])
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(.*?\))? \{([^}]*)\}", attributes):
         sizes = dict(re.findall(r"'([^']*)'=(\d+)", named[1]))
         return prod(int(sizes[axis]) for axis in re.findall(r"'([^']*)'", named[2]))
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)

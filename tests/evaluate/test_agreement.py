@@ -7,6 +7,7 @@ import support
 
 import headshare_jax as hs
 from headshare_jax import HeadshareError
+from headshare_jax.model.mesh import make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,18 @@ def test_figures_are_those_of_the_models_logits(dense: hs.Llama, shared: hs.Llam
     assert found.kl == pytest.approx((np.exp(first) * (first - second)).sum(-1).mean(), rel=1e-4)
     assert found.same_choice == pytest.approx((first.argmax(-1) == second.argmax(-1)).mean())
     assert (found.windows, found.seq_len) == (3, 16)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 2, 4)])
+def test_models_on_a_mesh_compare_as_from_disk(dense: hs.Llama, shared: hs.Llama, sizes: tuple[int, ...]) -> None:
+    windows_wt, mesh = support.random_tokens((11, 16)), make_mesh(sizes)
+    layers, spread = (
+        hs.agreement(*models, windows_wt)
+        for models in ((dense, shared), [hs.Llama.of(model, mesh=mesh) for model in (dense, shared)])
+    )
+    for name in ("before", "after", "ratio_error", "same_choice"):
+        assert getattr(spread, name) == pytest.approx(getattr(layers, name), rel=1e-6)
+    assert spread.kl == pytest.approx(layers.kl, rel=1e-4)
 
 
 def test_a_model_agrees_with_itself(dense: hs.Llama) -> None:

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from scipy.special import logsumexp
@@ -11,6 +12,8 @@ from support import hf_logits, random_tokens, saved_hf_model, sharing_by_hand, t
 
 import headshare_jax
 from headshare_jax import HeadshareError, Llama, perplexity, share, unshare
+from headshare_jax.evaluate.perplexity import scored
+from headshare_jax.model.mesh import batch_sharding, make_mesh, put
 
 TEXT = random_tokens((103,))
 SEQ_LEN = 24
@@ -58,6 +61,26 @@ def test_the_batch_size_does_not_matter(model: Llama, stride: int) -> None:
     )
     assert together.token_perplexity == pytest.approx(alone.token_perplexity, rel=1e-6)
     assert (together.scored_tokens, together.windows) == (alone.scored_tokens, alone.windows)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)])
+def test_windows_run_side_by_side_on_a_mesh(model: Llama, sizes: tuple[int, ...]) -> None:
+    sharing = sharing_by_hand(model, "qkv", {2: 0, 5: 1})
+    for alone in (model, share(model, sharing)):
+        spread = Llama.of(alone, mesh=make_mesh(sizes))
+        one, many = (perplexity(each, TEXT, seq_len=SEQ_LEN, stride=10) for each in (alone, spread))
+        assert many.token_perplexity == pytest.approx(one.token_perplexity, rel=1e-6)
+        assert (many.scored_tokens, many.windows) == (one.scored_tokens, one.windows)
+
+
+def test_devices_share_the_work() -> None:
+    model, rows = tiny_model(), random_tokens((8, 64))
+    flops = []
+    for devices in (1, 8):
+        spread = Llama.of(model, mesh=make_mesh((1, devices, 1), jax.devices()[:devices]))
+        tokens = put(rows, batch_sharding(spread.mesh))
+        flops.append(scored.lower(spread, tokens).compile().cost_analysis()["flops"])
+    assert flops[1] < 0.2 * flops[0]
 
 
 def test_word_perplexity_spreads_the_same_loss_over_words(model: Llama) -> None:

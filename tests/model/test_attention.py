@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from support import random_tokens, tiny_model
 
 from headshare_jax import Llama
-from headshare_jax.model import attention, llama
+from headshare_jax.model import attention
 from headshare_jax.model.attention import flash_attention, has_kernel
 from headshare_jax.model.kernels.cudnn import cudnn
 from headshare_jax.model.kernels.splash import splash
@@ -151,8 +151,8 @@ def test_a_model_runs_the_kernel_where_its_mesh_has_one(monkeypatch: pytest.Monk
         used.append(True)
         return flash_attention(*arguments, kernel=KERNELS["splash"], **settings)
 
-    monkeypatch.setattr(llama, "has_kernel", lambda *of: True)
-    monkeypatch.setattr(llama, "flash_attention", interpreted)
+    monkeypatch.setattr(attention, "has_kernel", lambda *of: True)
+    monkeypatch.setattr(attention, "flash_attention", interpreted)
     model.batch_sharding = batch_sharding(make_mesh((2, 1, 1), jax.devices()[:2]))
     got = jax.jit(Llama.__call__)(model, tokens, segments_bt=segments)
     assert used

@@ -2,6 +2,7 @@
 
 import re
 from functools import cache
+from importlib.util import find_spec
 from math import prod
 from typing import Any
 
@@ -14,6 +15,7 @@ from support import random_tokens, sharing_by_hand, tiny_model
 
 from headshare_jax import HeadshareError, Llama, parameters, share
 from headshare_jax.model.mesh import AXES, batch_sharding, make_mesh, parameter_sharding, replicated
+from headshare_jax.plan.topology import topology_devices
 from headshare_jax.sharing.source import stored_shape
 from headshare_jax.train import losses
 from headshare_jax.train import recipe as recipes
@@ -108,6 +110,51 @@ def test_meshes_that_do_not_fit_are_refused(sizes: tuple[int, ...], said: str) -
         make_mesh(sizes)
 
 
+@pytest.fixture
+def two_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has every other of the eight devices lie in a second slice."""
+    monkeypatch.setattr(type(jax.devices()[0]), "slice_index", property(lambda device: device.id % 2), raising=False)
+
+
+@pytest.mark.usefixtures("two_slices")
+def test_a_slice_lies_along_the_data_axis() -> None:
+    for sizes in [(1, -1, 1), (2, 1, 2)]:
+        mesh = make_mesh(sizes, dcn_data=2)
+        halves = np.split(mesh.devices, 2)
+        assert [{device.id % 2 for device in half.flat} for half in halves] == [{0}, {1}]
+        assert mesh.shape["data"] == 2 * sizes[0]
+
+
+@pytest.mark.usefixtures("two_slices")
+@pytest.mark.parametrize("count", [3, 4, 8])
+def test_slices_that_there_are_not_are_refused(count: int) -> None:
+    with pytest.raises(HeadshareError, match=f"of {count} slices .* are in 2 slices"):
+        make_mesh((1, -1, 1), dcn_data=count)
+
+
+def test_one_process_without_slices_is_one() -> None:
+    with pytest.raises(HeadshareError, match=r"of 2 slices .* are in 1 processes"):
+        make_mesh((1, -1, 1), dcn_data=2)
+
+
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize("sizes", [(16, 16, 1), (1, 64, 4)])
+def test_neighbours_in_a_mesh_are_neighbours_in_the_network(sizes: tuple[int, ...]) -> None:
+    devices = topology_devices("v5e:16x16")
+    before, now = np.asarray(devices).reshape(sizes), make_mesh(sizes, devices).devices
+    assert hops(now) < 1.3 < hops(before)
+
+
+def hops(devices: np.ndarray) -> float:
+    """Mean way in a network of 16 x 16 chips, whose ends meet, from a device to the next along the fsdp axis."""
+    ways = [
+        min(abs(here - there), 16 - abs(here - there))
+        for one, other in zip(devices.flat, np.roll(devices, -1, axis=1).flat, strict=True)
+        for here, there in zip(one.coords, other.coords, strict=True)
+    ]
+    return sum(ways) / devices.size
+
+
 ROWS, LENGTH = 8, 16
 
 
@@ -197,7 +244,12 @@ def test_state_is_made_and_stays_in_parts() -> None:
 
 def compiled(sizes: tuple[int, ...], rows: int = ROWS, length: int = LENGTH, **stage: Any) -> Any:
     """The step of a stage, compiled for a mesh."""
-    at, mesh = context(**stage), mesh_of(*sizes)
+    return compiled_for(mesh_of(*sizes), rows, length, **stage)
+
+
+def compiled_for(mesh: Mesh, rows: int = ROWS, length: int = LENGTH, **stage: Any) -> Any:
+    """The same for a mesh that is there already."""
+    at = context(**stage)
     state = abstract_state(at, mesh)
     batch = jax.ShapeDtypeStruct((1, rows, length), jnp.int32, sharding=batch_sharding(mesh, axis=1))
     step = steps.make_step(at, state_sharding=jax.tree.map(lambda leaf: leaf.sharding, state))
@@ -212,6 +264,48 @@ def traffic(program: str) -> dict[str, list[int]]:
         elements = [prod(map(int, filter(None, shape.split(",")))) for shape in re.findall(r"\w\[([\d,]*)\]", shapes)]
         sizes.setdefault(kind, []).append(sum(elements))
     return sizes
+
+
+def groups(attributes: str) -> list[set[int]]:
+    """The groups of devices that a collective joins, by their places in the mesh; pairs of one that sends."""
+    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{\{(.*?)\}\}", attributes):
+        return [{*map(int, group.split(","))} for group in listed[1].split("},{")]
+    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]<=(\S+?),? ", attributes):
+        rows = _order(counted[2]).reshape(-1, int(counted[1]))
+    else:
+        named = re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\)\))? \{(.*?)\}", attributes)
+        assert named is not None, attributes
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        order = _order(f"{named[2]})") if named[2] else np.arange(prod(sizes.values()))
+        joined = [place for place, axis in enumerate(sizes) if f"'{axis}'" in named[3]]
+        ids = np.moveaxis(order.reshape([*sizes.values()]), joined, range(-len(joined), 0))
+        rows = ids.reshape(-1, prod(ids.shape[-len(joined) :]))
+    return [{*row} for row in rows.tolist()]
+
+
+def _order(text: str) -> np.ndarray:
+    """Numbers in an order that XLA writes as `[2,4]T(1,0)`: counted in a table, and read by its columns."""
+    sizes, axes = (
+        [*map(int, filter(None, part.split(",")))] for part in re.findall(r"[\[(](.*?)[\])]", text + "()")[:2]
+    )
+    return np.arange(prod(sizes)).reshape(sizes).transpose(axes or None).ravel()
+
+
+@pytest.mark.usefixtures("two_slices")
+@pytest.mark.parametrize(("sizes", "kind"), [((1, 4, 1), "align"), ((1, 2, 2), "tied")])
+def test_only_gradients_and_their_sums_cross_slices(sizes: tuple[int, ...], kind: str) -> None:
+    program = compiled_for(make_mesh(sizes, dcn_data=2), kind=kind).as_text()
+    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    crossing = []
+    for shapes, opcode, attributes in re.findall(rf" = (\S.*?) ({kinds})\((.*)", program):
+        if any(len({place // 4 for place in group}) > 1 for group in groups(attributes)):
+            largest = max(prod(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"\[([\d,]*)\]", shapes))
+            crossing.append((opcode, largest, attributes))
+    assert crossing
+    for opcode, largest, attributes in crossing:
+        # Metrics are a few numbers.
+        assert largest <= 8 or "transpose(jvp" in attributes, (opcode, largest, attributes)
+        assert opcode not in ("all-gather", "all-to-all")
 
 
 @pytest.mark.parametrize(("sizes", "penalty"), [((1, 8, 1), "norm"), ((1, 4, 2), "norm"), ((1, 4, 2), "js")])

@@ -10,7 +10,7 @@ import pytest
 from support import jax_logits, logits_in_pieces, random_tokens, tiny_model
 
 from headshare_jax import Llama, generate, parameters
-from headshare_jax.model import llama
+from headshare_jax.model import attention
 from headshare_jax.model.attention import flash_attention
 from headshare_jax.model.kernels.splash import splash
 from headshare_jax.model.mesh import batch_sharding, make_mesh
@@ -90,8 +90,8 @@ def test_training_runs_the_kernel_with_each_layers_window(kind: str, monkeypatch
     def interpreted(*arguments: jax.Array, **settings: Any) -> jax.Array:
         return flash_attention(*arguments, kernel=lambda *of, **how: splash(*of, **how, interpret=True), **settings)
 
-    monkeypatch.setattr(llama, "has_kernel", lambda *of: True)
-    monkeypatch.setattr(llama, "flash_attention", interpreted)
+    monkeypatch.setattr(attention, "has_kernel", lambda *of: True)
+    monkeypatch.setattr(attention, "flash_attention", interpreted)
     sharding = batch_sharding(make_mesh((2, 1, 1), jax.devices()[:2]))
     by_kernel = jax.jit(jax.value_and_grad(lambda params: loss(params, sharding)))(params)
     for got, expected in zip(jax.tree.leaves(by_kernel), jax.tree.leaves(by_blocks), strict=True):
