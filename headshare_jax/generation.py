@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from jax.sharding import Mesh
+
 from headshare_jax import convert
 from headshare_jax.convert import generation_config
 from headshare_jax.convert import tokenizer as tokenizers
@@ -41,6 +43,7 @@ def generate(  # type: ignore[misc]  # what settings are is said once
     sampling: Sampling | None = None,
     stop_tokens: Sequence[int] | None = None,
     seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> str | list[str] | list[list[int]]:
     """Continues a text, several texts, or prompts of token ids; all are continued together.
 
@@ -55,6 +58,8 @@ def generate(  # type: ignore[misc]  # what settings are is said once
       sampling: greedy by default; `load_sampling` gives what the checkpoint's maker chose.
       stop_tokens: a row ends before the first of these; by default the model's end-of-sequence tokens.
       seed: of the draws.
+      mesh: devices to run on (`model.mesh.make_mesh`): a copy of the model lies there meanwhile. By default where the
+        model lies, which `load` can place on a mesh.
 
     Returns:
       What comes after the prompt: a text for a text, a list of texts for a list, and of token ids the new ones of every
@@ -71,6 +76,7 @@ def generate(  # type: ignore[misc]  # what settings are is said once
     """
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "sampling": sampling, "stop_tokens": stop_tokens, "seed": seed,
+        "mesh": mesh,
     }  # fmt: skip
     texts = [prompts] if isinstance(prompts, str) else [text for text in prompts if isinstance(text, str)]
     if not texts:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from headshare_jax import convert
 from headshare_jax.calibration.overlap import TextRuns
@@ -34,7 +35,12 @@ Text = str | Path | np.ndarray
 
 @typed
 def load(
-    src: str | Path | WeightSource, *, dtype: str | None = None, compute_dtype: str = "float32", remat: str = "none"
+    src: str | Path | WeightSource,
+    *,
+    dtype: str | None = None,
+    compute_dtype: str = "float32",
+    remat: str = "none",
+    mesh: Mesh | None = None,
 ) -> Llama:
     """Loads a model; peak memory is its own size plus one parameter.
 
@@ -43,6 +49,7 @@ def load(
       dtype: type to store parameters in (`float32`, `bfloat16`, `float16`); by default the checkpoint's own.
       compute_dtype: `float32` or `bfloat16`.
       remat: as in `Llama`.
+      mesh: devices to lie on, each with its part, as of `model.mesh.make_mesh`; by default one.
 
     Raises:
       HeadshareError: as `open_checkpoint`, or a type that is none of these.
@@ -53,7 +60,7 @@ def load(
       (3, 4)
     """
     source = convert.open_checkpoint(src) if storage.is_name(src) else src
-    return Llama.of(cast(source, dtype), compute_dtype=compute_dtype, remat=remat)
+    return Llama.of(cast(source, dtype), mesh=mesh, compute_dtype=compute_dtype, remat=remat)
 
 
 def to_decode(source: WeightSource) -> Llama:

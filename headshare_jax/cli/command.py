@@ -33,6 +33,13 @@ StoredDtype = Annotated[
     ),
 ]
 ComputeDtype = Annotated[kinds.ComputeDtype, tyro.conf.arg(help="Type to compute in: float32 or bfloat16.")]
+MeshSizes = Annotated[
+    tuple[kinds.MeshSize, kinds.MeshSize, kinds.MeshSize] | None,
+    tyro.conf.arg(
+        metavar="DATA FSDP TENSOR",
+        help="Sizes of the mesh of devices to run on, one of which may be -1; by default all of this machine.",
+    ),
+]
 # A default is shown where it is a value.
 _HELP = tyro.conf.arg(help_behavior_hint=lambda value: "" if value in ("", "False") else f"(default: {value})")
 

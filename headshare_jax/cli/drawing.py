@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from headshare_jax.cli import kinds
-from headshare_jax.cli.command import Command, ComputeDtype
+from headshare_jax.cli.command import Command, ComputeDtype, MeshSizes
 from headshare_jax.convert import tokenizer as tokenizers
 from headshare_jax.convert.cache import cache_directory
 from headshare_jax.errors import HeadshareError
@@ -20,6 +20,7 @@ from headshare_jax.generation import chosen
 from headshare_jax.loading import load
 from headshare_jax.model.generate import Sampling
 from headshare_jax.model.llama import Llama
+from headshare_jax.model.mesh import local_mesh
 from headshare_jax.report.progress import say
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Drawing(Command):
     seed: kinds.Seed = 0
     compute_dtype: ComputeDtype = "float32"
     dtype: kinds.Dtype | None = None
+    mesh: MeshSizes = None
 
     def drawn(self, path: Path, usual: int) -> tuple[Sampling, int]:
         """How to draw tokens of a checkpoint's model, and how many at most."""
@@ -68,7 +70,9 @@ class Drawing(Command):
         keep_compiled()
         # XLA's CPU backend converts 16-bit weights anew for every token.
         dtype = self.dtype or ("float32" if jax.default_backend() == "cpu" else None)
-        return load(path, dtype=dtype, compute_dtype=self.compute_dtype)
+        # Weights that are cut over tensor stay where they are while tokens are added.
+        mesh = local_mesh(self.mesh, usual=(1, 1, -1))
+        return load(path, dtype=dtype, compute_dtype=self.compute_dtype, mesh=mesh)
 
 
 def prompt_tokens(src: str, tokenizer: "PreTrainedTokenizerBase", text: str, *, chat: bool) -> list[int]:

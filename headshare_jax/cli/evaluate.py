@@ -12,12 +12,13 @@ from rich.table import Table
 from headshare_jax import convert
 from headshare_jax.calibration.overlap import Overlap, TextRuns
 from headshare_jax.cli import kinds
-from headshare_jax.cli.command import Command, ComputeDtype, Source
+from headshare_jax.cli.command import Command, ComputeDtype, MeshSizes, Source
 from headshare_jax.convert import storage, text
 from headshare_jax.convert.tokenizer import encode
 from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluate.perplexity import perplexity
 from headshare_jax.loading import load, load_tokenizer
+from headshare_jax.model.mesh import local_mesh
 from headshare_jax.report.progress import progress
 
 
@@ -54,6 +55,7 @@ class Evaluate(Command):
     task_limit: kinds.Count | None = None
     batch_size: kinds.Count = 1
     compute_dtype: ComputeDtype = "float32"
+    mesh: MeshSizes = None
 
     def run(self) -> dict[str, Any]:
         if self.text is None and self.tasks is None:
@@ -64,12 +66,13 @@ class Evaluate(Command):
             )
         if self.text is not None and not text.has_fields(self.text):
             self.refuse("text_field", without="rows in --text, as of JSONL and parquet files and data sets")
+        mesh = local_mesh(self.mesh)
         harness: Any = None if self.tasks is None else _harness()
         path = convert.locate(self.src)
         content = None if self.text is None else text.read(self.text, field=self.text_field)
         tokenizer = load_tokenizer(path)
         source = convert.open_checkpoint(path)
-        model = load(source, compute_dtype=self.compute_dtype)
+        model = load(source, compute_dtype=self.compute_dtype, mesh=mesh)
         result: dict[str, Any] = {"compute_dtype": self.compute_dtype}
         if content is not None:
             tokens = np.asarray(encode(tokenizer, content), np.int32)

@@ -1,11 +1,14 @@
 """The key/value cache."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from headshare_jax.config import LlamaConfig
+from headshare_jax.model.mesh import BATCH, rows_of
 
 
 def cache_slots(config: LlamaConfig, length: int) -> int:
@@ -102,3 +105,26 @@ class RingCache(KVCache):
     def behind(self, slot_t: jax.Array) -> jax.Array:
         slot_s = self._slots()
         return ((slot_t[:, None] - slot_s[None]) % len(slot_s))[None]
+
+
+@partial(jax.jit, static_argnames=("config", "dtype", "batch", "slots", "mesh"))
+def empty_cache(config: LlamaConfig, dtype: str, batch: int, slots: int, mesh: Mesh | None = None) -> KVCache:
+    """A cache with room for `slots` positions of every row; of windows, no more than the last ones."""
+    room = cache_slots(config, slots)
+    zeros = jnp.zeros((config.num_layers, batch, room, config.num_kv_heads, config.head_dim), dtype)
+    if mesh is not None:
+        zeros = jax.lax.with_sharding_constraint(zeros, cache_sharding(config, mesh, batch))
+    return (KVCache if room == slots else RingCache)(
+        k_lbskh=zeros,
+        v_lbskh=zeros,
+        length=jnp.zeros((), jnp.int32),
+        prompt_b=jnp.zeros(batch, jnp.int32),
+        prompt_slots=jnp.zeros((), jnp.int32),
+    )
+
+
+def cache_sharding(config: LlamaConfig, mesh: Mesh, batch: int) -> NamedSharding:
+    """Where keys and values lie on a mesh: rows over data and fsdp, heads over tensor, each where it divides them."""
+    rows = BATCH if batch % rows_of(mesh) == 0 else None
+    heads = "tensor" if config.num_kv_heads % mesh.shape["tensor"] == 0 else None
+    return NamedSharding(mesh, PartitionSpec(None, rows, None, heads))

@@ -9,11 +9,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.model.cache import KVCache
 from headshare_jax.model.llama import Llama
+from headshare_jax.model.mesh import batch_sharding, put, rows_of
 from headshare_jax.model.reading import (
     STACKED_MATRICES,
     OwnMatrices,
@@ -67,6 +69,7 @@ def generate(
     sampling: Sampling | None = None,
     stop_tokens: Sequence[int] | None = None,
     seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> list[list[int]]:
     """Continues a batch of prompts of any lengths.
 
@@ -74,12 +77,13 @@ def generate(
     `longrope` scaling, whose other factors then turn all keys, everything so far is read again.
 
     Args:
-      model: dense or shared.
+      model: dense or shared; one that lies on a mesh (`Llama.of`) is run there, with as many rows as it divides.
       prompts: token ids, at least one in every prompt.
       max_new_tokens: most tokens to add to each prompt.
       sampling: greedy by default.
       stop_tokens: a row ends before the first of these; by default the model's end-of-sequence tokens.
       seed: of the draws.
+      mesh: devices to run on: a copy of the model lies there meanwhile. By default where the model lies.
 
     Returns:
       The new tokens of every prompt, without the stop token.
@@ -93,6 +97,8 @@ def generate(
       >>> answers = hs.generate(model, prompts, max_new_tokens=8)
       >>> text = tokenizer.batch_decode(answers)
     """
+    if mesh is not None:
+        model = Llama.of(model, mesh=mesh, compute_dtype=model.compute_dtype)
     sampling = sampling or Sampling()
     stops = checked(model.config, prompts, max_new_tokens, stop_tokens)
     before = min(max_new_tokens, before_long_factors(model.config, max(map(len, prompts))))
@@ -145,11 +151,14 @@ def _continued(
     stops: tuple[int, ...],
     seed: int,
 ) -> list[list[int]]:
+    count = len(prompts)
+    # A mesh has a place for so many rows, all of which do something.
+    prompts = [*prompts, *[prompts[0]] * (-count % rows_of(model.mesh))]
     first_key, key = jax.random.split(jax.random.key(seed))
     token_b, cache = read_prompts(model, prompts, max_new_tokens, first_key, sampling)
     check_drawn(token_b)
     if max_new_tokens == 1:
-        return [[] if token in stops else [token] for token in token_b.tolist()]
+        return [[] if token in stops else [token] for token in token_b[:count].tolist()]
     out_bt, length_b, _ = decode(
         model,
         token_b,
@@ -164,7 +173,7 @@ def _continued(
     )
     found_bt, found_b = np.asarray(out_bt), np.asarray(length_b)
     check_drawn(ends(found_bt, found_b))
-    return [row[:length].tolist() for row, length in zip(found_bt, found_b, strict=True)]
+    return [row[:length].tolist() for row, length in zip(found_bt[:count], found_b[:count], strict=True)]
 
 
 def ends(out_bt: np.ndarray, length_b: np.ndarray) -> np.ndarray:
@@ -188,8 +197,12 @@ def read_prompts(
         tokens_bt[row, : len(prompt)] = prompt
     cache = model.empty_cache(len(prompts), tokens_bt.shape[1] + bucket(max_new_tokens))
     reading = choose_for_prompts(model.device, len(prompts), tokens_bt.size)
-    prompt_b = jnp.asarray(lengths, jnp.int32)
-    return prefill(model, jnp.asarray(tokens_bt), prompt_b, cache, key, sampling=sampling, reading=reading)
+    rows = (tokens_bt, np.asarray(lengths, np.int32))
+    if model.mesh is None or len(prompts) % rows_of(model.mesh):
+        tokens, prompt_b = map(jnp.asarray, rows)
+    else:
+        tokens, prompt_b = (put(row, batch_sharding(model.mesh)) for row in rows)
+    return prefill(model, tokens, prompt_b, cache, key, sampling=sampling, reading=reading)
 
 
 def before_long_factors(config: LlamaConfig, length: int) -> int:

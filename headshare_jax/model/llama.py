@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
-from headshare_jax.model.attention import Window, among_tokens, attend, rows_in_place
-from headshare_jax.model.cache import KVCache, RingCache, cache_slots
+from headshare_jax.model.attention import InTurns, Window, among_tokens, attend, rows_in_place
+from headshare_jax.model.cache import KVCache, RingCache, empty_cache
 from headshare_jax.model.embedding import look_up
 from headshare_jax.model.layer import REMAT_POLICIES, attention_block, layer_kinds, mlp_block, rms_norm
 from headshare_jax.model.mesh import batch_sharding, rows_of
@@ -214,9 +214,14 @@ class Llama(nnx.Module):
         # Padding must not count as length, by which `dynamic` scaling goes.
         angles = rotary_angles(self.config, jnp.minimum(slot_t, jnp.max(prompt_b) - 1)[None])
 
+        def attend_and_keep(
+            q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, window: Window
+        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            return attend(q_btnh, k_btkh, v_btkh, window=window, in_turns=self._in_turns), (k_btkh, v_btkh)
+
         def step(carry: tuple[Parts, KVCache], place: jax.Array, layer: Layer) -> tuple[Parts, KVCache]:
             parts_btd, cache = carry
-            run = [attention_block(self.config, layer, x_btd, angles, _attend_and_keep) for x_btd in parts_btd]
+            run = [attention_block(self.config, layer, x_btd, angles, attend_and_keep) for x_btd in parts_btd]
             parts_btd = tuple(mlp_block(self.config, layer, x_btd) for x_btd, _ in run)
             k_btkh, v_btkh = (jnp.concatenate(parts) for parts in zip(*(kept for _, kept in run), strict=True))
             return parts_btd, cache.with_prompts(place, k_btkh, v_btkh, prompt_b)
@@ -230,7 +235,7 @@ class Llama(nnx.Module):
             q_b1nh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, window: Window
         ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             near_b1s = seen_b1s if window is None else seen_b1s & (slot_t[None, None] > end_b[:, None, None] - window)
-            return attend(q_b1nh, k_btkh, v_btkh, near_b1s, in_turns=rows_in_place), (k_btkh, v_btkh)
+            return attend(q_b1nh, k_btkh, v_btkh, near_b1s, in_turns=self._in_turns), (k_btkh, v_btkh)
 
         layer = reading.layer(self._stacks(), last)
         x_b1d, (k_btkh, v_btkh) = attention_block(
@@ -273,7 +278,7 @@ class Llama(nnx.Module):
                 # Of a window that all layers have, the cache holds no more.
                 if isinstance(window, jax.Array):
                     near_bts = seen_bts & (cache.behind(slot_t) < window)
-                return attend(q_btnh, *keys_values, near_bts, in_turns=rows_in_place), grown
+                return attend(q_btnh, *keys_values, near_bts, in_turns=self._in_turns), grown
 
             x_btd, cache = attention_block(self.config, layer, x_btd, angles, attention)
             return mlp_block(self.config, layer, x_btd), cache
@@ -293,15 +298,7 @@ class Llama(nnx.Module):
 
     def empty_cache(self, batch: int, slots: int) -> KVCache:
         """A cache with room for `slots` positions of every row; of windows, no more than the last ones."""
-        config, room = self.config, cache_slots(self.config, slots)
-        shape = (config.num_layers, batch, room, config.num_kv_heads, config.head_dim)
-        return (KVCache if room == slots else RingCache)(
-            k_lbskh=jnp.zeros(shape, self.compute_dtype),
-            v_lbskh=jnp.zeros(shape, self.compute_dtype),
-            length=jnp.zeros((), jnp.int32),
-            prompt_b=jnp.zeros(batch, jnp.int32),
-            prompt_slots=jnp.zeros((), jnp.int32),
-        )
+        return empty_cache(self.config, self.compute_dtype, batch, slots, self.mesh)
 
     def logits(self, features_btd: jax.Array) -> jax.Array:
         """Output head on the features of `features` or `extend`: float32 [..., V]."""
@@ -333,6 +330,11 @@ class Llama(nnx.Module):
         if layer is None or PARAMETERS[name].pool is None:
             return on_host(value if layer is None else value[layer])
         return read_heads(self, name, layer, heads, lambda rows: on_host(value[rows]))
+
+    @property
+    def _in_turns(self) -> InTurns | None:
+        """How rows run that no gradient is taken of: on a mesh, all of a device's together."""
+        return rows_in_place if self.mesh is None or self.mesh.size == 1 else None
 
     def _stacks(self) -> Stacks:
         names = parameter_names(self.config)
@@ -367,10 +369,3 @@ class Llama(nnx.Module):
 
     def _final_norm(self, x_btd: jax.Array) -> jax.Array:
         return rms_norm(x_btd, self.array("final_norm_d"), self.config.rms_norm_eps)
-
-
-def _attend_and_keep(
-    q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, window: Window
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Attention among the tokens of prompts, whose keys and values are kept."""
-    return attend(q_btnh, k_btkh, v_btkh, window=window, in_turns=rows_in_place), (k_btkh, v_btkh)

@@ -43,6 +43,24 @@ def make_mesh(sizes: Sequence[int], devices: Sequence[jax.Device] | None = None,
     return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def local_mesh(sizes: Sequence[int] | None, *, usual: Sequence[int] = (1, -1, 1)) -> Mesh | None:
+    """A mesh of this machine's devices, the first ones if it needs fewer; None for one device without a wish.
+
+    Args:
+      sizes: as of `make_mesh`; None for the usual ones of all devices.
+      usual: likewise.
+
+    Raises:
+      HeadshareError: as `make_mesh`.
+    """
+    devices = jax.local_devices()
+    if sizes is None and len(devices) == 1:
+        return None
+    sizes = usual if sizes is None else sizes
+    count = prod(sizes)
+    return make_mesh(sizes, devices[:count] if count > 0 else devices)
+
+
 def _slices(devices: Sequence[jax.Device], count: int) -> list[list[jax.Device]]:
     """The devices of each of so many slices."""
     groups: dict[int, list[jax.Device]] = defaultdict(list)
@@ -86,20 +104,22 @@ def mesh_shape(sizes: Sequence[int], count: int) -> tuple[int, ...]:
     shape = list(sizes)
     if len(shape) != len(AXES) or shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
         raise HeadshareError(
-            f"A mesh needs a positive size for each of {', '.join(AXES)} (one may be -1), not {sizes}."
+            f"A mesh needs a positive size for each of {', '.join(AXES)} (one may be -1), not {sizes}.", option="mesh"
         )
     known = prod(size for size in shape if size != -1)
     if -1 in shape:
         if count % known:
             raise HeadshareError(
                 f"A mesh of {' x '.join(map(str, sizes))} ({', '.join(AXES)}; -1 takes what is left) needs a multiple "
-                f"of {known} devices, but there are {count}; give smaller sizes."
+                f"of {known} devices, but there are {count}; give smaller sizes.",
+                option="mesh",
             )
         shape[shape.index(-1)] = count // known
     if prod(shape) != count:
         raise HeadshareError(
             f"A mesh of {' x '.join(map(str, shape))} ({', '.join(AXES)}) needs {prod(shape)} devices, "
-            f"but there are {count}."
+            f"but there are {count}.",
+            option="mesh",
         )
     return tuple(shape)
 

@@ -13,9 +13,10 @@ from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.model import generate as generation
 from headshare_jax.model.attention import has_kernel
+from headshare_jax.model.cache import cache_sharding
 from headshare_jax.model.layer import REMAT_POLICIES
 from headshare_jax.model.llama import Llama
-from headshare_jax.model.mesh import BATCH, make_mesh, mesh_shape
+from headshare_jax.model.mesh import BATCH, batch_sharding, make_mesh, mesh_shape
 from headshare_jax.parameters import parameter_names
 from headshare_jax.plan import estimate
 from headshare_jax.plan.costs import program_costs, round_costs
@@ -179,11 +180,10 @@ def _serving(
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
 
     params = abstract_params(config, sharing, mesh, dict.fromkeys(parameter_names(config), "bfloat16"))
-    model = Llama(config, params, sharing=sharing, compute_dtype="bfloat16")
+    model = Llama(config, params, sharing=sharing, compute_dtype="bfloat16", batch_sharding=batch_sharding(mesh))
     # The head indices, which the model makes by itself.
     model = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array) else leaf, model)
-    heads = "tensor" if config.num_kv_heads % mesh.shape["tensor"] == 0 else None
-    axes = {5: (None, BATCH, None, heads), 1: (BATCH,), 0: ()}
+    axes = {5: cache_sharding(config, mesh, workload.batch).spec, 1: (BATCH,), 0: ()}
     row_b = array((workload.batch,), jnp.int32, BATCH)
     cache = jax.eval_shape(lambda: model.empty_cache(workload.batch, workload.length))
     cache = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype, *axes[leaf.ndim]), cache)

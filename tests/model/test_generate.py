@@ -1,5 +1,6 @@
 """Generation: transformers' greedy tokens, draws that stay within bounds, few compilations, no second cache."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from headshare_jax import HeadshareError, Llama, Sampling, generate, parameters,
 from headshare_jax.model import generate as generation
 from headshare_jax.model import reading as readings
 from headshare_jax.model.mesh import make_mesh, parameter_sharding
+from headshare_jax.model.stream import stream
 
 # 20 tokens more go beyond the context of 64, where dynamic scaling begins.
 PROMPTS = [random_tokens((length,), seed=length).tolist() for length in (3, 55, 9, 1)]
@@ -124,6 +126,29 @@ def test_it_does_not_matter_where_parameters_lie(model: Llama, greedy: list[list
     shardings = {name: parameter_sharding(mesh, model.config, name, value.shape) for name, value in params.items()}
     assert generate(Llama(model.config, jax.device_get(params)), PROMPTS, max_new_tokens=20) == greedy
     assert generate(Llama(model.config, jax.device_put(params, shardings)), PROMPTS, max_new_tokens=20) == greedy
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 1, 2), (8, 1, 1), (1, 4, 2)])
+@pytest.mark.parametrize("kind", ["dense", "qkv", "mixed"])
+def test_devices_together_continue_as_one_does(model: Llama, kind: str, sizes: tuple[int, ...]) -> None:
+    if kind != "dense":
+        model = share(model, sharing_by_hand(model, kind, {2: 0, 5: 1}))
+    # Three prompts are filled up to as many as the mesh has rows.
+    prompts, settings = PROMPTS[:3], {"max_new_tokens": 20}
+    mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes)])
+    assert generate(model, prompts, **settings, mesh=mesh) == generate(model, prompts, **settings)
+    if kind == "mixed":
+        spread, drawn = Llama.of(model, mesh=mesh), {"sampling": Sampling(0.7, top_k=20), "seed": 3}
+        assert generate(spread, prompts, **settings, **drawn) == generate(model, prompts, **settings, **drawn)
+        assert [*stream(spread, prompts[0], **settings)] == generate(model, prompts[:1], **settings)[0]
+
+
+def test_a_mesh_has_its_part_of_the_cache_on_each_device() -> None:
+    spread = Llama.of(tiny_model(), mesh=make_mesh((2, 2, 2)))
+    shape = (3, 8, 64, 2, 16)
+    cache = spread.empty_cache(8, 64)
+    assert cache.k_lbskh.shape == shape
+    assert {shard.data.shape for shard in cache.k_lbskh.addressable_shards} == {(3, 2, 64, 1, 16)}
 
 
 def unstacked(model: Llama) -> dict[str, tuple[jax.Array, ...]]:
