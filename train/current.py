@@ -21,7 +21,7 @@ from headshare_jax.sharing.view import SharedView
 from headshare_jax.train import recipe as recipes
 from headshare_jax.train import run_folder
 from headshare_jax.train.inputs import Progress, Run
-from headshare_jax.train.placement import abstract_params, abstract_state, begin, gathered
+from headshare_jax.train.placement import abstract_params, abstract_state, begin
 from headshare_jax.train.step import Params, StageContext, TrainState
 
 
@@ -95,11 +95,7 @@ class Current:
     def finished(self, kind: str) -> WeightSource:
         """What a stage of a kind goes on from: the stage's model, shared for good where it is `tied`."""
         model = self.model()
-        if kind == "align" or model.sharing is not None:
-            return model
-        if self.task.recipe.sharing.refit_windows:
-            model = gathered(model)
-        return self._shared(model)
+        return model if kind == "align" or model.sharing is not None else self._shared(model)
 
     def _shared(self, dense: WeightSource) -> WeightSource:
         """A model shared for good, its output weights fitted to the dense one if the recipe says so."""
@@ -108,9 +104,8 @@ class Current:
         windows = self.task.recipe.sharing.refit_windows
         if not windows:
             return shared
-        fitted, report = refit(
-            dense, shared, self.task.blocks.first(windows), progress=partial(self.progress, "refitting")
-        )
+        text, mesh = self.task.blocks.first(windows), self.task.mesh
+        fitted, report = refit(dense, shared, text, mesh=mesh, progress=partial(self.progress, "refitting"))
         if jax.process_index() == 0:
             with own_file(self.task.output / run_folder.REFIT) as path:
                 path.write_text(json.dumps(asdict(report), indent=1))

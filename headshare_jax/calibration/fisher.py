@@ -13,7 +13,7 @@ from headshare_jax.calibration import streams
 from headshare_jax.calibration.streams import Weights
 from headshare_jax.config import LlamaConfig
 from headshare_jax.model.layer import rms_norm
-from headshare_jax.model.mesh import replicated
+from headshare_jax.model.mesh import batch_sharding, replicated, rows_of
 from headshare_jax.output_head import head_logits, normalized_rows
 from headshare_jax.sharing.source import WeightSource
 
@@ -21,15 +21,16 @@ from headshare_jax.sharing.source import WeightSource
 _HEAD_TOKENS = 256
 
 
-@partial(jax.jit, static_argnames="config")
+@partial(jax.jit, static_argnames=("config", "mesh"))
 def _backward(
-    config: LlamaConfig, weights: Weights, x_btd: jax.Array, gradient_btd: jax.Array
+    config: LlamaConfig, weights: Weights, x_btd: jax.Array, gradient_btd: jax.Array, mesh: Mesh
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients behind a layer's attention and before the layer, from its input and the gradient behind it."""
-    middle_btd, through_attention = jax.vjp(lambda x: streams.advance(config, weights, x, "attention"), x_btd)
-    _, through_mlp = jax.vjp(lambda x: streams.advance(config, weights, x, "mlp"), middle_btd)
+    middle_btd, through_attention = jax.vjp(lambda x: streams.advance(config, weights, x, "attention", mesh), x_btd)
+    _, through_mlp = jax.vjp(lambda x: streams.advance(config, weights, x, "mlp", mesh), middle_btd)
     (middle_gradient_btd,) = through_mlp(gradient_btd)
-    return middle_gradient_btd, through_attention(middle_gradient_btd)[0]
+    before_btd = through_attention(middle_gradient_btd)[0]
+    return streams.on_rows(middle_gradient_btd, mesh), streams.on_rows(before_btd, mesh)
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
@@ -37,7 +38,7 @@ def _head_gradient(
     config: LlamaConfig, mesh: Mesh, final_norm_d: jax.Array, head_vd: jax.Array, x_btd: jax.Array, keys_bt: jax.Array
 ) -> jax.Array:
     """Gradient of the log-probability of tokens drawn by the model itself, by the stream before the final norm."""
-    everywhere, rows = replicated(mesh).spec, streams.window_sharding(len(x_btd), mesh).spec
+    everywhere, rows = replicated(mesh).spec, batch_sharding(mesh).spec
     specs = (everywhere, everywhere, rows, rows)
 
     @partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
@@ -57,9 +58,10 @@ def _head_gradient(
     return gradient_btd
 
 
-def _draw_keys(seed: int, windows: slice, seq_len: int) -> jax.Array:
-    """Keys of a draw for every token, [W, T]; a window's do not depend on the others."""
-    key_w = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(windows.start, windows.stop))
+def _draw_keys(seed: int, windows: slice, seq_len: int, rows: int) -> jax.Array:
+    """Keys of a draw for every token, [W, T], W a multiple of the rows; a window's do not depend on the others."""
+    last = windows.stop + (windows.start - windows.stop) % rows
+    key_w = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(windows.start, last))
     return jax.vmap(partial(jax.random.split, num=seq_len))(key_w)
 
 
@@ -97,29 +99,28 @@ def attention_gradients(
     config, total = source.config, 2 * source.config.num_layers
     mesh = mesh or streams.calibration_mesh()
     windows, seq_len = windows_wt.shape
-    parts = list(streams.batches(slice(0, windows), batch_tokens, seq_len, mesh.size))
+    parts = streams.batches(slice(0, windows), batch_tokens, seq_len, rows_of(mesh))
     shape = (config.num_layers, windows, seq_len, config.hidden_size)
     # Room is taken at once, so that a full disk is an error here.
     room = (np.zeros((1, *shape[2:]), np.float32) for _ in range(shape[0] * windows))
-    with streams.on_disk(room) as states, streams.on_disk(streams.embedded(source, windows_wt)) as x_wtd:
+    with streams.on_disk(room, shape[2:]) as states, streams.embedded(source, windows_wt, parts, mesh) as stream:
         states_lwtd = states.reshape(shape)
+        layers = [streams.Stream(states_wtd, stream.windows, mesh) for states_wtd in states_lwtd]
         for layer in range(config.num_layers):
             weights = streams.layer_weights(source, layer, mesh)
             for part in parts:
-                states_lwtd[layer, part] = x_wtd[part]
-                x_wtd[part] = streams.through_layer(config, weights, streams.cut(x_wtd[part], mesh))
+                layers[layer][part] = x_btd = stream[part]
+                stream[part] = streams.through_layer(config, weights, x_btd, mesh)
             progress(layer + 1, total)
-        final_norm_d = streams.whole(source.read("final_norm_d"), mesh)
-        head_vd = streams.whole(output_head(source), mesh)
+        final_norm_d = jnp.asarray(source.read("final_norm_d"), jnp.float32)
+        head_vd = jax.device_put(output_head(source), replicated(mesh))
         for part in parts:
-            keys_bt = _draw_keys(seed, part, seq_len)
-            x_wtd[part] = _head_gradient(config, mesh, final_norm_d, head_vd, streams.cut(x_wtd[part], mesh), keys_bt)
+            keys_bt = _draw_keys(seed, part, seq_len, rows_of(mesh))
+            stream[part] = _head_gradient(config, mesh, final_norm_d, head_vd, stream[part], keys_bt)
         for layer in reversed(range(config.num_layers)):
             weights = streams.layer_weights(source, layer, mesh)
             for part in parts:
-                states_lwtd[layer, part], x_wtd[part] = _backward(
-                    config, weights, streams.cut(states_lwtd[layer, part], mesh), streams.cut(x_wtd[part], mesh)
-                )
+                layers[layer][part], stream[part] = _backward(config, weights, layers[layer][part], stream[part], mesh)
             progress(total - layer, total)
         yield states_lwtd
 

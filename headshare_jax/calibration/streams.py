@@ -1,24 +1,26 @@
 """Calibration text run through a model block by block, from any weight source, one layer in memory at a time.
 
-Every device has the weights of a layer; windows of text are cut among them, and sums over tokens come out whole.
+On a mesh of devices, also of several processes, a layer lies as in training, windows of text are cut among the devices,
+and sums over tokens come out whole.
 """
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.model.attention import Window, attend
+from headshare_jax.model.embedding import look_up
 from headshare_jax.model.layer import attention_output, head_outputs, layer_kinds, mlp_output, mlp_units
-from headshare_jax.model.mesh import batch_sharding, make_mesh, replicated
+from headshare_jax.model.mesh import batch_sharding, make_mesh, put, replicated, rows_of
+from headshare_jax.model.place import place, place_layer
 from headshare_jax.model.reading import Held
 from headshare_jax.parameters import layered_names
 from headshare_jax.rope import rotary_angles
@@ -33,34 +35,120 @@ Weights = dict[str, jax.Array]
 
 def calibration_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The devices that share the work, by default all of this process: no other process waits for what one computes."""
-    return make_mesh((-1, 1, 1), jax.local_devices() if devices is None else devices)
+    return make_mesh((1, -1, 1), jax.local_devices() if devices is None else devices)
 
 
 def layer_weights(source: WeightSource, layer: int, mesh: Mesh | None = None) -> Weights:
     """One layer's parameters by name, in float32 whatever the stored type; shapes as `parameters.slice_shape` has.
 
-    What the layer is beside them is there too (`layer.layer_kinds`). All are whole on every device of the mesh; without
-    one, on the default device.
+    What the layer is beside them is there too (`layer.layer_kinds`). Each device of the mesh has its part of them;
+    without one, the default device has all.
     """
-    weights = {name: whole(source.read(name, layer), mesh) for name in layered_names(source.config)}
-    return weights | {name: whole(kinds_l[layer], mesh, None) for name, kinds_l in layer_kinds(source.config).items()}
-
-
-def whole(
-    value: jax.typing.ArrayLike, mesh: Mesh | None, dtype: jax.typing.DTypeLike | None = jnp.float32
-) -> jax.Array:
-    """A value on every device of a mesh, in float32 or, for None, its own type."""
-    value = jnp.asarray(value, dtype)
-    return value if mesh is None else jax.device_put(value, replicated(mesh))
+    mesh = mesh or calibration_mesh(jax.local_devices()[:1])
+    kinds = {name: put(kinds_l[layer], replicated(mesh)) for name, kinds_l in layer_kinds(source.config).items()}
+    return place_layer(source, layered_names(source.config), layer, mesh) | kinds
 
 
 def cut(windows_w: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Windows, [W, ...], cut among the devices of a mesh; where they cannot be, whole on each."""
-    return jax.device_put(windows_w, window_sharding(len(windows_w), mesh))
+    """Windows, [B, ...], cut among the devices of a mesh, with zeros behind them where these need more."""
+    missing = -len(windows_w) % rows_of(mesh)
+    return put(np.pad(windows_w, [(0, missing)] + [(0, 0)] * (windows_w.ndim - 1)), batch_sharding(mesh))
 
 
-def window_sharding(count: int, mesh: Mesh) -> NamedSharding:
-    return batch_sharding(mesh) if count % mesh.size == 0 else replicated(mesh)
+def there(batch: slice, mesh: Mesh) -> jax.Array:
+    """float32 [B], 1 for every window of a batch, and 0 for what `cut` adds to them."""
+    return cut(np.ones(batch.stop - batch.start, np.float32), mesh)
+
+
+def on_host(value: jax.Array, mesh: Mesh) -> np.ndarray:
+    """A value that lies on a mesh, as a whole; of several processes all call it."""
+    if value.is_fully_addressable:
+        return np.asarray(value)
+    return np.asarray(jax.jit(lambda value: value, out_shardings=replicated(mesh))(value))
+
+
+class Stream:
+    """Hidden states of windows of text, float32 [W, T, D], in batches on a mesh.
+
+    A batch, a slice of the windows, is read as `cut` gives it, and is written so. Each process of the mesh keeps what
+    its devices have, in a temporary file; all of them read and write together, and batches are the same throughout.
+
+    Attributes:
+      mesh: the devices.
+      windows: this process's windows, ascending.
+      states_wtd: their hidden states, mapped from the file.
+    """
+
+    def __init__(self, states_wtd: np.ndarray, windows: np.ndarray, mesh: Mesh):
+        self.mesh, self.windows, self.states_wtd = mesh, windows, states_wtd
+
+    def __getitem__(self, batch: slice) -> jax.Array:
+        count, *rest = batch.stop - batch.start, *self.states_wtd.shape[1:]
+        count += -count % rows_of(self.mesh)
+
+        def rows(part: tuple[slice, ...] | None) -> np.ndarray:
+            assert part is not None
+            found_btd = np.zeros((len(range(*part[0].indices(count))), *rest), np.float32)
+            kept = self._kept(batch, part[0])
+            found_btd[: kept.stop - kept.start] = self.states_wtd[kept]
+            return found_btd
+
+        return jax.make_array_from_callback((count, *rest), batch_sharding(self.mesh), rows)
+
+    def __setitem__(self, batch: slice, x_btd: jax.Array) -> None:
+        for shard in x_btd.addressable_shards:
+            kept = self._kept(batch, shard.index[0])
+            self.states_wtd[kept] = np.asarray(shard.data)[: kept.stop - kept.start]
+
+    def _kept(self, batch: slice, rows: slice) -> slice:
+        """Where some rows of a batch lie in the file, those apart that are none of its windows."""
+        first = batch.start + (rows.start or 0)
+        last = batch.stop if rows.stop is None else min(batch.start + rows.stop, batch.stop)
+        begin, end = np.searchsorted(self.windows, (first, max(first, last)))
+        return slice(int(begin), int(end))
+
+
+@contextmanager
+def embedded(source: WeightSource, windows_wt: np.ndarray, parts: Sequence[slice], mesh: Mesh) -> Iterator[Stream]:
+    """What the first layer reads of windows of text, in batches; errors as of `on_disk`."""
+    windows, shape = _own_windows(parts, mesh), (windows_wt.shape[1], source.config.hidden_size)
+    embed_vd = place(source, ["embed_vd"], mesh)["embed_vd"]
+    # Room is taken at once, so that a full disk is an error here.
+    with on_disk((np.zeros((1, *shape), np.float32) for _ in windows), shape) as states_wtd:
+        stream = Stream(states_wtd, windows, mesh)
+        for part in parts:
+            stream[part] = _looked_up(embed_vd, cut(np.asarray(windows_wt[part], np.int32), mesh), mesh)
+        del embed_vd
+        yield stream
+
+
+@contextmanager
+def copied(stream: Stream) -> Iterator[Stream]:
+    """Another stream with the same states; errors as of `on_disk`."""
+    states_wtd = stream.states_wtd
+    with on_disk((state_td[None] for state_td in states_wtd), states_wtd.shape[1:]) as copied_wtd:
+        yield Stream(copied_wtd, stream.windows, stream.mesh)
+
+
+def _own_windows(parts: Sequence[slice], mesh: Mesh) -> np.ndarray:
+    """Windows of all batches that lie on this process's devices, ascending."""
+    own = set[int]()
+    for part in parts:
+        windows = range(part.start, part.stop)
+        whole = len(windows) + -len(windows) % rows_of(mesh)
+        places = batch_sharding(mesh).addressable_devices_indices_map((whole,)).values()
+        own |= {window for place in places if place is not None for window in windows[place[0]]}
+    return np.array(sorted(own), np.int64)
+
+
+@partial(jax.jit, static_argnames="mesh")
+def _looked_up(embed_vd: jax.Array, tokens_bt: jax.Array, mesh: Mesh) -> jax.Array:
+    return on_rows(look_up(embed_vd, tokens_bt, "float32", batch_sharding(mesh)), mesh)
+
+
+def on_rows(x_btd: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Inside of a program: an array that lies on a mesh as batches do."""
+    return x_btd if mesh is None else jax.lax.with_sharding_constraint(x_btd, batch_sharding(mesh))
 
 
 def output_weight(weights: Weights, block: str) -> jax.Array:
@@ -69,23 +157,27 @@ def output_weight(weights: Weights, block: str) -> jax.Array:
     return weight.reshape(-1, weight.shape[-1])
 
 
-@partial(jax.jit, static_argnames=("config", "block"))
-def run_block(config: LlamaConfig, weights: Weights, x_btd: jax.Array, block: str) -> tuple[jax.Array, jax.Array]:
-    """What a block adds to the residual stream, and the stream behind it, [B, T, D] each."""
+@partial(jax.jit, static_argnames=("config", "block", "mesh"))
+def run_block(
+    config: LlamaConfig, weights: Weights, x_btd: jax.Array, block: str, mesh: Mesh | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """What a block adds to the residual stream, and the stream behind it, [B, T, D] each, cut over a mesh as it is."""
     with jax.default_matmul_precision("highest"):
-        added_btd = block_output(weights, features(config, weights, x_btd, block), block)
-        return added_btd, x_btd + added_btd
+        added_btd = on_rows(block_output(weights, features(config, weights, x_btd, block), block), mesh)
+        return added_btd, on_rows(x_btd + added_btd, mesh)
 
 
-def advance(config: LlamaConfig, weights: Weights, x_btd: jax.typing.ArrayLike, block: str) -> jax.Array:
+def advance(
+    config: LlamaConfig, weights: Weights, x_btd: jax.typing.ArrayLike, block: str, mesh: Mesh | None = None
+) -> jax.Array:
     """The residual stream behind a block, [B, T, D]."""
-    return run_block(config, weights, x_btd, block)[1]
+    return run_block(config, weights, x_btd, block, mesh)[1]
 
 
-def through_layer(config: LlamaConfig, weights: Weights, x_btd: jax.Array) -> jax.Array:
+def through_layer(config: LlamaConfig, weights: Weights, x_btd: jax.Array, mesh: Mesh | None = None) -> jax.Array:
     """The residual stream behind a layer, [B, T, D]."""
     for block in BLOCKS:
-        x_btd = advance(config, weights, x_btd, block)
+        x_btd = advance(config, weights, x_btd, block, mesh)
     return x_btd
 
 
@@ -128,12 +220,12 @@ def _windowed(q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, window: W
 
 
 @contextmanager
-def on_disk(parts: Iterable[np.ndarray], folder: Path | None = None) -> Iterator[np.ndarray]:
+def on_disk(parts: Iterable[np.ndarray], shape: tuple[int, ...]) -> Iterator[np.ndarray]:
     """Hidden states in a temporary file, so that memory does not grow with the text; the file goes with the block.
 
     Args:
-      parts: arrays [w, T, D], the first windows first.
-      folder: where the file lies; by default where the system has its temporary files.
+      parts: arrays [w, T, D], the first windows first; there may be none.
+      shape: T and D.
 
     Yields:
       float32 [W, T, D], mapped from the file, to read and write.
@@ -141,7 +233,7 @@ def on_disk(parts: Iterable[np.ndarray], folder: Path | None = None) -> Iterator
     Raises:
       HeadshareError: the disk is full.
     """
-    with tempfile.TemporaryFile(dir=folder) as file:
+    with tempfile.TemporaryFile() as file:
         windows = 0
         try:
             for part in parts:
@@ -153,21 +245,11 @@ def on_disk(parts: Iterable[np.ndarray], folder: Path | None = None) -> Iterator
                 f"The hidden states of the calibration text find no room in temporary files ({error.strerror}); "
                 "set TMPDIR to a folder with more room, or calibrate on fewer tokens."
             ) from error
-        yield np.memmap(file, np.float32, "r+", shape=(windows, *part.shape[1:]))
+        whole = (windows, *shape)
+        yield np.memmap(file, np.float32, "r+", shape=whole) if windows else np.zeros(whole, np.float32)
 
 
-def embedded(source: WeightSource, windows_wt: np.ndarray) -> Iterator[np.ndarray]:
-    """What the first layer reads of every window, float32 [1, T, D]."""
-    embed_vd = source.read("embed_vd")
-    return (np.asarray(embed_vd[window_t], np.float32)[None] for window_t in windows_wt)
-
-
-def batches(windows: slice, tokens: int, seq_len: int, devices: int = 1) -> Iterator[slice]:
-    """The windows in batches of at most `tokens` tokens a device, at least one window.
-
-    As many windows as the devices can share evenly come first; the others, fewer than the devices, are whole on each.
-    """
-    step = max(1, tokens // seq_len)
-    even = windows.stop - (windows.stop - windows.start) % devices
-    for begin, end, size in ((windows.start, even, step * devices), (even, windows.stop, step)):
-        yield from (slice(start, min(start + size, end)) for start in range(begin, end, size))
+def batches(windows: slice, tokens: int, seq_len: int, rows: int = 1) -> list[slice]:
+    """The windows in batches of at most `tokens` tokens in each of a mesh's rows, at least one window."""
+    step = max(1, tokens // seq_len) * rows
+    return [slice(begin, min(begin + step, windows.stop)) for begin in range(windows.start, windows.stop, step)]

@@ -9,16 +9,17 @@ import tyro
 from rich.console import RenderableType
 
 from headshare_jax.cli import kinds
-from headshare_jax.cli.command import Command, Destination, Overwrite, Source, StoredDtype
+from headshare_jax.cli.command import Command, Destination, MeshSizes, Overwrite, Source, StoredDtype
 from headshare_jax.cli.sharing import Calibrate, MatchFunction, MeasuredText, NoEval, Seed, Tie
 from headshare_jax.compression.compress import compress
 from headshare_jax.convert.atomic import check_output, new_file
 from headshare_jax.fit.methods import METHODS, Method
+from headshare_jax.model.mesh import local_mesh
 from headshare_jax.report.map import draw_map
 from headshare_jax.report.picture import check_name
 
 # Options that are not arguments of `compress`, as all others are.
-_OWN = ("json", "save_map", "plot", "text", "no_eval")
+_OWN = ("json", "save_map", "plot", "text", "no_eval", "mesh")
 
 
 def _time(method: Method) -> str:
@@ -83,6 +84,7 @@ class Share(Command):
     work: Path | None = None
     save_map: Path | None = None
     plot: Path | None = None
+    mesh: MeshSizes = None
     overwrite: Overwrite = False
 
     def run(self) -> dict[str, Any]:
@@ -93,7 +95,7 @@ class Share(Command):
         if self.plot is not None:
             check_name(self.plot)
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _OWN}
-        done = compress(**given, evaluate=self.text or not self.no_eval)
+        done = compress(**given, mesh=local_mesh(self.mesh), evaluate=self.text or not self.no_eval)
         if self.save_map is not None:
             with new_file(self.save_map, overwrite=self.overwrite) as path:
                 path.write_text(done.map.to_json())

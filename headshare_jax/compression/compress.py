@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from headshare_jax import convert
 from headshare_jax.calibration.own_text import context
 from headshare_jax.compression.effort import Effort
@@ -68,6 +70,7 @@ def compress(
     quantize: str | None = None,
     tokenizer: AnyTokenizer | None = None,
     work: str | Path | None = None,
+    mesh: Mesh | None = None,
     overwrite: bool = False,
     progress: bool | Progress = True,
     **settings: Any,
@@ -96,6 +99,8 @@ def compress(
         format is not `gguf`.
       tokenizer: of the model, for texts and the output; by default what lies beside its weights.
       work: folder that keeps what is computed on the text, layer by layer, to go on after a stop.
+      mesh: devices that run the text, over which windows and each layer's weights are cut; by default all of this
+        machine.
       overwrite: replace an existing output.
       progress: True for a bar on standard error, False for none, or a function that is called with what is being done,
         the steps done and in all.
@@ -165,12 +170,12 @@ def compress(
         if sharing is None:
             assert amount is not None
             with phase("matching", effort.matched) as show:
-                scores = chosen.scores(Scoring(source, of_method, texts.windows_wt, journals, show))
+                scores = chosen.scores(Scoring(source, of_method, texts.windows_wt, journals, show, mesh))
             sharing = methods.choose(chosen, scores, amount, source.config, of_method)
         with phase("refitting") if chosen.refits else nullcontext(_silent) as show:
             model, report = methods.apply(
                 chosen, source, sharing, texts.windows_wt,
-                check_source=map is not None, journals=journals, progress=show,
+                check_source=map is not None, mesh=mesh, journals=journals, progress=show,
             )  # fmt: skip
         record = None if report is None else fit_record(texts.calibration, report)
         model = cast(model, written)

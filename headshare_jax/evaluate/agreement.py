@@ -1,7 +1,7 @@
 """How far one model's predictions are from another's on a text: layer by layer from disk, or both models on a mesh."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,13 +17,10 @@ from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluate.perplexity import position_by_position
 from headshare_jax.model.layer import rms_norm
 from headshare_jax.model.llama import Llama
-from headshare_jax.model.mesh import batch_sharding, put, rows_of
+from headshare_jax.model.mesh import batch_sharding, put, replicated, rows_of
 from headshare_jax.output_head import head_logits
 from headshare_jax.sharing.finite import NotFinite
 from headshare_jax.sharing.source import WeightSource
-
-# Tokens whose logits are in memory at a time.
-_HEAD_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -130,15 +127,13 @@ def _sums_on_mesh(
 
 @jax.jit
 def _compared_models(first: Llama, second: Llama, tokens_bt: jax.Array) -> jax.Array:
-    """What `_of_token` gives for every token but a row's first, float32 [B, T - 1, 4], whole on every device."""
+    """What `_compared` gives of two models on a mesh."""
+    mesh = first.mesh
+    assert mesh is not None
     with jax.default_matmul_precision("highest"):
-        states = tuple(model.features(tokens_bt)[:, :-1].astype(jnp.float32) for model in (first, second))
+        states = tuple(model.features(tokens_bt).astype(jnp.float32) for model in (first, second))
         heads = tuple(model.head_weights().astype(jnp.float32) for model in (first, second))
-
-        def compare(first_bpd: jax.Array, second_bpd: jax.Array, target_bp: jax.Array) -> jax.Array:
-            return jax.vmap(jax.vmap(partial(_of_token, heads)))((first_bpd, second_bpd), target_bp)
-
-        return position_by_position(compare, (*states, tokens_bt[:, 1:]), first.mesh)
+        return _compared(heads, states, tokens_bt[:, 1:], mesh)
 
 
 def _sums_by_layers(
@@ -149,49 +144,56 @@ def _sums_by_layers(
     progress: Callable[[int, int], None],
 ) -> np.ndarray:
     """The same, with one layer of the models in memory at a time."""
-    windows = len(windows_wt)
+    mesh, (windows, seq_len) = streams.calibration_mesh(), windows_wt.shape
+    parts = streams.batches(slice(0, windows), batch_tokens, seq_len, rows_of(mesh))
     layers = [model.config.num_layers for model in (first, second)]
-    total = sum(layers) + windows
+    total = sum(layers) + len(parts)
     with (
-        _final_states(first, windows_wt, batch_tokens, lambda done: progress(done, total)) as first_wtd,
-        _final_states(second, windows_wt, batch_tokens, lambda done: progress(layers[0] + done, total)) as second_wtd,
+        _final_states(first, windows_wt, parts, mesh, lambda done: progress(done, total)) as one,
+        _final_states(second, windows_wt, parts, mesh, lambda done: progress(layers[0] + done, total)) as other,
     ):
-        heads = (output_head(first), output_head(second))
-        sums_wc = np.empty((windows, 4))
-        for window in range(windows):
-            target_t = jnp.asarray(windows_wt[window, 1:], jnp.int32)
-            states = tuple(jnp.asarray(x_wtd[window, :-1]) for x_wtd in (first_wtd, second_wtd))
-            sums_wc[window] = _compared(heads, states, target_t)
-            progress(sum(layers) + window + 1, total)
-    return sums_wc
+        heads = tuple(jax.device_put(output_head(model), replicated(mesh)) for model in (first, second))
+        sums = []
+        for number, part in enumerate(parts, 1):
+            targets_bt = streams.cut(np.asarray(windows_wt[part, 1:], np.int32), mesh)
+            found_btc = np.asarray(_compared(heads, (one[part], other[part]), targets_bt, mesh))
+            sums.append(found_btc[: part.stop - part.start].sum(axis=1, dtype=np.float64))
+            progress(sum(layers) + number, total)
+    return np.concatenate(sums)
 
 
 @contextmanager
 def _final_states(
-    source: WeightSource, windows_wt: np.ndarray, batch_tokens: int, progress: Callable[[int], None]
-) -> Iterator[np.ndarray]:
-    """The residual stream behind the last layer, normalised: float32 [W, T, D]."""
-    config, mesh = source.config, streams.calibration_mesh()
-    parts = list(streams.batches(slice(0, len(windows_wt)), batch_tokens, windows_wt.shape[1], mesh.size))
-    norm_d = jnp.asarray(source.read("final_norm_d"), jnp.float32)
-    with streams.on_disk(streams.embedded(source, windows_wt)) as x_wtd:
+    source: WeightSource,
+    windows_wt: np.ndarray,
+    parts: Sequence[slice],
+    mesh: Mesh,
+    progress: Callable[[int], None],
+) -> Iterator[streams.Stream]:
+    """The residual stream behind the last layer, normalised."""
+    config, norm_d = source.config, jnp.asarray(source.read("final_norm_d"), jnp.float32)
+    with streams.embedded(source, windows_wt, parts, mesh) as stream:
         for layer in range(config.num_layers):
             weights = streams.layer_weights(source, layer, mesh)
             for part in parts:
-                x_wtd[part] = streams.through_layer(config, weights, streams.cut(x_wtd[part], mesh))
+                stream[part] = streams.through_layer(config, weights, stream[part], mesh)
             progress(layer + 1)
         for part in parts:
-            x_wtd[part] = rms_norm(jnp.asarray(x_wtd[part]), norm_d, config.rms_norm_eps)
-        yield x_wtd
+            stream[part] = rms_norm(stream[part], norm_d, config.rms_norm_eps)
+        yield stream
 
 
-@jax.jit
-def _compared(heads: tuple[jax.Array, ...], states: tuple[jax.Array, ...], target_t: jax.Array) -> jax.Array:
-    """Sums over a window's tokens of what `_of_token` gives, float32 [4]."""
+@partial(jax.jit, static_argnames="mesh")
+def _compared(
+    heads: tuple[jax.Array, ...], states: tuple[jax.Array, ...], targets_bt: jax.Array, mesh: Mesh
+) -> jax.Array:
+    """What `_of_token` gives for every token but a window's first, float32 [B, T - 1, 4], whole on every device."""
+
+    def compare(first_bpd: jax.Array, second_bpd: jax.Array, target_bp: jax.Array) -> jax.Array:
+        return jax.vmap(jax.vmap(partial(_of_token, heads)))((first_bpd, second_bpd), target_bp)
+
     with jax.default_matmul_precision("highest"):
-        of_token = partial(_of_token, heads)
-        found_tc = jax.lax.map(lambda token: of_token(*token), (states, target_t), batch_size=_HEAD_TOKENS)
-        return jnp.sum(found_tc, axis=0)
+        return position_by_position(compare, (*(each_btd[:, :-1] for each_btd in states), targets_bt), mesh)
 
 
 def _of_token(heads: tuple[jax.Array, ...], rows: tuple[jax.Array, ...], target: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from headshare_jax.calibration.journal import Journals
 from headshare_jax.config import LlamaConfig
@@ -86,6 +87,7 @@ class Scoring:
       windows_wt: int32 [W, T], the calibration text, for methods that need one.
       journals: where those that take text keep finished layers.
       progress: called with the steps done and in all.
+      mesh: devices to run the text on; by default all of this process.
     """
 
     source: WeightSource
@@ -93,6 +95,7 @@ class Scoring:
     windows_wt: np.ndarray | None = None
     journals: Journals | None = None
     progress: Progress = lambda done, total: None
+    mesh: Mesh | None = None
 
 
 Scorer = Callable[[Scoring], MatchResult]
@@ -112,7 +115,9 @@ def random_scores(work: Scoring) -> MatchResult:
 def functional_scores(work: Scoring) -> MatchResult:
     """What units compute on the text, and donors in their place."""
     assert work.windows_wt is not None
-    return match_functional(work.source, work.windows_wt, journals=work.journals, progress=work.progress)
+    return match_functional(
+        work.source, work.windows_wt, mesh=work.mesh, journals=work.journals, progress=work.progress
+    )
 
 
 def magnitude_scores(work: Scoring) -> MatchResult:
@@ -263,6 +268,7 @@ def apply(
     windows_wt: np.ndarray | None = None,
     *,
     check_source: bool = True,
+    mesh: Mesh | None = None,
     journals: Journals | None = None,
     progress: Progress = lambda done, total: None,
 ) -> tuple[WeightSource, RefitReport | None]:
@@ -274,7 +280,7 @@ def apply(
       sharing: the method's choice, or any other map.
       windows_wt: int32 [W, T], calibration text, if the method refits.
       check_source: as for `SharedView`; needless for a map that was just made for the source.
-      journals: as for `refit`.
+      mesh, journals: as for `refit`.
       progress: called with the layers refitted and in all.
 
     Raises:
@@ -284,4 +290,4 @@ def apply(
     if not method.refits:
         return shared, None
     assert windows_wt is not None
-    return refit(source, shared, windows_wt, journals=journals, progress=progress)
+    return refit(source, shared, windows_wt, mesh=mesh, journals=journals, progress=progress)

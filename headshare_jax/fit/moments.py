@@ -6,10 +6,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from scipy import linalg
 
 from headshare_jax.calibration.streams import Weights, block_output, features, residual_weights
 from headshare_jax.config import LlamaConfig
+from headshare_jax.model.mesh import replicated
 
 # Where a ridge is too small for the system to be solved, it is raised tenfold until it is not, from this least value.
 LEAST_RIDGE = 1e-12
@@ -80,7 +82,7 @@ def solve_ridge(gram: np.ndarray, cross: np.ndarray, ridge: float) -> tuple[np.n
             return linalg.cho_solve(factor, cross.reshape(len(gram), -1)).reshape(cross.shape), ridge
 
 
-@partial(jax.jit, static_argnames=("config", "block"))
+@partial(jax.jit, static_argnames=("config", "block", "mesh"))
 def batch_moments(
     config: LlamaConfig,
     compressed: Weights,
@@ -88,11 +90,16 @@ def batch_moments(
     y_btd: jax.Array,
     after_btd: jax.Array,
     compressed_btd: jax.Array,
+    there_b: jax.Array,
     block: str,
+    mesh: Mesh,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`Moments.gram`, `.cross` and `.energy` of a batch, float32; y and the stream behind the block are the dense's."""
+    """`Moments.gram`, `.cross` and `.energy` of a batch, float32, whole on every device of the mesh.
+
+    y and the stream behind the block are the dense's; `there_b` is as of `streams.there`.
+    """
     with jax.default_matmul_precision("highest"):
-        w_bt1 = residual_weights(after_btd)
+        w_bt1 = residual_weights(after_btd) * there_b[:, None, None]
         h_bti = features(config, compressed, compressed_btd, block)
         error_btd = y_btd - block_output(compressed, h_bti, block)
         h_mi = (w_bt1 * h_bti).reshape(-1, h_bti.shape[-1])
@@ -100,4 +107,4 @@ def batch_moments(
         targets_rmd = targets_rbtd.reshape(2, -1, x_btd.shape[-1])
         cross_rid = jnp.einsum("mi,rmd->rid", h_mi, targets_rmd)
         energy_rs = jnp.einsum("rmd,smd->rs", targets_rmd, targets_rmd)
-        return h_mi.T @ h_mi, cross_rid, energy_rs
+        return jax.lax.with_sharding_constraint((h_mi.T @ h_mi, cross_rid, energy_rs), replicated(mesh))

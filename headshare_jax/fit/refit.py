@@ -6,31 +6,32 @@ model's own input x', W is fitted to what brings its stream back to the dense on
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from headshare_jax.calibration import streams
 from headshare_jax.calibration.journal import Journals, journal_of
-from headshare_jax.calibration.streams import BLOCKS, OUTPUT, Weights
+from headshare_jax.calibration.streams import BLOCKS, OUTPUT
 from headshare_jax.errors import HeadshareError
-from headshare_jax.fit.moments import Moments, batch_moments
+from headshare_jax.fit.moments import Moments
+from headshare_jax.fit.walk import FIT, WEIGHT, Step, Walk
 from headshare_jax.model.llama import Llama
+from headshare_jax.model.mesh import batch_sharding
+from headshare_jax.model.spread import slice_sharding
 from headshare_jax.parameters import layered_names, parameter_names
 from headshare_jax.sharing import finite
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.source import WeightSource, pool_index, stored_shape
-from headshare_jax.sharing.view import ReplacedView, SharedView
+from headshare_jax.sharing.view import ReplacedView, SharedView, View
 from headshare_jax.typed import check_fields, typed
 
 SCOPES = ("receivers", "attention", "all")
-# What a journal keeps of a block: its `BlockFit` as JSON, and its new output weight if that changed.
-_FIT, _WEIGHT = "fit", "weight"
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def refit(
     windows_wt: np.ndarray,
     settings: RefitSettings | None = None,
     *,
-    devices: Sequence[jax.Device] | None = None,
+    mesh: Mesh | None = None,
     journals: Journals | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[WeightSource, RefitReport]:
@@ -130,16 +131,18 @@ def refit(
     held-out text stay as they were. Rows of the output projection that several heads use are never fitted, and dropped
     heads have none. Below the first layer that the map changes both models are the same, and nothing is fitted.
 
-    Memory of a device: one layer's parameters in both models, its sums of products, and a batch of tokens. The host has
-    the sums in float64, [I, I] and [2, I, D]; streams are in temporary files. A `Llama` comes back if one was given;
-    else a view of the shared source in which the fitted weights, alone in memory, take the place of its own.
+    Memory of a device: its part of one layer's parameters in both models, the layer's sums of products, and a batch of
+    tokens. The host has the sums in float64, [I, I] and [2, I, D]; streams are in temporary files. A `Llama` comes back
+    if one was given, and on a mesh of several processes; else a view of the shared source in which the fitted weights,
+    alone in memory, take the place of its own.
 
     Args:
       dense: the model to come close to.
       shared: the model to repair, such as a `SharedView` of the dense one; it is left as it is.
       windows_wt: int32 [W, T], the calibration text.
       settings: by default `RefitSettings()`.
-      devices: what the windows are cut among, by default all devices of this process.
+      mesh: devices, over which windows and each layer's weights are cut; by default all of this process. All processes
+        of the mesh call it together: only the first one solves, and the fitted weights lie on the mesh.
       journals: where finished blocks are kept, as the steps of a work `refit`; those that are there already, for these
         models, this text and these settings, are not fitted again.
       progress: called with the layers done and in all.
@@ -173,10 +176,11 @@ def refit(
         donor=shared.sharing.donor.tolist(),
         tie=shared.sharing.unit_tie.tolist(),
     )
-    fitted: dict[tuple[str, int], np.ndarray] = {}
+    fitted: dict[tuple[str, int], Any] = {}
     blocks: list[BlockFit] = []
     with ExitStack() as files:
-        walk = _Walk(dense, windows_wt, settings, streams.calibration_mesh(devices), files)
+        mesh = mesh or streams.calibration_mesh()
+        walk = Walk(dense, windows_wt, settings.held_out, settings.batch_tokens, mesh, files)
         for layer in range(dense.config.num_layers):
             changed = bool((shared.sharing.receives | shared.sharing.dropped)[layer].any())
             walk.enter(layer, streams.layer_weights(shared, layer, walk.mesh) if changed or walk.parted else None)
@@ -189,18 +193,29 @@ def refit(
                         journal.write(name, step)
                     else:
                         walk.advance_dense(block)
-                    if _WEIGHT in step:
-                        fitted[OUTPUT[block], layer] = step[_WEIGHT]
-                        walk.compressed[OUTPUT[block]] = jnp.asarray(step[_WEIGHT], jnp.float32)
-                    blocks.append(BlockFit(**json.loads(step[_FIT].tobytes())))
+                    if WEIGHT in step:
+                        fitted[OUTPUT[block], layer] = step[WEIGHT]
+                        walk.replace(block, step[WEIGHT])
+                    blocks.append(BlockFit(**json.loads(step[FIT].tobytes())))
                 else:
                     walk.advance_dense(block)
                 if walk.parted:
                     walk.advance_compressed(block)
             progress(layer + 1, dense.config.num_layers)
     report = RefitReport(tuple(blocks), walk.windows, walk.seq_len, settings)
+    if walk.several:
+        return _with_fitted(shared, fitted, walk.mesh), report
     view = ReplacedView(shared, fitted)
     return Llama.of(view, **shared.settings) if isinstance(shared, Llama) else view, report
+
+
+def _with_fitted(shared: WeightSource, fitted: Mapping[tuple[str, int], jax.Array], mesh: Mesh) -> Llama:
+    """The refitted model of several processes on their mesh; what is there already and is not fitted is not copied."""
+    base = shared
+    while isinstance(base, View):
+        base = base.base
+    model = Llama.of(shared, mesh=None if isinstance(base, Llama) else mesh, batch_sharding=batch_sharding(mesh))
+    return Llama.of(ReplacedView(model, fitted), **model.settings)
 
 
 def _check_origin(dense: WeightSource, shared: WeightSource, sharing: SharingMap) -> None:
@@ -219,68 +234,6 @@ def _check_origin(dense: WeightSource, shared: WeightSource, sharing: SharingMap
                     f"The shared model was not made of this dense model: they differ in {name}"
                     f"{'' if layer is None else f' of layer {layer}'}; give the one that it was made of."
                 )
-
-
-class _Walk:
-    """Both streams, at one block of one layer; they are one until the first layer that the map changes."""
-
-    def __init__(
-        self, dense: WeightSource, windows_wt: np.ndarray, settings: RefitSettings, mesh: Mesh, files: ExitStack
-    ):
-        self.source, self.config, self.mesh, self.files = dense, dense.config, mesh, files
-        self.windows, self.seq_len = windows_wt.shape
-        kept = self.windows - min(max(1, round(settings.held_out * self.windows)), self.windows - 1)
-        self.fit_to, self.held_out = (
-            list(streams.batches(part, settings.batch_tokens, self.seq_len, mesh.size))
-            for part in (slice(0, kept), slice(kept, self.windows))
-        )
-        # The streams run in these batches alone, so that they have the same bits whether or not a block is fitted.
-        self.parts = self.fit_to + self.held_out
-        self.x_wtd = self.compressed_wtd = files.enter_context(streams.on_disk(streams.embedded(dense, windows_wt)))
-        self.compressed: Weights = {}
-
-    @property
-    def parted(self) -> bool:
-        """Whether the compressed stream is one of its own."""
-        return self.compressed_wtd is not self.x_wtd
-
-    def enter(self, layer: int, compressed: Weights | None) -> None:
-        """Goes on to a layer; `compressed` are its weights in the compressed model, None where they are the dense's."""
-        self.layer, self.dense = layer, streams.layer_weights(self.source, layer, self.mesh)
-        if compressed is None:
-            return
-        self.compressed = compressed
-        if not self.parted:
-            self.compressed_wtd = self.files.enter_context(streams.on_disk(self.x_wtd[part] for part in self.parts))
-
-    def advance_dense(self, block: str) -> None:
-        """Takes the dense stream alone behind a block."""
-        self._advance(self.x_wtd, self.dense, block)
-
-    def advance_compressed(self, block: str) -> None:
-        """Takes the compressed stream alone behind a block."""
-        self._advance(self.compressed_wtd, self.compressed, block)
-
-    def _advance(self, x_wtd: np.ndarray, weights: Weights, block: str) -> None:
-        for part in self.parts:
-            x_wtd[part] = streams.advance(self.config, weights, streams.cut(x_wtd[part], self.mesh), block)
-
-    def moments(self, block: str, parts: list[slice]) -> Moments:
-        """Sums over some windows, whose dense stream is then behind the block."""
-        width = streams.output_weight(self.dense, block).shape[0]
-        shape = (2, width, self.config.hidden_size)
-        total = Moments(np.zeros((width, width)), np.zeros(shape), np.zeros((2, 2)), 0)
-        for part in parts:
-            x_btd = streams.cut(self.x_wtd[part], self.mesh)
-            compressed_btd = streams.cut(self.compressed_wtd[part], self.mesh)
-            y_btd, after_btd = streams.run_block(self.config, self.dense, x_btd, block)
-            sums = batch_moments(self.config, self.compressed, x_btd, y_btd, after_btd, compressed_btd, block)
-            gram, cross, energy = (np.asarray(value, np.float64) for value in sums)
-            total += Moments(gram, cross, energy, x_btd.shape[0] * x_btd.shape[1])
-            self.x_wtd[part] = after_btd
-        what = f"Sums over the calibration text in the {block} of layer {self.layer}"
-        finite.check_computed(what, total.gram, total.cross, total.energy)
-        return total
 
 
 def _in_scope(scope: str, block: str, changed: bool) -> bool:
@@ -328,24 +281,26 @@ def _fit(
     )
 
 
-def _fit_block(
-    walk: _Walk, shared: WeightSource, layer: int, block: str, settings: RefitSettings
-) -> dict[str, np.ndarray]:
+def _fit_block(walk: Walk, shared: WeightSource, layer: int, block: str, settings: RefitSettings) -> Step:
     """What a journal keeps of a block, which is fitted for it; the dense stream is then behind the block."""
     fit_to, held_out = (walk.moments(block, parts) for parts in (walk.fit_to, walk.held_out))
+    name, dtype = OUTPUT[block], shared.dtype(OUTPUT[block])
+    before = streams.on_host(walk.compressed[name], walk.mesh).astype(dtype)
+    like = jax.ShapeDtypeStruct(before.shape, dtype, sharding=slice_sharding(walk.mesh, shared.config, name))
+    if jax.process_index() != walk.mesh.devices.flat[0].process_index:
+        return walk.of_first({}, like)
     change, fit = _fit(fit_to, held_out, _free_rows(shared, layer, block), layer, block, settings)
-    step = {_FIT: np.frombuffer(json.dumps(asdict(fit)).encode(), np.uint8)}
+    step: Step = {FIT: np.frombuffer(json.dumps(asdict(fit)).encode(), np.uint8)}
     if fit.drift is not None:
-        before, name = shared.read(OUTPUT[block], layer), finite.slice_name(OUTPUT[block], layer)
         with np.errstate(over="ignore"):
             fitted = (before.astype(np.float64) + change.reshape(before.shape)).astype(before.dtype)
         if not finite.is_finite(fitted):
             raise finite.NotFinite(
-                f"The refit of {name} does not fit {before.dtype}, which makes {finite.said(fitted)} of it; convert "
-                "the model to float32 or bfloat16 first."
+                f"The refit of {finite.slice_name(name, layer)} does not fit {before.dtype}, which makes "
+                f"{finite.said(fitted)} of it; convert the model to float32 or bfloat16 first."
             )
-        step[_WEIGHT] = fitted
-    return step
+        step[WEIGHT] = fitted
+    return walk.of_first(step, like)
 
 
 def _free_rows(shared: WeightSource, layer: int, block: str) -> np.ndarray:

@@ -21,6 +21,7 @@ from headshare_jax.calibration.streams import Weights
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.matching.elimination import TINY, dropped_solution, pair_residuals, regular_inverse, shared_solution
+from headshare_jax.model.mesh import rows_of
 from headshare_jax.parameters import PARAMETERS, layered_names
 from headshare_jax.sharing import finite
 from headshare_jax.sharing.scores import MatchResult, best_donors
@@ -74,7 +75,7 @@ def match_functional(
     settings: FunctionalSettings | None = None,
     *,
     ties: Sequence[str] = (),
-    devices: Sequence[jax.Device] | None = None,
+    mesh: Mesh | None = None,
     journals: Journals | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> MatchResult:
@@ -98,7 +99,7 @@ def match_functional(
       windows_wt: int32 [W, T], the calibration text.
       settings: by default `FunctionalSettings()`.
       ties: subsets of `qkv` to score besides it, with every unit's best donors of `qkv`.
-      devices: what the windows are cut among, by default all devices of this process.
+      mesh: devices of this process, over which windows and each layer's weights are cut; by default all.
       journals: where finished layers are kept, as the steps of a work `match`; those that are there already, for this
         model, text and settings, are not scored again.
       progress: called with the steps done and in all; a layer is three.
@@ -119,7 +120,7 @@ def match_functional(
     steps = [f"layer-{layer}" for layer in range(config.num_layers)]
     costs = {layer: found for layer, step in enumerate(steps) if (found := journal.read(step)) is not None}
     if len(costs) < config.num_layers:
-        mesh = streams.calibration_mesh(devices)
+        mesh = mesh or streams.calibration_mesh()
         for layer, found in _match_layers(source, windows_wt, settings, ties, costs, mesh, progress):
             costs[layer] = found
             journal.write(steps[layer], found)
@@ -155,15 +156,16 @@ def _match_layers(
         progress=lambda done, total: progress(done, total + layers),
     )
     near: dict[int, Weights] = {}
-    with gradients as gradients_lwtd, streams.on_disk(streams.embedded(source, windows_wt)) as x_wtd:
+    parts = streams.batches(slice(0, len(windows_wt)), settings.batch_tokens, windows_wt.shape[1], rows_of(mesh))
+    with gradients as gradients_lwtd, streams.embedded(source, windows_wt, parts, mesh) as stream:
         for layer in range(layers):
             weights = streams.layer_weights(source, layer, mesh)
             near = {below: near[below] for below in range(max(0, layer - settings.span), layer)} | {layer: weights}
             if layer not in finished:
-                scorer = _LayerScorer(source.config, near, x_wtd, gradients_lwtd[layer], settings, mesh)
+                scorer = _LayerScorer(source.config, near, stream, gradients_lwtd[layer], settings)
                 yield layer, scorer.layer_costs(ties)
-            for part in streams.batches(slice(0, len(x_wtd)), settings.batch_tokens, x_wtd.shape[1], mesh.size):
-                x_wtd[part] = streams.through_layer(source.config, weights, streams.cut(x_wtd[part], mesh))
+            for part in parts:
+                stream[part] = streams.through_layer(source.config, weights, stream[part], mesh)
             progress(2 * layers + layer + 1, 3 * layers)
 
 
@@ -174,17 +176,17 @@ class _LayerScorer:
         self,
         config: LlamaConfig,
         near: dict[int, Weights],
-        x_wtd: np.ndarray,
+        stream: streams.Stream,
         gradients_wtd: np.ndarray,
         settings: FunctionalSettings,
-        mesh: Mesh,
     ):
-        self.config, self.near, self.x_wtd, self.settings, self.mesh = config, near, x_wtd, settings, mesh
-        self.gradients_wtd = gradients_wtd
+        self.config, self.near, self.stream, self.settings, self.mesh = config, near, stream, settings, stream.mesh
+        self.windows, self.seq_len = gradients_wtd.shape[:2]
+        self.gradients = streams.Stream(gradients_wtd, stream.windows, stream.mesh)
         self.layer, self.units = max(near), config.num_kv_heads
         # Flat indices of the layer's units.
         self.own = np.arange(self.layer * self.units, (self.layer + 1) * self.units)
-        self.parts = self._batches(slice(0, len(x_wtd)))
+        self.parts = self._batches(slice(0, self.windows))
         finite.check_computed(f"Gradients of the model's predictions by layer {self.layer}", gradients_wtd)
         g_md = gradients_wtd.reshape(-1, config.hidden_size)
         metric_dd = np.asarray(g_md.T @ g_md, np.float64) / max(np.sum(np.square(g_md)), TINY)
@@ -215,16 +217,16 @@ class _LayerScorer:
 
     def _kept_donors(self) -> tuple[np.ndarray, Sums]:
         """Donors worth trying on all windows, flat and ascending, and the sums over all windows; never none."""
-        first = min(self.settings.prefilter, len(self.x_wtd))
+        first = min(self.settings.prefilter, self.windows)
         donors = np.arange(min(self.near) * self.units, (self.layer + 1) * self.units)
         if not self.settings.same_layer and len(self.near) > 1:
             donors = donors[: -self.units]
         sums = self._sums(donors, donors, "qkv", self._batches(slice(0, first)))
-        if first == len(self.x_wtd):
+        if first == self.windows:
             return donors, sums
         residual_uc = pair_residuals(*sums, self.outer_ii, self.settings.ridge)
         kept = _promising(residual_uc, self.settings.keep * self.units)
-        more = self._sums(donors[kept], donors[kept], "qkv", self._batches(slice(first, len(self.x_wtd))))
+        more = self._sums(donors[kept], donors[kept], "qkv", self._batches(slice(first, self.windows)))
         return donors[kept], (sums[0] + more[0], sums[1][kept] + more[1], sums[2][kept] + more[2])
 
     def _costs(self, receivers: np.ndarray, donors: np.ndarray, tie: str, sums: Sums) -> tuple[np.ndarray, np.ndarray]:
@@ -244,12 +246,11 @@ class _LayerScorer:
         total = np.zeros(len(donors))
         unit_c, weights = receivers - self.own[0], self.near[self.layer]
         for part in self.parts:
-            x_btd = streams.cut(self.x_wtd[part], self.mesh)
-            gradient_btd = streams.cut(self.gradients_wtd[part], self.mesh)
-            more = _squares(self.config, weights, candidates, x_btd, gradient_btd, unit_c, solution_cij, shared_c)
+            states = self.stream[part], self.gradients[part]
+            more = _squares(self.config, weights, candidates, *states, unit_c, solution_cij, shared_c)
             total += np.asarray(more, np.float64)
         finite.check_computed(f"Costs of the units of layer {self.layer}", total)
-        costs = total / (2 * self.x_wtd[..., 0].size)
+        costs = total / (2 * self.windows * self.seq_len)
         return costs[: self.units], costs[self.units :]
 
     def _sums(self, receivers: np.ndarray, donors: np.ndarray, tie: str, parts: Sequence[slice]) -> Sums:
@@ -258,8 +259,8 @@ class _LayerScorer:
         count, size = len(donors), width // self.units
         total = (np.zeros((width, width)), np.zeros((count, width, size)), np.zeros((count, size, size)))
         for part in parts:
-            x_btd = streams.cut(self.x_wtd[part], self.mesh)
-            of_batch = batch_sums(self.config, self.near[self.layer], candidates, x_btd)
+            there_b = streams.there(part, self.mesh)
+            of_batch = batch_sums(self.config, self.near[self.layer], candidates, self.stream[part], there_b)
             for sums, more in zip(total, of_batch, strict=True):
                 sums += np.asarray(more, np.float64)
         finite.check_computed(f"Sums over the calibration text in the attention of layer {self.layer}", *total)
@@ -282,16 +283,17 @@ class _LayerScorer:
         return candidates
 
     def _batches(self, windows: slice) -> list[slice]:
-        return list(streams.batches(windows, self.settings.batch_tokens, self.x_wtd.shape[1], self.mesh.size))
+        return streams.batches(windows, self.settings.batch_tokens, self.seq_len, rows_of(self.mesh))
 
 
 @partial(jax.jit, static_argnames="config")
 def batch_sums(
-    config: LlamaConfig, weights: Weights, donors: Weights, x_btd: jax.Array
+    config: LlamaConfig, weights: Weights, donors: Weights, x_btd: jax.Array, there_b: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`Sums` of a batch, float32, weighted as a refit weights tokens."""
+    """`Sums` of a batch, float32, weighted as a refit weights tokens; `there_b` is as of `streams.there`."""
     with jax.default_matmul_precision("highest"):
-        w_m1 = streams.residual_weights(streams.advance(config, weights, x_btd, "attention")).reshape(-1, 1)
+        w_bt1 = streams.residual_weights(streams.advance(config, weights, x_btd, "attention"))
+        w_m1 = (w_bt1 * there_b[:, None, None]).reshape(-1, 1)
         h_mi = w_m1 * streams.window_heads(config, weights, x_btd).reshape(len(w_m1), -1)
         g_mcj = w_m1[..., None] * _donor_heads(config, weights, donors, x_btd)
         cross_cij = jnp.einsum("mi,mcj->cij", h_mi, g_mcj)

@@ -1,6 +1,6 @@
 """Placing: a source's parameters straight onto the devices where they are used, one device or a mesh."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -9,8 +9,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from headshare_jax.model.mesh import parameter_sharding
+from headshare_jax.model.spread import read_layer_onto, read_onto, slice_sharding
 from headshare_jax.parameters import PARAMETERS
-from headshare_jax.sharing.source import WeightSource, assemble, assemble_parts, stored_shape
+from headshare_jax.sharing.source import WeightSource, assemble, pool_index, stored_shape
+from headshare_jax.sharing.tie import DROPPED
 from headshare_jax.sharing.view import CastView, DenseView, ReplacedView, SharedView
 
 
@@ -25,11 +27,12 @@ class OnDevices(Protocol):
 def place(
     source: WeightSource, names: Iterable[str], mesh: Mesh | None = None, dtype: str | None = None
 ) -> dict[str, jax.Array]:
-    """Parameters of a source as a model stores them; each process reads what its devices hold.
+    """Parameters of a source as a model stores them.
 
-    A source on disk is read layer by layer, once: peak memory of the host is what is returned and one layer's slice of
-    a parameter. What a model in memory holds is moved from device to device; what a map leaves as it is, and is to lie
-    where it lies, is the model's own array.
+    A source on disk is read layer by layer, once. Onto a mesh of several processes, which all call it, each process
+    reads other layers, and the devices pass them on: together the processes read no byte twice. Beside what is
+    returned, a host has two slices of a layer in memory, and so has a device. What a model in memory holds is moved
+    from device to device; what a map leaves as it is, and is to lie where it lies, is the model's own array.
 
     Args:
       source: the weights.
@@ -37,15 +40,16 @@ def place(
       mesh: where they are to lie; by default on one device.
       dtype: their type; by default the source's own.
     """
-    placed = {}
+    placed, names = {}, list(names)
     for name in names:
         held, target = _held(source, name), jnp.dtype(dtype or source.dtype(name))
         if mesh is None:
             placed[name] = _read(source, name).astype(target) if held is None else held.astype(target)
-            continue
-        sharding = parameter_sharding(mesh, source.config, name, stored_shape(source.config, name, source.sharing))
-        placed[name] = _read_onto(source, name, sharding, target) if held is None else _moved(held, sharding, target)
-    return placed
+        elif held is not None:
+            placed[name] = _moved(held, _sharding(source, name, mesh), target)
+    if mesh is not None:
+        placed |= read_onto(source, [name for name in names if name not in placed], mesh, dtype)
+    return {name: placed[name] for name in names}
 
 
 def rows_of_pool(pool: jax.Array, slots: np.ndarray | jax.Array) -> jax.Array:
@@ -57,7 +61,7 @@ def _held(source: WeightSource, name: str) -> jax.Array | None:
     """A parameter that is on devices, as the source has it; None if it is to be read."""
     if isinstance(source, OnDevices):
         array = source.array(name)
-        # A model gathered from several hosts is NumPy's arrays, of which each process takes its part.
+        # A model may be of NumPy's arrays.
         return array if isinstance(array, jax.Array) else None
     if not isinstance(source, SharedView | DenseView | ReplacedView | CastView):
         return None
@@ -65,12 +69,63 @@ def _held(source: WeightSource, name: str) -> jax.Array | None:
     if base is not None and isinstance(source, CastView):
         return base.astype(source.dtype(name))
     projection = PARAMETERS[name].pool
-    if base is None or (isinstance(source, ReplacedView) and name in {changed for changed, _ in source.values}):
+    if base is None:
         return None
+    if isinstance(source, ReplacedView):
+        return _with_slices(source, name, base)
     if isinstance(source, SharedView) and projection is not None and projection in source.sharing.pooled:
         return rows_of_pool(base, source.sharing.stored_slots(projection))
     if isinstance(source, DenseView) and projection is not None and source.base.sharing is not None:
         return rows_of_pool(base, source.base.sharing.pool_index(projection).ravel())
+    return base
+
+
+def place_layer(source: WeightSource, names: Sequence[str], layer: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """One layer's slices of parameters, as `WeightSource.read` has them, in float32 on a mesh.
+
+    Of several processes, which all call it, each reads some of the slices; what a model on the mesh holds, which none
+    of them has as a whole, is moved from device to device.
+    """
+    placed = {}
+    for name in names:
+        held = _held_slice(source, name, layer)
+        if held is not None and not held.is_fully_addressable:
+            placed[name] = _moved(held, slice_sharding(mesh, source.config, name), np.dtype(np.float32))
+    return placed | read_layer_onto(source, [name for name in names if name not in placed], layer, mesh)
+
+
+def _held_slice(source: WeightSource, name: str, layer: int) -> jax.Array | None:
+    """A layer's slice of a parameter that is on devices, as `WeightSource.read` has it; None if it is to be read."""
+    projection = PARAMETERS[name].pool
+    if isinstance(source, ReplacedView) and (name, layer) in source.values:
+        value = source.values[name, layer]
+        return value if isinstance(value, jax.Array) else None
+    if isinstance(source, CastView):
+        base = _held_slice(source.base, name, layer)
+        return None if base is None else base.astype(source.dtype(name))
+    if isinstance(source, SharedView) and projection is not None:
+        pool = _held(source.base, name)
+        donor_n = source.sharing.slot_donor(projection)[layer]
+        return None if pool is None else rows_of_pool(pool, np.where(donor_n == DROPPED, len(pool), donor_n))
+    if isinstance(source, SharedView | DenseView | ReplacedView):
+        return _held_slice(source.base, name, layer)
+    array = _held(source, name)
+    if array is None or projection is None:
+        return None if array is None else array[layer]
+    return rows_of_pool(array, pool_index(source.config, projection, source.sharing)[layer])
+
+
+def _with_slices(source: ReplacedView, name: str, base: jax.Array) -> jax.Array | None:
+    """A parameter on devices with the slices that a view replaces; None where these are not on devices."""
+    values = {layer: value for (changed, layer), value in source.values.items() if changed == name}
+    if not all(isinstance(value, jax.Array) for value in values.values()):
+        return None
+    projection = PARAMETERS[name].pool
+    index = None if projection is None else pool_index(source.config, projection, source.sharing)
+    for layer, value in values.items():
+        # A row that several heads use is not replaced by anything else; a dropped head's is outside the pool.
+        rows = layer if index is None else index[layer]
+        base = base.at[rows].set(jnp.asarray(value, base.dtype), mode="drop")
     return base
 
 
@@ -86,11 +141,5 @@ def _moved(array: jax.Array, sharding: NamedSharding, dtype: np.dtype) -> jax.Ar
     return jax.jit(lambda array: jnp.copy(array.astype(dtype)), out_shardings=sharding)(array)
 
 
-def _read_onto(source: WeightSource, name: str, sharding: NamedSharding, dtype: np.dtype) -> jax.Array:
-    shape = stored_shape(source.config, name, source.sharing)
-    places = {device: part for device, part in sharding.addressable_devices_indices_map(shape).items() if part}
-    # Told apart by their text: slices themselves cannot be hashed.
-    parts = {str(part): part for part in places.values()}
-    values = dict(zip(parts, assemble_parts(source, name, list(parts.values())), strict=True))
-    arrays = [jax.device_put(values[str(part)].astype(dtype), device) for device, part in places.items()]
-    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+def _sharding(source: WeightSource, name: str, mesh: Mesh) -> NamedSharding:
+    return parameter_sharding(mesh, source.config, name, stored_shape(source.config, name, source.sharing))

@@ -183,7 +183,7 @@ def _serving(
     model = Llama(config, params, sharing=sharing, compute_dtype="bfloat16", batch_sharding=batch_sharding(mesh))
     # The head indices, which the model makes by itself.
     model = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array) else leaf, model)
-    axes = {5: cache_sharding(config, mesh, workload.batch).spec, 1: (BATCH,), 0: ()}
+    axes: dict[int, tuple[Any, ...]] = {5: (*cache_sharding(config, mesh, workload.batch).spec,), 1: (BATCH,), 0: ()}
     row_b = array((workload.batch,), jnp.int32, BATCH)
     cache = jax.eval_shape(lambda: model.empty_cache(workload.batch, workload.length))
     cache = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype, *axes[leaf.ndim]), cache)

@@ -25,8 +25,6 @@ from headshare_jax.sharing.map import SharingMap
 
 # Bytes; XLA's CPU buffers begin at multiples of it.
 ALIGNMENT = 64
-# Slices of a stored parameter's axes.
-Part = tuple[slice, ...]
 
 
 class WeightSource(Protocol):
@@ -139,32 +137,16 @@ def path_of(source: WeightSource) -> Path | None:
 
 
 def assemble(source: WeightSource, name: str) -> np.ndarray:
-    """A whole parameter of a source as a model stores it; peak memory is the parameter and one layer's slice."""
-    (value,) = assemble_parts(source, name, [()])
-    return value
-
-
-def assemble_parts(source: WeightSource, name: str, parts: Sequence[Part]) -> list[np.ndarray]:
-    """Parts of a parameter as a model stores it, built layer by layer; each layer is read once for all of them.
+    """A whole parameter of a source as a model stores it; peak memory is the parameter and one layer's slice.
 
     What is built from layers is aligned, so that a CPU's JAX can take it without a copy (`jax.device_put`).
-
-    Args:
-      source: the weights.
-      name: a parameter.
-      parts: slices of the stored parameter's axes; layers and pool rows are never cut, only the axes after them.
     """
     if not PARAMETERS[name].layered:
-        whole = source.read(name)
-        return [whole[part] for part in parts]
-    shape = stored_shape(source.config, name, source.sharing)
-    inner = [part[1:] for part in parts]
-    like = np.broadcast_to(np.uint8(0), shape)
-    values = [_aligned(like[:, *part].shape, source.dtype(name)) for part in inner]
+        return source.read(name)
+    value = _aligned(stored_shape(source.config, name, source.sharing), source.dtype(name))
     for rows, layer in stored_layers(source, name):
-        for value, part in zip(values, inner, strict=True):
-            value[rows] = layer[:, *part]
-    return values
+        value[rows] = layer
+    return value
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -128,10 +128,10 @@ class ReplacedView(View):
     """A source with some layers' slices of some parameters replaced, as a refit does with output weights.
 
     Attributes:
-      values: new slices, shaped as `read` gives them, by parameter and layer; their type is the parameter's own.
+      values: new slices, arrays shaped as `read` gives them, by parameter and layer; their type is the parameter's own.
     """
 
-    def __init__(self, base: WeightSource, values: Mapping[tuple[str, int], np.ndarray]):
+    def __init__(self, base: WeightSource, values: Mapping[tuple[str, int], Any]):
         super().__init__(base)
         self.values = values
 

@@ -13,7 +13,7 @@ from support import ALL_VARIANTS, VARIANTS, random_tokens, sharing_by_hand, tiny
 
 from headshare_jax import HeadshareError, Llama, match_functional, share, sharing_map
 from headshare_jax.calibration.fisher import attention_gradients
-from headshare_jax.calibration.streams import BLOCKS, advance, embedded, features, layer_weights
+from headshare_jax.calibration.streams import BLOCKS, advance, features, layer_weights
 from headshare_jax.matching.elimination import dropped_solution, pair_residuals, shared_solution
 from headshare_jax.matching.functional import FunctionalSettings
 
@@ -130,7 +130,7 @@ def test_scores_are_what_is_left_after_a_refit_along_the_gradients(overrides: di
 
 def inputs(model: Llama, layer: int) -> np.ndarray:
     """What a layer reads, float32 [W, T, D]."""
-    x = np.concatenate(list(embedded(model, WINDOWS)))
+    x = np.asarray(model.array("embed_vd")[WINDOWS])
     for below in range(layer):
         for block in BLOCKS:
             x = np.asarray(advance(model.config, layer_weights(model, below), x, block))

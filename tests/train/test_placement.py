@@ -10,9 +10,10 @@ import pytest
 from support import sharing_by_hand, tiny_model
 
 from headshare_jax import SharedView, share
+from headshare_jax.model import spread
 from headshare_jax.model.mesh import make_mesh
+from headshare_jax.model.place import place
 from headshare_jax.parameters import PARAMETERS, parameter_names
-from headshare_jax.sharing.source import assemble_parts, stored_shape
 from headshare_jax.sharing.view import View
 from headshare_jax.train import recipe as recipes
 from headshare_jax.train.placement import abstract_state, begin
@@ -54,17 +55,18 @@ def test_a_tied_stage_begins_as_sharing_in_memory_would_and_reads_once(tie: str)
 
 
 @pytest.mark.parametrize("name", ["q_pool_pdh", "gate_ldf"])
-def test_a_host_holds_its_own_part_and_one_layer(name: str) -> None:
-    dense = tiny_model(num_hidden_layers=16, hidden_size=128)
-    view = SharedView(Watched(dense), sharing_by_hand(dense, "k", {2: 0}), check_source=False)
-    view.base.reads = Counter()  # type: ignore[attr-defined]
-    view.read(name, 0)
-    whole = 4 * int(np.prod(stored_shape(dense.config, name)))
+def test_a_host_has_two_layers_beside_what_its_devices_hold(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(spread, "BLOCK_BYTES", 1)
+    dense = tiny_model(num_hidden_layers=16, hidden_size=512, intermediate_size=512)
+    source = Watched(dense)
+    source.reads = Counter()
+    whole = dense.array(name).nbytes
+    place(source, [name], make_mesh((1, 8, 1)))
     tracemalloc.start()
     try:
-        (part,) = assemble_parts(view, name, [(slice(None), slice(0, 16))])
+        placed = place(source, [name], make_mesh((1, 8, 1)))[name]
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert part.nbytes == whole // 8
-    assert peak < part.nbytes + 2 * whole // 16 + 50_000 < whole // 3
+    np.testing.assert_array_equal(placed, dense.array(name))
+    assert peak < 4 * whole // 16 + 100_000 < whole // 3

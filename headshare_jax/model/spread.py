@@ -1,0 +1,193 @@
+"""Weights from a source onto a mesh: read in blocks, each by one process, and passed on to where they are to lie."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from headshare_jax.config import LlamaConfig
+from headshare_jax.model.mesh import AXES, parameter_sharding
+from headshare_jax.parameters import PARAMETERS, slice_shape
+from headshare_jax.sharing.source import WeightSource, read_rows, stored_rows, stored_shape
+
+# Layers are read together up to so many bytes; one that is larger alone.
+BLOCK_BYTES = 2**22
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of an array that are read, and put in their place, at once.
+
+    Attributes:
+      name: of the array.
+      start: the first of them.
+      shape, dtype: of their values.
+      read: gives them.
+    """
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+def read_onto(source: WeightSource, names: Sequence[str], mesh: Mesh, dtype: str | None) -> dict[str, jax.Array]:
+    """Parameters of a source that is not on devices, as a model stores them on a mesh, all of whose processes call it.
+
+    Args:
+      source: the weights.
+      names: parameters.
+      mesh: where they are to lie.
+      dtype: their type; by default the source's own.
+    """
+    targets, blocks = dict[str, jax.ShapeDtypeStruct](), list[Block]()
+    for name in names:
+        shape = stored_shape(source.config, name, source.sharing)
+        sharding = parameter_sharding(mesh, source.config, name, shape)
+        targets[name] = jax.ShapeDtypeStruct(shape, dtype or source.dtype(name), sharding=sharding)
+        blocks += _stored_blocks(source, name, shape)
+    return _spread(blocks, targets, mesh)
+
+
+def read_layer_onto(source: WeightSource, names: Sequence[str], layer: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """One layer's slices of parameters, as `WeightSource.read` has them, in float32 and otherwise as `read_onto`."""
+    targets, blocks = {}, []
+    for name in names:
+        shape = slice_shape(source.config, name)
+        targets[name] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=slice_sharding(mesh, source.config, name))
+        blocks.append(Block(name, 0, shape, source.dtype(name), partial(source.read, name, layer)))
+    return _spread(blocks, targets, mesh)
+
+
+def from_first(values: np.ndarray | None, like: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.Array:
+    """What the first process of a mesh has, placed as `like` says; all of them call it, the others without values."""
+    block = Block("", 0, like.shape, like.dtype, lambda: np.empty(0))
+    return _Writer(mesh).write(_zeros(like.shape, like.dtype, like.sharding), block, values)
+
+
+def slice_sharding(mesh: Mesh, config: LlamaConfig, name: str) -> NamedSharding:
+    """Where a layer's slice of a parameter lies; as the parameter does, along the axes that it has too."""
+    shape = slice_shape(config, name)
+    whole = parameter_sharding(mesh, config, name, stored_shape(config, name))
+    return NamedSharding(mesh, PartitionSpec(*whole.spec[-len(shape) :]))
+
+
+def _spread(blocks: Sequence[Block], targets: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, jax.Array]:
+    """Arrays as the targets have them, made of blocks of which each process reads some."""
+    writer = _Writer(mesh)
+    readers = _readers([math.prod(block.shape) * block.dtype.itemsize for block in blocks], writer.processes)
+    me, placed, turns = jax.process_index(), dict[str, jax.Array](), list(zip(blocks, readers, strict=True))
+    with ThreadPoolExecutor(1) as thread:
+        mine = _ahead((block.read for block, reader in turns if reader == me), thread)
+        for block, reader in turns:
+            target = targets[block.name]
+            if block.name not in placed:
+                placed[block.name] = _zeros(target.shape, target.dtype, target.sharding)
+            placed[block.name] = writer.write(placed[block.name], block, next(mine) if reader == me else None)
+    return placed
+
+
+def _stored_blocks(source: WeightSource, name: str, shape: tuple[int, ...]) -> Iterator[Block]:
+    """A stored parameter's rows in blocks."""
+    dtype = source.dtype(name)
+    if not PARAMETERS[name].layered:
+        yield Block(name, 0, shape, dtype, partial(source.read, name))
+        return
+    row_bytes = math.prod(shape[1:]) * dtype.itemsize
+    start, stop, reads = 0, 0, list[Callable[[], np.ndarray]]()
+
+    def block() -> Block:
+        return Block(name, start, (stop - start, *shape[1:]), dtype, partial(_together, reads))
+
+    for rows, layer, heads in stored_rows(source, name):
+        if reads and (rows.stop - start) * row_bytes > BLOCK_BYTES:
+            yield block()
+            start, reads = rows.start, []
+        stop = rows.stop
+        reads.append(partial(read_rows, source, name, layer, heads))
+    if reads:
+        yield block()
+
+
+def _together(reads: Sequence[Callable[[], np.ndarray]]) -> np.ndarray:
+    parts = [read() for read in reads]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _readers(sizes: Sequence[int], processes: Sequence[int]) -> list[int]:
+    """Which process reads each of some blocks: the one that has least to read so far, as all of them reckon alike."""
+    so_far, readers = dict.fromkeys(processes, 0), []
+    for size in sizes:
+        reader = min(processes, key=lambda process: (so_far[process], process))
+        so_far[reader] += size
+        readers.append(reader)
+    return readers
+
+
+def _ahead(reads: Iterator[Callable[[], np.ndarray]], thread: ThreadPoolExecutor) -> Iterator[np.ndarray]:
+    """What some reads give, one after the other; the next is under way already."""
+    under_way = deque(thread.submit(read) for read in islice(reads, 1))
+
+    def values() -> Iterator[np.ndarray]:
+        while under_way:
+            values = under_way.popleft().result()
+            under_way.extend(thread.submit(read) for read in islice(reads, 1))
+            yield values
+
+    return values()
+
+
+class _Writer:
+    """Puts blocks in their places on a mesh; of several processes, one has the block, and the others have zeros."""
+
+    def __init__(self, mesh: Mesh):
+        self._mesh = mesh
+        self.processes = sorted({device.process_index for device in mesh.devices.flat})
+        self._nothing: dict[jax.Device, jax.Array] = {}
+        self._shape: tuple[tuple[int, ...], np.dtype] | None = None
+
+    def write(self, target: jax.Array, block: Block, values: np.ndarray | None) -> jax.Array:
+        """The array with a block's values in their place; the target is given up. Without values, others have them."""
+        at = np.int32(block.start)
+        if len(self.processes) == 1:
+            assert values is not None
+            return _put(target, jax.device_put(values, target.sharding), at)
+        if self._shape != (block.shape, block.dtype):
+            nothing = np.zeros((1, *block.shape), block.dtype)
+            self._nothing = {device: jax.device_put(nothing, device) for device in self._mesh.local_devices}
+            self._shape = (block.shape, block.dtype)
+        parts = dict(self._nothing)
+        if values is not None:
+            first = self._mesh.local_devices[0]
+            parts[first] = jax.device_put(values[None], first)
+        everywhere = NamedSharding(self._mesh, PartitionSpec(AXES))
+        whole = (self._mesh.size, *block.shape)
+        staged = jax.make_array_from_single_device_arrays(whole, everywhere, list(parts.values()))
+        return _put_sum(target, staged, at)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put(target: jax.Array, values: jax.Array, start: jax.Array) -> jax.Array:
+    at = (start, *[jnp.int32(0)] * (target.ndim - 1))
+    return jax.lax.dynamic_update_slice(target, values.astype(target.dtype), at)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put_sum(target: jax.Array, staged: jax.Array, start: jax.Array) -> jax.Array:
+    """The same of what one device has and the others have zeros of, along a first axis; bits are summed, and exact."""
+    bits = jax.lax.bitcast_convert_type(staged, f"uint{8 * staged.dtype.itemsize}")
+    return _put(target, jax.lax.bitcast_convert_type(jnp.sum(bits, axis=0, dtype=bits.dtype), staged.dtype), start)
