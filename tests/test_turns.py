@@ -39,6 +39,8 @@ for how in ("badly", "again", "well", "silent"):
         print("gives", result, told[:2])
     except HeadshareError as error:
         print(type(error).__name__, error)
+turns.PATIENCE = 60
+print(turns.first_for_all("once", lambda step: {"by": int(number)}, lambda *steps: None))
 """
 
 
@@ -57,4 +59,4 @@ def test_the_others_wait_for_the_first(tmp_path: Path) -> None:
     common = ["HeadshareError There is no such text.", "TryAgain There is no such text.", "gives 7 [(1, 4), (2, 4)]"]
     ends = ["gives None []", "TryAgain Process 0 has said nothing for 0 minutes while silent; look at its log."]
     for end, (out, errors) in zip(ends, said, strict=True):
-        assert out.splitlines() == [*common, end], errors
+        assert out.splitlines() == [*common, end, "{'by': 0}"], errors

@@ -17,7 +17,7 @@ from headshare_jax.loading import load_tokenizer, text_tokens
 from headshare_jax.matching.cosine import match
 from headshare_jax.matching.functional import FunctionalSettings, match_functional
 from headshare_jax.model.mesh import make_mesh
-from headshare_jax.processes.turns import first_alone
+from headshare_jax.processes.turns import first_alone, first_for_all
 from headshare_jax.sharing.choose import sharing_map
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.scores import MatchResult, best_donors
@@ -67,7 +67,11 @@ def prepare(recipe: recipes.Recipe, output: Path, progress: Progress) -> Run:
     blocks = first_alone("tokenising", mixture, partial(progress, "tokenising"))
     if not stored.is_file() and _matches(recipe):
         windows_wt = blocks.first(recipe.sharing.refit_windows)
-        sharing = matched_pairs(recipe, source, windows_wt, partial(progress, "matching"))
+
+        def matched(step: Callable[[int, int], None]) -> str:
+            return matched_pairs(recipe, source, windows_wt, step).to_json()
+
+        sharing = SharingMap.from_json(first_for_all("matching", matched, partial(progress, "matching")))
     return Run(recipe, output, source, sharing, mesh, blocks, eval_tokens)
 
 

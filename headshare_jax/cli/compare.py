@@ -22,6 +22,7 @@ from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluate.agreement import Agreement, agreement
 from headshare_jax.loading import load_tokenizer
 from headshare_jax.model.generate import generate
+from headshare_jax.model.mesh import local_mesh
 from headshare_jax.report.progress import progress
 from headshare_jax.resources import megabytes
 from headshare_jax.sharing.ledger import ledger
@@ -111,7 +112,7 @@ class Compare(Drawing):
     def _agreement(self, sources: list[convert.Checkpoint], windows_wt: np.ndarray) -> Agreement:
         with progress("comparing") as step:
             first, second = sources
-            return agreement(first, second, windows_wt, progress=step)
+            return agreement(first, second, windows_wt, mesh=local_mesh(self.mesh), progress=step)
 
     def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
         models, found = result["models"], result["agreement"]

@@ -192,7 +192,7 @@ def compress(
             found = convert.open_checkpoint(dst)
         if texts.measured_wt is not None:
             with phase("measuring") as show:
-                quality = agreement(source, found, texts.measured_wt, progress=show)
+                quality = agreement(source, found, texts.measured_wt, mesh=mesh, progress=show)
     if isinstance(source, Llama):
         model = Llama.of(model, **source.settings)
     after = None if dst is None else storage.path(dst)

@@ -63,6 +63,7 @@ def agreement(
     windows_wt: np.ndarray,
     *,
     batch_tokens: int = 2048,
+    mesh: Mesh | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Agreement:
     """Compares the predictions of two models with the same vocabulary.
@@ -75,6 +76,7 @@ def agreement(
       second: the other, such as a `SharedView` of it.
       windows_wt: int32 [W, T], the text in windows of at least two tokens.
       batch_tokens: tokens run at a time on a device.
+      mesh: devices, over which windows and each layer's weights are cut; by default all of this process.
       progress: called with the steps done and in all.
 
     Raises:
@@ -99,7 +101,7 @@ def agreement(
     if isinstance(first, Llama) and isinstance(second, Llama) and first.mesh is not None:
         sums_wc = _sums_on_mesh(first, second, windows_wt, first.mesh, batch_tokens, progress)
     else:
-        sums_wc = _sums_by_layers(first, second, windows_wt, batch_tokens, progress)
+        sums_wc = _sums_by_layers(first, second, windows_wt, mesh or streams.calibration_mesh(), batch_tokens, progress)
     windows, seq_len = windows_wt.shape
     return _agreement(sums_wc / (seq_len - 1), windows, seq_len)
 
@@ -140,11 +142,12 @@ def _sums_by_layers(
     first: WeightSource,
     second: WeightSource,
     windows_wt: np.ndarray,
+    mesh: Mesh,
     batch_tokens: int,
     progress: Callable[[int, int], None],
 ) -> np.ndarray:
     """The same, with one layer of the models in memory at a time."""
-    mesh, (windows, seq_len) = streams.calibration_mesh(), windows_wt.shape
+    windows, seq_len = windows_wt.shape
     parts = streams.batches(slice(0, windows), batch_tokens, seq_len, rows_of(mesh))
     layers = [model.config.num_layers for model in (first, second)]
     total = sum(layers) + len(parts)

@@ -33,13 +33,24 @@ def first_alone(what: str, work: Callable[[Step], T], progress: Step) -> T:
       HeadshareError, TryAgain: as `work` in the first process.
       TryAgain: the first process has said nothing for `PATIENCE` seconds.
     """
+    if jax.process_index():
+        _wait(what, progress)
+        return work(progress)
+    return _work(what, work, progress, lambda result: None)
+
+
+def first_for_all(what: str, work: Callable[[Step], Any], progress: Step) -> Any:
+    """Calls a function in the first process alone; gives its value, plain data, in all. Else as `first_alone`."""
+    if jax.process_index():
+        return _wait(what, progress)
+    return _work(what, work, progress, lambda result: result)
+
+
+def _work(what: str, work: Callable[[Step], T], progress: Step, told: Callable[[T], Any]) -> T:
+    """The first process's part: its value, of which the others are told some plain data."""
     if jax.process_count() == 1:
         return work(progress)
-    key = unique(what)
-    if jax.process_index():
-        _wait(key, what, progress)
-        return work(progress)
-    said = 0.0
+    key, said = unique(what), 0.0
 
     def step(done: int, total: int) -> None:
         nonlocal said
@@ -55,16 +66,17 @@ def first_alone(what: str, work: Callable[[Step], T], progress: Step) -> T:
         message = str(error) if known else f"Process 0 has stopped while {what}."
         _say(key, state="failed", message=message, again=not known or isinstance(error, TryAgain))
         raise
-    _say(key, state="done")
+    _say(key, state="done", told=told(result))
     return result
 
 
-def _wait(key: str, what: str, progress: Step) -> None:
-    last, since = None, time.monotonic()
+def _wait(what: str, progress: Step) -> Any:
+    """What the first process tells the others when it is done."""
+    key, last, since = unique(what), None, time.monotonic()
     while True:
         now = _said(key)
         if now and now["state"] == "done":
-            return
+            return now["told"]
         if now and now["state"] == "failed":
             raise (TryAgain if now["again"] else HeadshareError)(now["message"])
         if now != last:

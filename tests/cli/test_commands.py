@@ -58,13 +58,17 @@ def test_match_stores_the_three_arrays(headshare: Any, model: Path, tmp_path: Pa
 
 
 def test_eval_reports_what_perplexity_gives(headshare: Any, model: Path, text: Path) -> None:
-    result = headshare("eval", model, "--text", text, "--seq-len", 64, "--stride", 32, "--json")
+    args = ("eval", model, "--text", text, "--seq-len", 64, "--stride", 32, "--json")
+    result = headshare(*args, "--mesh", 1, 1, 1)
     content = text.read_text()
     tokens = transformers.AutoTokenizer.from_pretrained(model)(content).input_ids
     expected = hs.perplexity(hs.load(model), tokens, seq_len=64, stride=32, words=len(content.split()))
     assert result["token_perplexity"] == expected.token_perplexity
     assert result["word_perplexity"] == expected.word_perplexity
     assert result["protocol"] == expected.protocol
+    # By itself on all eight devices, or as is asked for.
+    for mesh in ((), ("--mesh", 2, -1, 2)):
+        assert headshare(*args, *mesh)["token_perplexity"] == pytest.approx(expected.token_perplexity, rel=1e-6)
     assert "perplexity" in headshare("eval", model, "--text", text, "--max-windows", 1, "--seq-len", 64)
 
 
@@ -116,9 +120,15 @@ def test_generate(headshare: Any, model: Path) -> None:
     prompts = [tokenizer(text).input_ids for text in ("One", "Another one")]
     expected = hs.generate(hs.load(model), prompts, max_new_tokens=5)
     assert [entry["tokens"] for entry in result["results"]] == expected
+    assert headshare(*args, "--mesh", 1, 4, 2, "--json") == result
     assert "Another one" in headshare(*args)
     chat = headshare(*args, "--chat", "--temperature", 0.7, "--top-k", 9, "--top-p", 0.9, "--json")
     assert len(chat["results"]) == 2
+
+
+def test_a_mesh_that_does_not_fit_is_refused(refused: Any, model: Path, text: Path) -> None:
+    for command in (("eval", model, "--text", text), ("generate", model, "One")):
+        assert "needs a multiple of 3 devices, but there are 8" in refused(*command, "--mesh", 3, -1, 1)
 
 
 def test_generate_holds_weights_in_the_type_that_decodes_fast(
