@@ -160,7 +160,7 @@ class _Writer:
         at = np.int32(block.start)
         if len(self.processes) == 1:
             assert values is not None
-            return _put(target, jax.device_put(values, target.sharding), at)
+            return _put(target, jax.device_put(values, target.sharding), at, target.sharding)
         if self._shape != (block.shape, block.dtype):
             nothing = np.zeros((1, *block.shape), block.dtype)
             self._nothing = {device: jax.device_put(nothing, device) for device in self._mesh.local_devices}
@@ -172,7 +172,7 @@ class _Writer:
         everywhere = NamedSharding(self._mesh, PartitionSpec(AXES))
         whole = (self._mesh.size, *block.shape)
         staged = jax.make_array_from_single_device_arrays(whole, everywhere, list(parts.values()))
-        return _put_sum(target, staged, at)
+        return _put_sum(target, staged, at, target.sharding)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -180,14 +180,17 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding) -> 
     return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
 
 
-@partial(jax.jit, donate_argnums=0)
-def _put(target: jax.Array, values: jax.Array, start: jax.Array) -> jax.Array:
+@partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _put(target: jax.Array, values: jax.Array, start: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """The target with some rows in their place; both lie as the sharding says."""
     at = (start, *[jnp.int32(0)] * (target.ndim - 1))
-    return jax.lax.dynamic_update_slice(target, values.astype(target.dtype), at)
+    values = jax.lax.with_sharding_constraint(values, sharding).astype(target.dtype)
+    return jax.lax.with_sharding_constraint(jax.lax.dynamic_update_slice(target, values, at), sharding)
 
 
-@partial(jax.jit, donate_argnums=0)
-def _put_sum(target: jax.Array, staged: jax.Array, start: jax.Array) -> jax.Array:
+@partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _put_sum(target: jax.Array, staged: jax.Array, start: jax.Array, sharding: NamedSharding) -> jax.Array:
     """The same of what one device has and the others have zeros of, along a first axis; bits are summed, and exact."""
     bits = jax.lax.bitcast_convert_type(staged, f"uint{8 * staged.dtype.itemsize}")
-    return _put(target, jax.lax.bitcast_convert_type(jnp.sum(bits, axis=0, dtype=bits.dtype), staged.dtype), start)
+    summed = jax.lax.with_sharding_constraint(jnp.sum(bits, axis=0, dtype=bits.dtype), sharding)
+    return _put(target, jax.lax.bitcast_convert_type(summed, staged.dtype), start, sharding)

@@ -29,7 +29,7 @@ from headshare_jax.model.mesh import make_mesh
 from headshare_jax.model.place import place
 from headshare_jax.parameters import parameter_names
 from headshare_jax.sharing.view import View, cast
-from test_processes import SHARED, TEXT
+from test_together import SHARED, TEXT
 
 class Counted(View):
     count = 0
