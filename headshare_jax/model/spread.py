@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from headshare_jax.config import LlamaConfig
 from headshare_jax.model.mesh import AXES, parameter_sharding
 from headshare_jax.parameters import PARAMETERS, slice_shape
-from headshare_jax.sharing.source import WeightSource, read_rows, stored_rows, stored_shape
+from headshare_jax.sharing.source import WeightSource, path_of, read_rows, stored_rows, stored_shape
 
 # Layers are read together up to so many bytes; one that is larger alone.
 BLOCK_BYTES = 2**22
@@ -55,7 +55,7 @@ def read_onto(source: WeightSource, names: Sequence[str], mesh: Mesh, dtype: str
         sharding = parameter_sharding(mesh, source.config, name, shape)
         targets[name] = jax.ShapeDtypeStruct(shape, dtype or source.dtype(name), sharding=sharding)
         blocks += _stored_blocks(source, name, shape)
-    return _spread(blocks, targets, mesh)
+    return _spread(blocks, targets, mesh, read_ahead=_is_stored(source))
 
 
 def read_layer_onto(source: WeightSource, names: Sequence[str], layer: int, mesh: Mesh) -> dict[str, jax.Array]:
@@ -65,7 +65,7 @@ def read_layer_onto(source: WeightSource, names: Sequence[str], layer: int, mesh
         shape = slice_shape(source.config, name)
         targets[name] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=slice_sharding(mesh, source.config, name))
         blocks.append(Block(name, 0, shape, source.dtype(name), partial(source.read, name, layer)))
-    return _spread(blocks, targets, mesh)
+    return _spread(blocks, targets, mesh, read_ahead=_is_stored(source))
 
 
 def from_first(values: np.ndarray | None, like: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.Array:
@@ -81,19 +81,27 @@ def slice_sharding(mesh: Mesh, config: LlamaConfig, name: str) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*whole.spec[-len(shape) :]))
 
 
-def _spread(blocks: Sequence[Block], targets: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, jax.Array]:
+def _spread(
+    blocks: Sequence[Block], targets: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh, *, read_ahead: bool
+) -> dict[str, jax.Array]:
     """Arrays as the targets have them, made of blocks of which each process reads some."""
     writer = _Writer(mesh)
     readers = _readers([math.prod(block.shape) * block.dtype.itemsize for block in blocks], writer.processes)
     me, placed, turns = jax.process_index(), dict[str, jax.Array](), list(zip(blocks, readers, strict=True))
     with ThreadPoolExecutor(1) as thread:
-        mine = _ahead((block.read for block, reader in turns if reader == me), thread)
+        reads = (block.read for block, reader in turns if reader == me)
+        mine = _ahead(reads, thread) if read_ahead else (read() for read in reads)
         for block, reader in turns:
             target = targets[block.name]
             if block.name not in placed:
                 placed[block.name] = _zeros(target.shape, target.dtype, target.sharding)
             placed[block.name] = writer.write(placed[block.name], block, next(mine) if reader == me else None)
     return placed
+
+
+def _is_stored(source: WeightSource) -> bool:
+    """Whether reading is left to files: devices that several threads give work to may take it in different orders."""
+    return path_of(source) is not None
 
 
 def _stored_blocks(source: WeightSource, name: str, shape: tuple[int, ...]) -> Iterator[Block]:
