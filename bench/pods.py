@@ -83,7 +83,11 @@ def peer(options: Options, workload: Workload, layout: Layout, chip: Chip) -> di
             "remat_policy": REMAT[layout.remat],
         }
         command += [f"{name}={value}" for name, value in settings.items()]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=folder)
+        # It writes down its whole configuration.
+        log = Path(folder) / "log.txt"
+        with log.open("w") as file:
+            if subprocess.run(command, stdout=file, stderr=file, cwd=folder).returncode:
+                raise SystemExit(f"{PEER} did not compile:\n{log.read_text()[-4000:]}")
         found = json.loads(program.read_text())
     costs = program_costs(found["text"])
     # Its attention is by the same kernels as ours, whose text does not tell what they compute.

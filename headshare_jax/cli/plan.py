@@ -54,7 +54,7 @@ class Plan(Command):
         kinds.Stage,
         tyro.conf.arg(
             help=f"{', '.join(STAGES)}. Decode adds a token to each sequence; of postshare, `dense` is the align step "
-            "and `shared` the tied one."
+            "and `shared` the tied one; run adds what a run does outside its steps."
         ),
     ] = "postshare"
     ratio: Annotated[
@@ -94,7 +94,7 @@ class Plan(Command):
                 "The model's own map says what it shares; give a ratio too, or leave the tie out.",
                 option=("ratio", "tie"),
             )
-        batch = (self.devices or count) if self.stage == "postshare" else 1
+        batch = (self.devices or count) if self.stage in ("postshare", "run") else 1
         workload = Workload(config, sharing, self.stage, batch if self.batch is None else self.batch, self.length)
         say("estimating" if self.host else "compiling, for a minute or several")
         planned = planning.plan(
@@ -105,7 +105,7 @@ class Plan(Command):
     def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
         how = "compiled for" if result["compiled"] else "estimated, not compiled, for"
         data, fsdp, tensor = result["mesh"]
-        remat = f", remat {result['remat']}" if result["stage"] == "postshare" else ""
+        remat = f", remat {result['remat']}" if result["stage"] in ("postshare", "run") else ""
         yield (
             f"{result['model']}, {result['stage']}, {result['batch']} x {result['length']} tokens, {how} "
             f"{result['devices']} of {result['topology']}: mesh data {data}, fsdp {fsdp}, tensor {tensor}{remat}"
@@ -135,8 +135,23 @@ class Plan(Command):
         if result["compiled"]:
             row("compiling took", (model["compile_seconds"] for model in models), "s")
         yield table
+        if "programs" in result:
+            yield from _outside(result)
         for other in result["tried"][:-1]:
             yield f"tried before: mesh {' x '.join(map(str, other['mesh']))}, remat {other['remat']}: does not fit"
+
+
+def _outside(result: dict[str, Any]) -> Iterator[RenderableType]:
+    """Tables of what a run does outside its steps, and of a host's memory."""
+    table = Table("outside the steps, a chip", "held", "needed in all", "room left", "fits")
+    for row in result["programs"]:
+        amounts = (_amount(row[name], "B") for name in ("beside_bytes", "needed_bytes", "room_bytes"))
+        table.add_row(row["name"], *amounts, "yes" if row["fits"] else "no")
+    yield table
+    table = Table("memory of a host, by arithmetic", "")
+    for name, amount in result["host_bytes"].items():
+        table.add_row(name, _amount(amount, "B"))
+    yield table
 
 
 def _opened(src: str) -> tuple[LlamaConfig, SharingMap | None]:

@@ -121,14 +121,14 @@ def _sums_on_mesh(
     for begin in range(0, windows, batch):
         tokens_bt = np.asarray(windows_wt[begin : begin + batch], np.int32)
         filled_bt = np.pad(tokens_bt, ((0, batch - len(tokens_bt)), (0, 0)))
-        found_btc = _compared_models(first, second, put(filled_bt, batch_sharding(mesh)))
+        found_btc = compared_models(first, second, put(filled_bt, batch_sharding(mesh)))
         sums.append(np.asarray(found_btc)[: len(tokens_bt)].sum(axis=1, dtype=np.float64))
         progress(min(begin + batch, windows), windows)
     return np.concatenate(sums)
 
 
 @jax.jit
-def _compared_models(first: Llama, second: Llama, tokens_bt: jax.Array) -> jax.Array:
+def compared_models(first: Llama, second: Llama, tokens_bt: jax.Array) -> jax.Array:
     """What `_compared` gives of two models on a mesh."""
     mesh = first.mesh
     assert mesh is not None

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
@@ -281,9 +281,10 @@ class Llama(nnx.Module):
                 return attend(q_btnh, *keys_values, near_bts, in_turns=self._in_turns), grown
 
             x_btd, cache = attention_block(self.config, layer, x_btd, angles, attention)
-            return mlp_block(self.config, layer, x_btd), cache
+            return self._along_weights(mlp_block(self.config, layer, self._along_weights(x_btd))), cache
 
-        x_btd, cache = self._run_layers(step, (self._embed(tokens_bt), cache), reading, self.config.num_layers)
+        x_btd = self._along_weights(self._embed(tokens_bt))
+        x_btd, cache = self._run_layers(step, (x_btd, cache), reading, self.config.num_layers)
         return self._final_norm(x_btd), replace(cache, length=cache.length + length)
 
     def _extend_by_one(self, tokens_bt: jax.Array, cache: KVCache, reading: Reading) -> tuple[jax.Array, KVCache]:
@@ -363,6 +364,13 @@ class Llama(nnx.Module):
         if self.batch_sharding is None or len(x_btd) % rows_of(self.batch_sharding.mesh):
             return x_btd
         return jax.lax.with_sharding_constraint(x_btd, self.batch_sharding)
+
+    def _along_weights(self, x_btd: jax.Array) -> jax.Array:
+        """Activations of few tokens, cut along D as the weights are: these then stay, and sums of the tokens move."""
+        mesh = self.mesh
+        if mesh is None or mesh.shape["fsdp"] == 1 or len(x_btd) % mesh.shape["data"]:
+            return x_btd
+        return jax.lax.with_sharding_constraint(x_btd, NamedSharding(mesh, PartitionSpec("data", None, "fsdp")))
 
     def _embed(self, tokens_bt: jax.Array) -> jax.Array:
         return look_up(self.array("embed_vd"), tokens_bt, self.compute_dtype, self.batch_sharding)

@@ -1,6 +1,6 @@
 """A step to plan, how it can be spread over chips, and what it needs as far as shapes tell."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jax.sharding import AbstractMesh
@@ -17,7 +17,7 @@ from headshare_jax.sharing.map import SharingMap
 from headshare_jax.train.losses import HEAD_TOKENS
 from headshare_jax.train.placement import abstract_params, bytes_on_device
 
-STAGES = ("decode", "prefill", "postshare")
+STAGES = ("decode", "prefill", "postshare", "run")
 # What `speed` tells.
 COSTS = (
     *("flops", "hbm_bytes_accessed", "collective_bytes", "largest_collective_bytes"),
@@ -34,8 +34,9 @@ class Workload:
     Attributes:
       config: the architecture.
       sharing: the map of the shared model; sizes depend on its number of receivers and its tie alone.
-      stage: `decode`, a round of the loop that adds a token to every sequence; `prefill`, the run over the prompts; or
-        `postshare`, a training step: of the dense model with the penalty (align), and of the shared one (tied).
+      stage: `decode`, a round of the loop that adds a token to every sequence; `prefill`, the run over the prompts;
+        `postshare`, a training step: of the dense model with the penalty (align), and of the shared one (tied); or
+        `run`, the same and what a run does outside its steps.
       batch: sequences, over all chips.
       length: tokens of a sequence; in `decode`, positions that the cache has room for, all of which are read, or as
         many of them as it keeps of sliding windows.
@@ -59,7 +60,12 @@ class Workload:
     @property
     def trains(self) -> bool:
         """Whether gradients are taken."""
-        return self.stage == "postshare"
+        return self.stage in ("postshare", "run")
+
+    def filled(self, layout: "Layout") -> "Workload":
+        """With as many sequences as `generate` runs on a layout that the batch does not fill; training runs its own."""
+        missing = 0 if self.trains else -self.batch % layout.batch_parts
+        return replace(self, batch=self.batch + missing)
 
     @property
     def tokens(self) -> int:
@@ -89,6 +95,10 @@ class Layout:
     def batch_parts(self) -> int:
         """Parts that a batch is cut into."""
         return self.mesh[0] * self.mesh[1]
+
+    def gathers(self, workload: Workload) -> bool:
+        """Whether chips gather the weights of a layer that the fsdp axis cuts."""
+        return self.mesh[1] > 1 and workload.stage != "decode"
 
 
 def meshes(workload: Workload, count: int) -> list[tuple[int, ...]]:
@@ -123,11 +133,13 @@ def estimated(workload: Workload, layout: Layout, chip: Chip, *, shared: bool) -
     }
     layer = 2 * tokens * (8 * config.hidden_size + 4 * config.intermediate_size) // tensor
     head = 8 * config.vocab_size * min(tokens, HEAD_TOKENS) + 4 * config.vocab_size * config.hidden_size
-    gathered = 4 * used // config.num_layers // tensor if layout.mesh[1] > 1 else 0
+    # A round of decoding leaves weights where they lie; all else gathers a layer's for its tokens.
+    parts = tensor * (layout.mesh[1] if workload.stage == "decode" else 1)
+    gathered = (4 if train else 2) * used // config.num_layers // tensor if layout.gathers(workload) else 0
     temporary = kept + layer + gathered + (4 * local + head // tensor if train else 0)
     passes = (4 if layout.remat == "full" else 3) if train else 1
     flops = passes * 2 * used * tokens / tensor + attention_flops(workload, layout)
-    traffic = (passes * 2 * used / tensor) + cache + 2 * kept + passes * layer * config.num_layers
+    traffic = (passes * 2 * used / parts) + cache + 2 * kept + passes * layer * config.num_layers
     traffic += 7 * 4 * local if train else 0
     needed = sum(held.values()) + temporary
     return {
@@ -222,12 +234,16 @@ def _parameters(workload: Workload, layout: Layout, *, shared: bool) -> tuple[in
 def _network(workload: Workload, layout: Layout, stored: int, tokens: int) -> dict[str, float]:
     config, tensor = workload.config, layout.mesh[2]
     sent: dict[str, float] = {}
+    if layout.gathers(workload):
+        sent = {"all-gather": (2 if workload.trains else 1) * 2 * stored / tensor}
     if workload.trains and layout.mesh[1] > 1:
-        sent = {"all-gather": 2 * 2 * stored / tensor, "reduce-scatter": 2 * stored / tensor}
+        sent["reduce-scatter"] = 2 * stored / tensor
     elif workload.trains and layout.mesh[0] > 1:
         sent = {"all-reduce": 2 * 4 * stored}
-    if tensor > 1:
-        width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim + 2 * config.hidden_size
-        passes = 3 if workload.trains else 1
-        sent["all-reduce"] = sent.get("all-reduce", 0) + passes * 2 * 2 * config.num_layers * tokens * width
+    width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim + 2 * config.hidden_size
+    summed = (3 if workload.trains else 1) * tokens * width if tensor > 1 else 0
+    if workload.stage == "decode" and layout.mesh[1] > 1:
+        summed += layout.mesh[1] * tokens * (width + 2 * config.intermediate_size // tensor)
+    if summed:
+        sent["all-reduce"] = sent.get("all-reduce", 0) + 2 * 2 * config.num_layers * summed
     return sent

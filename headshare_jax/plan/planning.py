@@ -2,34 +2,25 @@
 
 from dataclasses import replace
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
-from headshare_jax.model import generate as generation
 from headshare_jax.model.attention import has_kernel
-from headshare_jax.model.cache import cache_sharding
 from headshare_jax.model.layer import REMAT_POLICIES
-from headshare_jax.model.llama import Llama
-from headshare_jax.model.mesh import BATCH, batch_sharding, make_mesh, mesh_shape
-from headshare_jax.parameters import parameter_names
-from headshare_jax.plan import estimate
+from headshare_jax.model.mesh import make_mesh, mesh_shape
+from headshare_jax.plan import estimate, programs
 from headshare_jax.plan.costs import program_costs, round_costs
 from headshare_jax.plan.estimate import Layout, Workload
-from headshare_jax.plan.footprint import lowered_step
+from headshare_jax.plan.host import host_bytes
 from headshare_jax.plan.program import compiled
 from headshare_jax.plan.topology import Chip, chip_of, topology_devices
 from headshare_jax.sharing.choose import sharing_map
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.scores import MatchResult
-from headshare_jax.train import recipe as recipes
-from headshare_jax.train.placement import abstract_params, bytes_on_device
-from headshare_jax.train.step import StageContext
 
 # Layouts to compile before giving up.
 MOST_TRIES = 4
@@ -56,7 +47,8 @@ def plan(
 
     Returns:
       Plain data: the request, the chip's `hbm_bytes`, the `mesh` and `remat` chosen, `tried` (layouts, and whether the
-      dense step fits), and `dense` and `shared`, each as of `measured`.
+      dense step fits), and `dense` and `shared`, each as of `measured`. Of a run also `programs`, as of `outside`, and
+      `host_bytes`, as of `host.host_bytes`.
 
     Raises:
       HeadshareError: no such topology, more devices than it has, a mesh or a batch that does not fit, or no libtpu.
@@ -68,14 +60,21 @@ def plan(
         )
     if remat is not None and not workload.trains:
         raise HeadshareError(f"The stage {workload.stage} has no use for remat; leave it out.", option="remat")
+    if workload.stage == "run" and host:
+        raise HeadshareError("What a run does outside its steps is only known compiled.", option="host")
     count = devices or count
     choices = _choices(workload, chip, count, mesh, remat)
     places = None if host else topology_devices(topology)[:count]
 
     def costs(layout: Layout, *, shared: bool) -> dict[str, Any]:
+        filled = workload.filled(layout)
         if places is None:
-            return estimate.estimated(workload, layout, chip, shared=shared)
-        return measured(workload, layout, chip, make_mesh(layout.mesh, places), shared=shared)
+            found = estimate.estimated(filled, layout, chip, shared=shared)
+        else:
+            found = measured(filled, layout, chip, make_mesh(layout.mesh, places), shared=shared)
+        if found["tokens_per_second"]:
+            found["tokens_per_second"] *= workload.tokens / filled.tokens
+        return found
 
     tried = []
     for layout in choices:
@@ -83,7 +82,7 @@ def plan(
         tried.append({"mesh": list(layout.mesh), "remat": layout.remat, "fits": dense["fits"]})
         if dense["fits"]:
             break
-    return {
+    result = {
         "topology": topology,
         "chip": chip.name,
         "devices": count,
@@ -101,6 +100,25 @@ def plan(
         "dense": dense,
         "shared": costs(layout, shared=True),
     }
+    if workload.stage == "run":
+        state_bytes = dense["parameter_bytes"] + dense["optimizer_bytes"]
+        result["host_bytes"] = host_bytes(workload.config, state_bytes)
+        result["programs"] = outside(workload, layout, chip, make_mesh(layout.mesh, places))
+    return result
+
+
+def outside(workload: Workload, layout: Layout, chip: Chip, mesh: Mesh) -> list[dict[str, Any]]:
+    """What a run does outside its steps: of each thing its largest program, and what that needs on a chip.
+
+    Returns:
+      Of each: its `name`, `beside_bytes` that the run holds meanwhile, `needed_bytes` of all, `room_bytes` left, and
+      whether it `fits`.
+    """
+    rows = []
+    for name, lowered, beside in programs.outside(workload, layout, mesh):
+        needed = beside + compiled(lowered).needed_bytes
+        rows.append({"name": name, "beside_bytes": beside, **estimate.fit(chip, needed)})
+    return rows
 
 
 def measured(workload: Workload, layout: Layout, chip: Chip, mesh: Mesh, *, shared: bool) -> dict[str, Any]:
@@ -114,7 +132,7 @@ def measured(workload: Workload, layout: Layout, chip: Chip, mesh: Mesh, *, shar
       longest of them, and which one it is `bound_by`. And `compile_seconds`. A step that XLA refuses for its memory
       has no costs; those of one that it cannot write down once it is compiled are `costs_estimated`.
     """
-    lowered, held = (_training if workload.trains else _serving)(workload, layout, mesh, shared=shared)
+    lowered, held = (programs.training if workload.trains else programs.serving)(workload, layout, mesh, shared=shared)
     program = compiled(lowered)
     result = estimate.estimated(workload, layout, chip, shared=shared) | held
     result |= estimate.fit(chip, program.needed_bytes)
@@ -152,46 +170,8 @@ def _choices(
         raise HeadshareError(
             f"A batch of {workload.batch} cannot be cut over {count} chips; give another.", option="batch"
         )
-    needed = [estimate.estimated(workload, choice, chip, shared=False)["needed_bytes"] for choice in choices]
+    estimates = [estimate.estimated(workload.filled(choice), choice, chip, shared=False) for choice in choices]
+    needed = [each["needed_bytes"] for each in estimates]
     likely = [choice for choice, bytes_ in zip(choices, needed, strict=True) if bytes_ <= chip.hbm_bytes]
     least = choices[int(np.argmin(needed))]
     return list(dict.fromkeys([*islice(likely, MOST_TRIES - 1), least]))
-
-
-def _training(
-    workload: Workload, layout: Layout, mesh: Mesh, *, shared: bool
-) -> tuple[jax.stages.Lowered, dict[str, int]]:
-    stage = recipes.Stage(kind="tied" if shared else "align")
-    text = recipes.Data(train=(recipes.Source(source=""),), seq_len=workload.length)
-    recipe = recipes.Recipe(
-        model="", data=text, stages=(stage,), batch_size=workload.batch, remat=cast(Any, layout.remat)
-    )
-    context = StageContext(workload.config, workload.sharing, stage, recipe)
-    lowered, sizes = lowered_step(context, mesh, "bfloat16")
-    return lowered, {"parameter_bytes": sizes["parameters"], "optimizer_bytes": sizes["optimizer"]}
-
-
-def _serving(
-    workload: Workload, layout: Layout, mesh: Mesh, *, shared: bool
-) -> tuple[jax.stages.Lowered, dict[str, int]]:
-    config, sharing = workload.config, workload.sharing if shared else None
-
-    def array(shape: tuple[int, ...], dtype: Any = jnp.int32, *axes: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
-
-    params = abstract_params(config, sharing, mesh, dict.fromkeys(parameter_names(config), "bfloat16"))
-    model = Llama(config, params, sharing=sharing, compute_dtype="bfloat16", batch_sharding=batch_sharding(mesh))
-    # The head indices, which the model makes by itself.
-    model = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array) else leaf, model)
-    axes: dict[int, tuple[Any, ...]] = {5: (*cache_sharding(config, mesh, workload.batch).spec,), 1: (BATCH,), 0: ()}
-    row_b = array((workload.batch,), jnp.int32, BATCH)
-    cache = jax.eval_shape(lambda: model.empty_cache(workload.batch, workload.length))
-    cache = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype, *axes[leaf.ndim]), cache)
-    key = array((), jax.eval_shape(lambda: jax.random.key(0)).dtype)
-    held = {"parameter_bytes": bytes_on_device(params), "cache_bytes": bytes_on_device(cache)}
-    greedy = generation.Sampling()
-    if workload.stage == "prefill":
-        prompts = array((workload.batch, workload.length), jnp.int32, BATCH)
-        return generation.prefill.lower(model, prompts, row_b, cache, key, sampling=greedy), held
-    ends = (array(()), array((1,)))
-    return generation.decode.lower(model, row_b, cache, key, *ends, room=generation.BUCKET, sampling=greedy), held

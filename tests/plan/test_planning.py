@@ -112,6 +112,50 @@ def test_training_gathers_a_layer_of_weights_at_a_time_and_never_a_pool() -> Non
     assert saved == 4 * 4 * (2 + 1 + 1) * 256 * 64 // 4
 
 
+def test_decoding_cuts_weights_over_fsdp_and_leaves_them_where_they_lie() -> None:
+    result = planned("decode", 4, "v5e:2x2", mesh=(1, 4, 1))
+    for name, shared in (("dense", False), ("shared", True)):
+        plan = result[name]
+        assert plan["parameter_bytes"] == pytest.approx(stored_bytes(shared) / 4, rel=0.01)
+        assert plan["cache_bytes"] == 2 * 2 * SMALL.num_layers * 128 * 2 * 64 + 4 * 3
+        # Sums of the tokens, and no layer's weights.
+        assert sum(plan["collective_bytes"].values()) < 2 * 256 * 512
+
+
+def test_decoding_is_spread_over_fsdp_where_the_cache_needs_it() -> None:
+    config = PRESETS["llama-3.1-70b"]
+    sharing = planning.random_map(config, 0.3)
+    one, many = (
+        planning.plan(Workload(config, sharing, "decode", batch, 4096), "v5e:4x4", host=True) for batch in (1, 32)
+    )
+    assert one["mesh"] == [1, 1, 16]
+    assert many["mesh"][1] > 1
+    assert one["dense"]["fits"]
+    assert many["dense"]["fits"]
+
+
+def test_a_mesh_is_filled_with_sequences() -> None:
+    one, four = (planned("decode", batch, "v5e:2x2", mesh=(2, 2, 1), host=True)["dense"] for batch in (1, 4))
+    assert one["cache_bytes"] == four["cache_bytes"]
+    assert one["step_seconds"] == four["step_seconds"]
+    assert four["tokens_per_second"] == 4 * one["tokens_per_second"]
+
+
+def test_a_run_is_planned_with_what_it_does_outside_its_steps() -> None:
+    result = planned("run", 4, "v5e:2x2", mesh=(1, 4, 1), remat="full")
+    state = result["dense"]["parameter_bytes"] + result["dense"]["optimizer_bytes"]
+    names = [row["name"] for row in result["programs"]]
+    for name in ("place", "share", "begin", "evaluate", "refit", "export"):
+        assert any(row.startswith(name) for row in names), name
+    for row in result["programs"]:
+        assert row["fits"]
+        assert 0 <= row["beside_bytes"] < row["needed_bytes"]
+        assert row["needed_bytes"] + row["room_bytes"] == result["hbm_bytes"]
+    assert result["host_bytes"]["save"] == 4 * state
+    with pytest.raises(HeadshareError, match="only known compiled"):
+        planned("run", 4, "v5e:2x2", host=True)
+
+
 def test_costs_are_estimated_where_the_program_cannot_be_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
     def unwritable(self: object) -> str:
         raise jax.errors.JaxRuntimeError("INTERNAL: no such instruction\nin full")
