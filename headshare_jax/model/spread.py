@@ -20,6 +20,8 @@ from headshare_jax.sharing.source import WeightSource, path_of, read_rows, store
 
 # Layers are read together up to so many bytes; one that is larger alone.
 BLOCK_BYTES = 2**22
+# Of a block, rows are passed on at a time up to so many bytes.
+PIECE_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -165,22 +167,36 @@ class _Writer:
 
     def write(self, target: jax.Array, block: Block, values: np.ndarray | None) -> jax.Array:
         """The array with a block's values in their place; the target is given up. Without values, others have them."""
-        at = np.int32(block.start)
         if len(self.processes) == 1:
             assert values is not None
-            return _put(target, jax.device_put(values, target.sharding), at, target.sharding)
-        if self._shape != (block.shape, block.dtype):
-            nothing = np.zeros((1, *block.shape), block.dtype)
+            return _put(target, jax.device_put(values, target.sharding), np.int32(block.start), target.sharding)
+        step = rows_at_once(block.shape, block.dtype)
+        for start in range(0, block.shape[0], step):
+            some = None if values is None else values[start : start + step]
+            shape = (min(step, block.shape[0] - start), *block.shape[1:])
+            target = self._write_rows(target, block.start + start, shape, block.dtype, some)
+        return target
+
+    def _write_rows(
+        self, target: jax.Array, start: int, shape: tuple[int, ...], dtype: np.dtype, values: np.ndarray | None
+    ) -> jax.Array:
+        if self._shape != (shape, dtype):
+            nothing = np.zeros((1, *shape), dtype)
             self._nothing = {device: jax.device_put(nothing, device) for device in self._mesh.local_devices}
-            self._shape = (block.shape, block.dtype)
+            self._shape = (shape, dtype)
         parts = dict(self._nothing)
         if values is not None:
             first = self._mesh.local_devices[0]
             parts[first] = jax.device_put(values[None], first)
         everywhere = NamedSharding(self._mesh, PartitionSpec(AXES))
-        whole = (self._mesh.size, *block.shape)
+        whole = (self._mesh.size, *shape)
         staged = jax.make_array_from_single_device_arrays(whole, everywhere, list(parts.values()))
-        return _put_sum(target, staged, at, target.sharding)
+        return put_sum(target, staged, np.int32(start), target.sharding)
+
+
+def rows_at_once(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """Rows of a block that are passed on at a time, so that no device has the whole of a large embedding."""
+    return max(1, PIECE_BYTES // (math.prod(shape[1:]) * dtype.itemsize))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -197,7 +213,7 @@ def _put(target: jax.Array, values: jax.Array, start: jax.Array, sharding: Named
 
 
 @partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _put_sum(target: jax.Array, staged: jax.Array, start: jax.Array, sharding: NamedSharding) -> jax.Array:
+def put_sum(target: jax.Array, staged: jax.Array, start: jax.Array, sharding: NamedSharding) -> jax.Array:
     """The same of what one device has and the others have zeros of, along a first axis; bits are summed, and exact."""
     bits = jax.lax.bitcast_convert_type(staged, f"uint{8 * staged.dtype.itemsize}")
     summed = jax.lax.with_sharding_constraint(jnp.sum(bits, axis=0, dtype=bits.dtype), sharding)
