@@ -21,7 +21,7 @@ def host_bytes(config: LlamaConfig, state_bytes: int) -> dict[str, int]:
       state_bytes: of parameters and optimizer state on a chip.
 
     Returns:
-      `place`: the largest slice of a layer, the one that is read meanwhile, and the zeros in place of other hosts'.
+      `place`: the largest slice of a layer, the one that is read meanwhile, and pieces on their way to the devices.
       `save`: the host's part of a checkpoint while it is written.
       `refit`: sums of one block of attention; the first host alone.
       `export`: a slice, and what is made of it to be written; the first host alone.
@@ -29,7 +29,7 @@ def host_bytes(config: LlamaConfig, state_bytes: int) -> dict[str, int]:
     slice_bytes = max(2 * prod(slice_shape(config, name)) for name in parameter_names(config))
     rows = config.num_heads * config.head_dim
     return {
-        "place": 3 * slice_bytes,
+        "place": 2 * slice_bytes + 2 * PIECE_BYTES,
         "save": CHIPS_PER_HOST * state_bytes,
         "refit": _SUMS * 8 * (rows * rows + 2 * rows * config.hidden_size),
         "export": 2 * slice_bytes + PIECE_BYTES,
