@@ -11,10 +11,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from headshare_jax.errors import HeadshareError
-from headshare_jax.model.mesh import batch_sharding, replicated
+from headshare_jax.model.mesh import replicated
 from headshare_jax.model.share import share
 from headshare_jax.parameters import pool_name
 from headshare_jax.processes.agreement import together
@@ -23,18 +22,18 @@ from headshare_jax.processes.stop import Stop
 from headshare_jax.sharing.source import WeightSource
 from headshare_jax.sharing.view import SharedView
 from headshare_jax.signals import handled
-from headshare_jax.train import data, run_folder
 from headshare_jax.train import recipe as recipes
+from headshare_jax.train import run_folder
 from headshare_jax.train.checkpoints import RunCheckpoints
 from headshare_jax.train.current import Current
 from headshare_jax.train.export import export
 from headshare_jax.train.held_out import HeldOut
 from headshare_jax.train.inputs import Progress, Run, check_devices, prepare
 from headshare_jax.train.losses import pair_cosine, tied_projections
-from headshare_jax.train.metrics import SPEEDS, MetricsLog, is_spike, matrix_rate, step_flops
-from headshare_jax.train.placement import abstract_state
+from headshare_jax.train.metrics import MetricsLog, Speed, check_wandb, is_spike
+from headshare_jax.train.profile import Profile, check_profile
 from headshare_jax.train.same import beginning, inputs
-from headshare_jax.train.step import make_step
+from headshare_jax.train.stage_steps import StageSteps
 from headshare_jax.train.time_left import TimeLeft
 
 logger = logging.getLogger(__name__)
@@ -47,6 +46,8 @@ def run(
     output: Path,
     *,
     resume: bool = False,
+    profile: int | None = None,
+    wandb: str | None = None,
     report: Report = lambda metrics: None,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any] | None:
@@ -55,7 +56,8 @@ def run(
     Those metrics are joined by `spikes`, the steps whose loss stood out; `skipped_steps`, how many were not finite; and
     with a held-out text by `source_perplexity`, `start_perplexity` (before any training) and `agreement`, the final
     model beside the dense one that the run began with. Where the last stage is `align` and the recipe refits,
-    `shared_perplexity` is the refitted model's.
+    `shared_perplexity` is the refitted model's. `goodput` is the share of the time that went into steps, compiling
+    left out.
 
     The folder `output` gets `config.yaml`, `map.json`, `baseline.json` (the perplexities before training),
     `metrics.jsonl` (a line a step), `checkpoints/`, `refit.json` (a `RefitReport`) if the recipe refits, and `final/`,
@@ -66,6 +68,8 @@ def run(
       recipe: the run.
       output: folder of the run; new unless `resume`.
       resume: go on after the newest checkpoint in `output`, whose recipe must be the same but for the mesh.
+      profile: first of three steps whose trace, for XProf, is written to `profile/` in `output`.
+      wandb: project at Weights & Biases that the metrics are sent to, too.
       report: called with every step's metrics, and `seconds_left`: of its stage and of each after it, or None. Before
         the first step it is called with the perplexities alone, as of step 0.
       progress: called before the first step and during a refit, with what is being done, how much of it is, and the
@@ -77,17 +81,23 @@ def run(
       TryAgain: another process is at work on this run.
       KeyboardInterrupt: it was stopped by Ctrl-C.
     """
-    stopping = Stop()
+    began, stopping = time.perf_counter(), Stop()
+    if wandb is not None:
+        check_wandb()
+    check_profile(profile, range(1, recipe.total_steps + 1))
     with ExitStack() as stack:
         task = _begun(recipe, output, resume, progress, stack)
         folder = output / run_folder.CHECKPOINTS
         set_remedy(partial(run_folder.remedy, folder))
         checkpoints = stack.enter_context(RunCheckpoints(folder, recipe.checkpoints.keep))
         stack.enter_context(handled(stopping.note))
-        trainer = _Trainer(task, checkpoints, stopping, report, progress)
+        trainer = _Trainer(task, checkpoints, stopping, report, progress, began)
         trainer.start(resume)
-        if trainer.train():
-            return trainer.export()
+        log = stack.enter_context(MetricsLog(output, from_step=trainer.step, wandb=wandb))
+        tracing = stack.enter_context(Profile(output / run_folder.PROFILE, profile))
+        check_profile(profile, range(trainer.step + 1, recipe.total_steps + 1))
+        if trainer.train(log, tracing):
+            return trainer.export() | {"goodput": trainer.goodput}
     if stopping.interrupted:
         leave()
         raise KeyboardInterrupt
@@ -131,12 +141,13 @@ class _Trainer:
         stopping: Callable[[int], bool],
         report: Report,
         progress: Progress,
+        began: float,
     ):
-        self.task, self.checkpoints, self.stopping = task, checkpoints, stopping
+        self.task, self.checkpoints, self.stopping, self.began = task, checkpoints, stopping, began
         self.report, self.progress, self.current = report, progress, Current(task, progress)
         self.held_out = HeldOut(task.recipe.data, task.eval_tokens)
         self.time_left = TimeLeft([stage.steps for stage in task.recipe.stages])
-        self.limit = matrix_rate(task.recipe.compute_dtype)
+        self.speed = Speed(task.recipe.compute_dtype, task.recipe.data.seq_len)
         cosine = partial(pair_cosine, sharing=task.sharing)
         self.pair_cosine = jax.jit(cosine, out_shardings=replicated(task.mesh))
 
@@ -144,6 +155,11 @@ class _Trainer:
     def step(self) -> int:
         """Steps done in the run."""
         return self.step_in_stage + sum(stage.steps for stage in self.task.recipe.stages[: self.current.number])
+
+    @property
+    def goodput(self) -> float:
+        """Share of the time since the run began, or went on, that went into steps."""
+        return self.time_left.seconds_in_steps / (time.perf_counter() - self.began)
 
     def start(self, resume: bool) -> None:
         """Takes over the newest checkpoint, or begins the first stage."""
@@ -157,10 +173,6 @@ class _Trainer:
             self.current.resume(found[1], found[2])
         self._entered()
         self.step_in_stage = int(self.current.state.step)
-        self.log = MetricsLog(self.task.output, from_step=self.step)
-        lines = self.log.lines()
-        self.skipped = sum(line.get("skipped", 0) for line in lines)
-        self.losses = [line["lm_loss"] or math.nan for line in lines[len(lines) - self.step_in_stage :]]
 
     def _measure_baseline(self, beginning: WeightSource | None) -> None:
         """Measures the dense model and, where training begins now, the shared one that it begins with."""
@@ -183,8 +195,12 @@ class _Trainer:
             }
         )
 
-    def train(self) -> bool:
+    def train(self, log: MetricsLog, profile: Profile) -> bool:
         """Runs every stage that is left; False if it was told to stop before the end."""
+        self.log, self.profile = log, profile
+        lines = self.log.lines()
+        self.skipped = sum(line.get("skipped", 0) for line in lines)
+        self.losses = [line["lm_loss"] or math.nan for line in lines[len(lines) - self.step_in_stage :]]
         for number in range(self.current.number, len(self.task.recipe.stages)):
             if number > self.current.number:
                 self.current.begin_next()
@@ -199,7 +215,8 @@ class _Trainer:
 
     def export(self) -> dict[str, Any]:
         """Writes the shared model; returns the last step's metrics, and what the run came to."""
-        self.log.close()
+        self.log.flush()
+        self.log.draw()
         lines = self.log.lines()
         last = (lines[-1] if lines else {}) | {
             "spikes": [line["step"] for line in lines if line.get("spike")],
@@ -208,50 +225,68 @@ class _Trainer:
         return export(self.current, self.held_out, last)
 
     def _train_stage(self) -> bool:
-        recipe, current, mesh = self.task.recipe, self.current, self.task.mesh
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(current.context, mesh))
-        step = make_step(current.context, state_sharding=shardings)
-        batches = data.Batches(
-            self.task.blocks,
-            batch_size=recipe.batch_size,
-            accumulate=recipe.accumulate,
-            seed=recipe.seed + current.number,
-        )
-        sharding = batch_sharding(mesh, axis=1)
-        shape = (recipe.accumulate, recipe.batch_size // recipe.accumulate, recipe.data.seq_len)
-        mine = _local_rows(sharding, shape)
-        start = time.perf_counter()
-        for parts in batches.stream(self.step_in_stage, current.stage.steps, rows=mine):
-            batch = (jax.make_array_from_process_local_data(sharding, part, shape) for part in parts)
-            current.state, metrics = step(current.state, current.frozen, current.teacher, *batch)
-            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            self.step_in_stage += 1
-            seconds, tokens = time.perf_counter() - start, values["tokens"]
-            self.time_left.step(seconds)
-            mfu = step_flops(current.context.config, recipe.data.seq_len, int(tokens)) / seconds / self.limit
-            values |= dict(zip(SPEEDS, (seconds, tokens / seconds, mfu), strict=True))
-            if not self._after_step(values):
-                return False
-            start = time.perf_counter()
+        steps, profile = StageSteps(self.current, self.step_in_stage), self.profile
+        # How many steps were bad in a row is known when one has ended.
+        self.bad_in_row = math.inf
+        while steps.left:
+            profile.before(self.step + 1)
+            going = steps.begin()
+            while going:
+                last = self.step + 1
+                # Asked while the step runs, so that the next need not wait; or after it, where that waits anyhow.
+                pausing = self._pauses_after(last)
+                stopping = None if pausing else self.stopping(last)
+                going = not pausing and not stopping and steps.begin()
+                stopping = self._after_step(steps.end(), stopping)
+                profile.after(last)
+            if stopping:
+                return self.step == self.task.recipe.total_steps
         return True
 
-    def _after_step(self, values: dict[str, float]) -> bool:
-        """Logs, evaluates and saves where that is due; False if the run is to stop here."""
-        recipe, started = self.task.recipe, time.perf_counter()
-        self.skipped += values["skipped"]
+    def _pauses_after(self, step: int) -> bool:
+        """Whether the state after a step, the next one, is wanted, or may be: the step after it has to wait."""
+        settings, in_stage = self.task.recipe.checkpoints, self.step_in_stage + step - self.step
+        return (
+            in_stage == self.current.stage.steps
+            or step % settings.every == 0
+            or step % settings.eval_every == 0
+            or self.profile.pauses_after(step)
+            or self._hopeless(self.bad_in_row + 1, self.skipped + 1, step) is not None
+        )
+
+    def _after_step(self, values: dict[str, float], stopping: bool | None) -> bool:
+        """Logs, evaluates and saves where that is due.
+
+        Args:
+          values: of the step.
+          stopping: whether the run is to stop after it; None to ask.
+
+        Returns:
+          Whether it is.
+        """
+        recipe = self.task.recipe
+        self.step_in_stage += 1
+        self.time_left.step(values["seconds"])
+        self.skipped, self.bad_in_row = self.skipped + values["skipped"], values["bad_in_row"]
         loss = values["lm_loss"]
         spike = is_spike(self.losses, loss)
         self.losses.append(loss)
         if spike:
             logger.warning("Step %d: the loss rose to %.3f, far above the steps before it.", self.step, loss)
         line: dict[str, Any] = {"step": self.step, "stage": self.current.stage.kind, **values, "spike": float(spike)}
+        line |= self.speed.of_step(self.current.context.config, values["tokens"], values["seconds"])
         if self._due(recipe.checkpoints.eval_every):
+            started = time.perf_counter()
             line |= self._evaluate()
             self.time_left.pause(time.perf_counter() - started)
+        line["goodput"] = self.goodput
         self.log.add(line)
         self.report(line | {"seconds_left": self._seconds_left()})
-        stopping, hopeless = self.stopping(self.step), self._hopeless(values["bad_in_row"])
+        if stopping is None:
+            stopping = self.stopping(self.step)
+        hopeless = self._hopeless(self.bad_in_row, self.skipped, self.step)
         if stopping or hopeless or self._due(recipe.checkpoints.every):
+            self.log.flush()
             self._save(line.get("shared_perplexity"))
         if hopeless:
             raise HeadshareError(
@@ -259,15 +294,15 @@ class _Trainer:
                 "skipped. Lower the learning rate and begin a new run, or allow more (max_bad_steps, max_skipped) and "
                 f"resume from the checkpoint of step {self.step}."
             )
-        return not stopping or self.step == recipe.total_steps
+        return stopping
 
-    def _hopeless(self, bad_in_row: float) -> str | None:
+    def _hopeless(self, bad_in_row: float, skipped: float, step: int) -> str | None:
         """What of the skipped steps is more than the recipe allows."""
         recipe = self.task.recipe
         if bad_in_row >= recipe.max_bad_steps:
             return f"{recipe.max_bad_steps} steps in a row"
-        if self.skipped >= recipe.max_bad_steps and self.skipped > recipe.max_skipped * self.step:
-            return f"{self.skipped:.0f} of {self.step} steps"
+        if skipped >= recipe.max_bad_steps and skipped > recipe.max_skipped * step:
+            return f"{skipped:.0f} of {step} steps"
         return None
 
     def _due(self, every: int) -> bool:
@@ -302,9 +337,3 @@ class _Trainer:
 
     def _save(self, perplexity: float | None) -> None:
         self.checkpoints.save(self.step, self.current.arrays(), self.current.document(), perplexity)
-
-
-def _local_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:
-    """Rows (axis 1) of a batch that this process's devices hold."""
-    places = sharding.addressable_devices_indices_map(shape).values()
-    return np.unique([np.arange(shape[1])[place[1]] for place in places if place is not None])

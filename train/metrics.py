@@ -2,73 +2,114 @@
 
 import json
 import math
+import secrets
+import time
 import timeit
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from headshare_jax.chips import published_flops
 from headshare_jax.config import LlamaConfig
 from headshare_jax.convert.atomic import own_file
+from headshare_jax.convert.storage import in_bucket
 from headshare_jax.errors import HeadshareError
 
-METRICS, PLOT = "metrics.jsonl", "metrics.png"
+METRICS, PLOT, _WANDB_ID = "metrics.jsonl", "metrics.png", "wandb.txt"
 # Of a line's values, those that depend on the machine.
-SPEEDS = ("seconds", "tokens_per_second", "mfu")
+SPEEDS = ("seconds", "tokens_per_second", "mfu", "of_measured_rate", "goodput")
 _RATE_SIZE = 2048
+# Between two writings of lines to a bucket, where every one writes the whole file anew.
+_SECONDS_KEPT = 60.0
 
 
 class MetricsLog:
     """Metrics of a run, written by the first process.
 
-    TensorBoard files are written too where `tensorboardX` is installed.
+    TensorBoard files are written too where `tensorboardX` is installed, and Weights & Biases gets them if asked for.
     """
 
-    def __init__(self, folder: Path, *, from_step: int):
-        """Drops the lines after `from_step`, and one that a kill left incomplete."""
+    def __init__(self, folder: Path, *, from_step: int, wandb: str | None = None):
+        """Drops the lines after `from_step`, and one that a kill left incomplete.
+
+        Args:
+          folder: of the run.
+          from_step: that the run goes on after.
+          wandb: project at Weights & Biases; None for none.
+
+        Raises:
+          HeadshareError: the package wandb is not installed, or cannot reach its server.
+        """
         self.path = folder / METRICS
         self._writes = jax.process_index() == 0
-        self._board = None
+        self._board, self._sent_to = None, None
+        # Every process has them all, so that all decide alike.
+        self._lines: list[str] = []
+        if self.path.is_file():
+            # A kill may have left anything in the last line.
+            text = self.path.read_text(encoding="utf-8", errors="replace")
+            self._lines = [line for line in text.splitlines() if _step_of(line) <= from_step]
+        self._written, self._since = len(self._lines), time.monotonic()
         if not self._writes:
             return
+        if self._lines or self.path.is_file():
+            with own_file(self.path) as partial:
+                partial.write_text("".join(f"{line}\n" for line in self._lines), encoding="utf-8")
         if find_spec("tensorboardX"):
             from tensorboardX import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"))
-        if self.path.is_file():
-            kept = [line for line in self._text().splitlines() if _step_of(line) <= from_step]
-            with own_file(self.path) as partial:
-                partial.write_text("".join(f"{line}\n" for line in kept))
+        if wandb is not None:
+            self._sent_to = _wandb_run(wandb, folder)
 
     def add(self, line: dict[str, Any]) -> None:
         """Adds a step's metrics; numbers that are not finite, which JSON has not, become null."""
-        if not self._writes:
-            return
         numbers = {name: value for name, value in line.items() if isinstance(value, float)}
         nulls = {name: None for name, value in numbers.items() if not math.isfinite(value)}
-        try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(line | nulls, allow_nan=False) + "\n")
+        self._lines.append(json.dumps(line | nulls, allow_nan=False))
+        if not self._writes:
+            return
+        if not in_bucket(self.path) or time.monotonic() - self._since > _SECONDS_KEPT:
+            self.flush()
+        with self._writing():
             if self._board is not None:
                 for name, value in numbers.items():
                     self._board.add_scalar(name, value, line["step"])
                 self._board.flush()
-        except OSError as error:
-            raise HeadshareError(
-                f"{self.path} cannot be written ({error.strerror}); make room, and resume the run.", option="resume"
-            ) from error
+        if self._sent_to is not None:
+            self._sent_to.log(numbers, step=line["step"])
 
-    def close(self) -> None:
-        """Draws the plot and closes the files."""
-        if not self._writes:
+    def flush(self) -> None:
+        """Writes what was added."""
+        if not self._writes or self._written == len(self._lines):
             return
+        with self._writing():
+            if in_bucket(self.path):
+                self.path.write_text("".join(f"{line}\n" for line in self._lines), encoding="utf-8")
+            else:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.writelines(f"{line}\n" for line in self._lines[self._written :])
+        self._written, self._since = len(self._lines), time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self.flush()
         if self._board is not None:
             self._board.close()
-        if lines := self.lines():
+        if self._sent_to is not None:
+            self._sent_to.finish(exit_code=0 if kind is None else 1)
+
+    def draw(self) -> None:
+        """Draws the plot."""
+        if self._writes and (lines := self.lines()):
             from headshare_jax.report.curves import draw_training
 
             with own_file(self.path.with_name(PLOT)) as partial:
@@ -76,11 +117,38 @@ class MetricsLog:
 
     def lines(self) -> list[dict[str, Any]]:
         """All lines so far."""
-        return [json.loads(line) for line in self._text().splitlines()] if self.path.is_file() else []
+        return [json.loads(line) for line in self._lines]
 
-    def _text(self) -> str:
-        # A kill may have left anything in the last line, which is dropped.
-        return self.path.read_text(encoding="utf-8", errors="replace")
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise HeadshareError(
+                f"{self.path} cannot be written ({error.strerror}); make room, and resume the run.", option="resume"
+            ) from error
+
+
+def check_wandb() -> None:
+    """Raises HeadshareError if the package for Weights & Biases is not installed."""
+    if find_spec("wandb") is None:
+        raise HeadshareError("Weights & Biases needs its package: pip install 'headshare-jax[wandb]'.", option="wandb")
+
+
+def _wandb_run(project: str, folder: Path) -> Any:
+    """The run at Weights & Biases that is the folder's: a new one, or the one that is gone on with."""
+    check_wandb()
+    import wandb
+
+    name = folder / _WANDB_ID
+    if not name.is_file():
+        name.write_text(secrets.token_hex(4), encoding="utf-8")
+    local = None if in_bucket(folder) else str(folder)
+    try:
+        return wandb.init(project=project, id=name.read_text().strip(), name=folder.name, dir=local, resume="allow")
+    except wandb.errors.Error as error:
+        said = str(error).splitlines()[0].rstrip(".")
+        raise HeadshareError(f"Weights & Biases cannot be used: {said}.", option="wandb") from error
 
 
 def is_spike(before: Sequence[float], loss: float) -> bool:
@@ -106,8 +174,24 @@ def step_flops(config: LlamaConfig, seq_len: int, tokens: int) -> float:
     return 6.0 * per_token * tokens
 
 
+class Speed:
+    """How fast steps are, beside what the devices can do: as published where that is known, or as measured here."""
+
+    def __init__(self, dtype: str, seq_len: int):
+        """Takes the type of the matrix products, and the tokens in a sequence."""
+        self._seq_len = seq_len
+        published = published_flops(jax.devices()[0].device_kind)
+        self._name = "mfu" if published else "of_measured_rate"
+        self._rate = published * jax.device_count() if published else matrix_rate(dtype)
+
+    def of_step(self, config: LlamaConfig, tokens: float, seconds: float) -> dict[str, float]:
+        """`tokens_per_second`, and `mfu` (of the published rate) or `of_measured_rate`."""
+        flops = step_flops(config, self._seq_len, int(tokens))
+        return {"tokens_per_second": tokens / seconds, self._name: flops / seconds / self._rate}
+
+
 def matrix_rate(dtype: str) -> float:
-    """This machine's measured rate of one large matrix product on all local devices, in FLOP/s."""
+    """This machine's measured rate of one large matrix product on all devices, in FLOP/s."""
     a = jnp.ones((_RATE_SIZE, _RATE_SIZE), dtype)
     product = jax.jit(lambda a: a @ a)
     product(a).block_until_ready()

@@ -10,12 +10,14 @@ import jax
 
 from headshare_jax.convert.atomic import check_output, check_place, new_directory
 from headshare_jax.convert.locks import held
+from headshare_jax.convert.storage import in_bucket
 from headshare_jax.errors import HeadshareError
 from headshare_jax.processes.agreement import from_first, wait_for_all
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.train import recipe as recipes
 
-CONFIG, MAP, REFIT, FINAL, CHECKPOINTS = "config.yaml", "map.json", "refit.json", "final", "checkpoints"
+CONFIG, MAP, REFIT = "config.yaml", "map.json", "refit.json"
+FINAL, CHECKPOINTS, PROFILE = "final", "checkpoints", "profile"
 # So long may a network's file system take to show what another machine has written.
 _SECONDS_TO_APPEAR = 15.0
 # What a resumed run may have changed: where it runs, by how many threads, and when it gives up.
@@ -92,7 +94,8 @@ def undo(output: Path) -> None:
     if jax.process_index() == 0:
         for name in (CONFIG, MAP):
             (output / name).unlink(missing_ok=True)
-        output.rmdir()
+        if not in_bucket(output):
+            output.rmdir()
 
 
 def remedy(checkpoints: Path) -> str:

@@ -14,11 +14,18 @@ class TimeLeft:
         """Takes the steps of every stage."""
         self.steps = steps
         self._seconds: list[float] = []
+        self._before = 0.0
         self._pauses: list[float] = []
 
     def enter(self) -> None:
         """A stage begins, or goes on."""
-        self._seconds = []
+        self._before, self._seconds = self.seconds_in_steps, []
+
+    @property
+    def seconds_in_steps(self) -> float:
+        """Of all steps that were done; the first of a stage, which compiles, counts as the others do."""
+        first, rest = self._seconds[:1], self._seconds[1:]
+        return self._before + sum(rest) + sum(min(seconds, median(rest or first)) for seconds in first)
 
     def step(self, seconds: float) -> None:
         """A step was done."""

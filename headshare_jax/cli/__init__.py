@@ -19,6 +19,7 @@ from headshare_jax.cli.arguments import parse
 from headshare_jax.cli.chat import Chat
 from headshare_jax.cli.command import Command
 from headshare_jax.cli.compare import Compare
+from headshare_jax.cli.compiled import keep_compiled_programs
 from headshare_jax.cli.convert import Convert
 from headshare_jax.cli.demo import Demo
 from headshare_jax.cli.evaluate import Evaluate
@@ -67,6 +68,7 @@ def run(args: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     _prepare_streams()
     _quieten_libraries()
+    keep_compiled_programs()
     args = sys.argv[1:] if args is None else args
     command = None
     try:

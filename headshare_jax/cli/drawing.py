@@ -1,10 +1,8 @@
 """What commands that let a model write have in common: how tokens are drawn, the model, and text on a terminal."""
 
-import os
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +12,6 @@ import jax
 from headshare_jax.cli import kinds
 from headshare_jax.cli.command import Command, ComputeDtype, MeshSizes
 from headshare_jax.convert import tokenizer as tokenizers
-from headshare_jax.convert.cache import cache_directory
 from headshare_jax.errors import HeadshareError
 from headshare_jax.generation import chosen
 from headshare_jax.loading import load
@@ -67,7 +64,6 @@ class Drawing(Command):
     def loaded(self, src: str, path: Path) -> Llama:
         """A checkpoint's model."""
         say(f"loading {src}")
-        keep_compiled()
         # XLA's CPU backend converts 16-bit weights anew for every token.
         dtype = self.dtype or ("float32" if jax.default_backend() == "cpu" else None)
         # Weights that are cut over tensor stay where they are while tokens are added.
@@ -110,17 +106,3 @@ def write(piece: str) -> None:
     """Shows a piece of a model's text at once; what would command a terminal is left out."""
     sys.stdout.write("".join(char for char in piece if char in "\n\t" or unicodedata.category(char) != "Cc"))
     sys.stdout.flush()
-
-
-def keep_compiled() -> None:
-    """Keeps what is compiled in the cache folder, so that later commands start without compiling.
-
-    A folder that the user gave JAX stays in force, and where none can be made nothing is kept.
-    """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
-    folder = cache_directory() / "compiled"
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

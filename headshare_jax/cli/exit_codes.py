@@ -18,7 +18,8 @@ MEANINGS = {
     ExitCode.DONE: "done",
     ExitCode.BUG: "a bug of headshare itself; please report it",
     ExitCode.REFUSED: "bad input, or what the machine cannot do; one sentence says what",
-    ExitCode.TRY_AGAIN: "not now: the same command can work later (a hub that is not reached, a lock that is held)",
+    ExitCode.TRY_AGAIN: "not now: the same command can work later (a hub that is not reached, a lock that is held, a "
+    "process of a run that is gone)",
     ExitCode.INTERRUPTED: "stopped by Ctrl-C",
     ExitCode.TERMINATED: "stopped by SIGTERM",
 }

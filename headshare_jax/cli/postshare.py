@@ -47,6 +47,8 @@ class Postshare(Command):
       coordinator: With --distributed elsewhere: address:port of the first process.
       processes: With --coordinator: number of processes.
       process: With --coordinator: number of this process, from 0.
+      profile: First of three steps whose trace is written to the folder's `profile`, for XProf.
+      wandb: Project at Weights & Biases to send the metrics to.
       join_within: Seconds in which all processes must have come.
     """
 
@@ -64,6 +66,8 @@ class Postshare(Command):
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
     resume: bool = False
     dry_run: bool = False
+    profile: kinds.Count | None = None
+    wandb: str | None = None
     distributed: bool = False
     coordinator: str | None = None
     processes: kinds.Count | None = None
@@ -87,6 +91,8 @@ class Postshare(Command):
                 recipe,
                 self.output,
                 resume=self.resume,
+                profile=self.profile,
+                wandb=self.wandb,
                 report=partial(_report, show, recipe.total_steps),
                 progress=_phases(show, phases),
             )
@@ -133,7 +139,7 @@ def _done(last: dict[str, Any], model: convert.Checkpoint) -> str:
     spikes = f"; the loss stood out at step {', '.join(map(str, last['spikes']))}" if last["spikes"] else ""
     return (
         f"{model.sharing.summary()}; {last['step']} steps of training, {last['skipped_steps']} of them skipped as not "
-        f"finite{spikes}"
+        f"finite{spikes}; {last['goodput']:.0%} of the time in steps"
     )
 
 

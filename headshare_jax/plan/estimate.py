@@ -5,6 +5,7 @@ from typing import Any
 
 from jax.sharding import AbstractMesh
 
+from headshare_jax.chips import Chip
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.model.cache import cache_slots
@@ -12,7 +13,6 @@ from headshare_jax.model.layer import REMAT_POLICIES
 from headshare_jax.model.mesh import AXES
 from headshare_jax.parameters import parameter_names
 from headshare_jax.plan.costs import Costs
-from headshare_jax.plan.topology import Chip
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.train.losses import HEAD_TOKENS
 from headshare_jax.train.placement import abstract_params, bytes_on_device

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from headshare_jax.chips import Chip
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.model.attention import has_kernel
@@ -17,7 +18,7 @@ from headshare_jax.plan.costs import program_costs, round_costs
 from headshare_jax.plan.estimate import Layout, Workload
 from headshare_jax.plan.host import host_bytes
 from headshare_jax.plan.program import compiled
-from headshare_jax.plan.topology import Chip, chip_of, topology_devices
+from headshare_jax.plan.topology import chip_of, topology_devices
 from headshare_jax.sharing.choose import sharing_map
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.scores import MatchResult

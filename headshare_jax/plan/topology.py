@@ -3,46 +3,16 @@
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from math import inf, prod
 
 import jax
 
+from headshare_jax.chips import CHIPS, Chip
 from headshare_jax.errors import HeadshareError
 
 EXAMPLES = "v5e:1x1, v5e:2x2, v5e:16x16, v5p:2x2x1, v5p:8x8x8, v6e:16x16"
 _NAME = re.compile(r"(v5e|v5p|v6e):(\d{1,2}x\d{1,2}(?:x\d{1,2})?)")
-
-
-@dataclass(frozen=True)
-class Chip:
-    """Published rates of a chip (docs.cloud.google.com/tpu/docs/v5e, /v5p and /v6e).
-
-    Attributes:
-      name: as a topology's name begins.
-      hbm_bytes: main memory that a program can use, as XLA's compiler for the chip says: a little less than 16, 95 (XLA
-        counts 96) and 32 GiB.
-      flops: bfloat16 operations a second.
-      hbm_bandwidth: bytes a second.
-      network_bandwidth: bytes a second that a chip sends to its neighbours over all its links: half of the published
-        bidirectional bandwidth.
-      most_chips: in one pod.
-    """
-
-    name: str
-    hbm_bytes: int
-    flops: float
-    hbm_bandwidth: float
-    network_bandwidth: float
-    most_chips: int
-
-
-CHIPS = {
-    "v5e": Chip("v5e", int(15.75 * 2**30), 197e12, 819e9, 200e9, 256),
-    "v5p": Chip("v5p", int(95.73 * 2**30), 459e12, 2765e9, 600e9, 8960),
-    "v6e": Chip("v6e", int(31.24 * 2**30), 918e12, 1640e9, 400e9, 256),
-}
 
 
 def chip_of(topology: str) -> tuple[Chip, int]:

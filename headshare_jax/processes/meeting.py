@@ -3,7 +3,8 @@
 import json
 import socket
 import time
-from contextlib import suppress
+from collections.abc import Collection
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from headshare_jax.errors import HeadshareError, TryAgain
@@ -37,23 +38,19 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _wait_for_others(port: int, count: int, deadline: float, seconds: float) -> dict[int, socket.socket]:
-    found: dict[int, socket.socket] = {}
     try:
         listener = listen("", port)
     except OSError as error:
         raise TryAgain(f"Port {port} of the first process cannot be used ({error.strerror}); name another.") from error
-    with listener:
+    found: dict[int, socket.socket] = {}
+    with listener, ExitStack() as unless_all_come:
         while len(found) < count - 1:
             listener.settimeout(max(0.01, deadline - time.monotonic()))
             try:
                 connection, _ = listener.accept()
             except TimeoutError:
-                missing = [str(number) for number in range(1, count) if number not in found]
-                names = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
-                raise TryAgain(
-                    f"Of {count} processes {len(missing)} did not come within {seconds:.0f} s (number {names}); start "
-                    "all of them, or give their true number."
-                ) from None
+                raise TryAgain(_missing(count, found, seconds)) from None
+            unless_all_come.callback(connection.close)
             hello = _read_hello(connection)
             if hello is None:  # what looks for open ports, for instance
                 connection.close()
@@ -65,30 +62,41 @@ def _wait_for_others(port: int, count: int, deadline: float, seconds: float) -> 
                     if told != count
                     else f"Two processes are number {number} of {count}; give each its own."
                 )
-                _say(connection, {"refused": said})
-                for other in found.values():
+                for other in (connection, *found.values()):
                     _say(other, {"refused": said})
                 raise HeadshareError(said, option="processes" if told != count else "process")
             found[number] = connection
+        unless_all_come.pop_all()
     # Only now is the port free for what is to listen there.
     for connection in found.values():
         _say(connection, {"all": True})
     return found
 
 
+def _missing(count: int, found: Collection[int], seconds: float) -> str:
+    missing = [str(number) for number in range(1, count) if number not in found]
+    names = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
+    return (
+        f"Of {count} processes {len(missing)} did not come within {seconds:.0f} s (number {names}); start all of them, "
+        "or give their true number."
+    )
+
+
 def _find_first(host: str, port: int, count: int, me: int, deadline: float, seconds: float) -> socket.socket:
     while (left := deadline - time.monotonic()) > 0:
-        try:
+        with suppress(OSError):
             connection = socket.create_connection((host, port), timeout=left)
-            connection.sendall(json.dumps({"process": me, "processes": count}).encode() + b"\n")
-            connection.settimeout(max(0.01, deadline - time.monotonic()))
-            answer = _read_line(connection)
-        except OSError:
-            answer = {}
-        if "refused" in answer:
-            raise HeadshareError(str(answer["refused"]))
-        if answer:
-            return connection
+            try:
+                _say(connection, {"process": me, "processes": count})
+                answer = _read_line(connection)
+                if "refused" in answer:
+                    raise HeadshareError(str(answer["refused"]))
+                if answer:
+                    return connection
+            except BaseException:
+                connection.close()
+                raise
+            connection.close()
         # It is not there yet, or what was there was another.
         time.sleep(min(_RETRY_SECONDS, max(0.0, left)))
     raise TryAgain(

@@ -17,7 +17,6 @@ from headshare_jax.processes.meeting import meet
 from headshare_jax.processes.relay import relay
 from headshare_jax.processes.watch import Remedy, Watch, silence_seconds
 
-JOIN_SECONDS = 300.0
 # JAX's own time limits, which only count where the watch does not come first.
 _LATER = 300
 
@@ -44,7 +43,7 @@ def joined(
       HeadshareError: it is not known who the others are, or they were not started as one run.
     """
     global _watch
-    address, count, me, devices = _places(coordinator, processes, process)
+    address, count, me, devices = _places(coordinator, processes, process, within)
     peers = meet(address, count, me, within)
     silence = silence_seconds()
     _watch = Watch(me, peers, silence)
@@ -107,11 +106,14 @@ def quit_apart(code: int) -> None:
 
 
 def _places(
-    coordinator: str | None, processes: int | None, process: int | None
+    coordinator: str | None, processes: int | None, process: int | None, within: float
 ) -> tuple[str, int, int, Sequence[int] | None]:
     """Address of the first process, number of all, number of this one, and its devices where they are shared out."""
+    named = os.environ.get("JAX_LOCAL_DEVICE_IDS")
+    mine = [int(number) for number in named.split(",")] if named else None
+    address = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     found: tuple[Any, ...] = ClusterEnv.auto_detect_unset_distributed_params(
-        coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"), processes, process, None, None, int(JOIN_SECONDS)
+        address, processes, process, mine, None, int(within)
     )
     address, count, me, devices = found
     if address is None or count is None or me is None:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from headshare_jax import HeadshareError, LlamaConfig, parameters
+from headshare_jax.chips import CHIPS
 from headshare_jax.plan import planning
 from headshare_jax.plan.estimate import Layout, Workload, activation_bytes, estimated, meshes
-from headshare_jax.plan.topology import CHIPS, chip_of, topology_devices
+from headshare_jax.plan.topology import chip_of, topology_devices
 from headshare_jax.presets import PRESETS
 from headshare_jax.sharing.source import stored_shape
 

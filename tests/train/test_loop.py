@@ -85,7 +85,8 @@ def test_the_guide_names_every_metric(finished: Path) -> None:
     guide = (Path(__file__).parents[2] / "docs" / "postshare.md").read_text()
     table = guide.split("| key | what it is |")[1].split("\n\n")[0]
     named = {name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.partition(" | ")[0])}
-    assert named == {name for line in metrics(finished) for name in line}
+    # The rate of what tests run on is not published.
+    assert named - {"mfu"} == {name for line in metrics(finished) for name in line}
 
 
 def test_final_model_is_shared_by_the_runs_map(finished: Path) -> None:

@@ -54,7 +54,7 @@ def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
     lines = [json.loads(line, parse_constant=refuse) for line in log.path.read_text().splitlines()]
     assert lines == log.lines()
     assert [line["lm_loss"] for line in lines] == [None, 2.5]
-    log.close()
+    log.draw()
     assert (tmp_path / "metrics.png").is_file()
 
 

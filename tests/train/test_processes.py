@@ -125,7 +125,9 @@ def test_one_file_is_another(recipe: Path, tmp_path: Path, name: str, named: str
 def test_one_process_does_not_come(recipe: Path) -> None:
     args = ["--config", recipe, "--output", recipe.with_name("run"), "--join-within", "8"]
     processes = started(args, 3)
-    processes.pop().kill()
+    third = processes.pop()
+    third.kill()
+    third.communicate()
     (first, said), (second, words) = ended(processes)
     assert (first, second) == (75, 75)
     assert "headshare: Of 3 processes 1 did not come within 8 s (number 2); start all of them" in said
