@@ -120,6 +120,9 @@ def kvstore(folder: Path) -> dict[str, Any]:
     spec |= {"driver": "s3", "context": {"s3_request_retries": _RETRIES}}
     if _is_anonymous():
         spec["aws_credentials"] = {"type": "anonymous"}
+    elif "AWS_ACCESS_KEY_ID" in os.environ:
+        # Else the library complains of every other place where it finds none.
+        spec["aws_credentials"] = {"type": "environment"}
     if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
         spec["endpoint"] = endpoint
         if region := os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"):
