@@ -145,6 +145,9 @@ def header(path: Path) -> tuple[dict[str, Entry], list[str]]:
         )
         if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
             raise ValueError("its header is no JSON object")
+        for name, about in pairs:
+            if name == "__metadata__" and not all(isinstance(text, str) for text in _object(about).values()):
+                raise ValueError("its metadata are no texts")
         tensors = [(name, fields) for name, fields in pairs if name != "__metadata__"]
         found = {name: _entry(name, fields, 8 + length) for name, fields in tensors}
         _check_places(found, 8 + length, total)
@@ -157,14 +160,26 @@ def _refused(constant: str) -> NoReturn:
 
 def _entry(name: str, fields: Any, begin: int) -> Entry:
     """A tensor's entry; ValueError unless it is one."""
-    said = dict(fields) if isinstance(fields, list) and all(isinstance(field, tuple) for field in fields) else {}
-    kind, shape, places = said.get("dtype"), said.get("shape", ()), said.get("data_offsets", ())
+    said = _object(fields)
+    # No name may hold half a surrogate pair.
+    name.encode()
+    kind, shape, places = str(said.get("dtype")), said.get("shape", ()), said.get("data_offsets", ())
     if not (kind in _BITS and _are_counts(shape) and _are_counts(places) and len(places) == 2):
         raise ValueError(f"the entry of `{name}` is no tensor's")
     bits = math.prod(shape) * _BITS[kind]
     if bits % 8 or places[1] - places[0] != bits // 8:
         raise ValueError(f"`{name}` has {places[1] - places[0]} bytes, and its shape and type ask for {bits / 8:g}")
     return Entry(kind, tuple(shape), begin + places[0], begin + places[1])
+
+
+def _object(pairs: Any) -> dict[str, Any]:
+    """A JSON object from its pairs; ValueError unless it is one, with every key once."""
+    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
+        raise ValueError("a part of its header is no JSON object")
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"keys stand twice among {', '.join(found)}")
+    return found
 
 
 def _are_counts(values: Any) -> bool:

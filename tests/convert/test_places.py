@@ -3,11 +3,14 @@ refused, and the tensor is named."""
 
 import json
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
+from safetensors import SafetensorError, safe_open
 
 from headshare_jax import HeadshareError
 from headshare_jax.convert.gguf_header import read_header
@@ -141,3 +144,23 @@ def _tensors(path: Path) -> list[str]:
     if problems:
         raise HeadshareError(problems[0])
     return list(found)
+
+
+def test_what_the_safetensors_package_refuses_is_refused(tmp_path: Path) -> None:
+    rng, refused = np.random.default_rng(0), 0
+    header = raw(("b", entry(8, 32, 64)), ("a", entry(8, 0, 32)), ("__metadata__", {"format": "pt"}))
+    for _ in range(2000):
+        damaged = np.frombuffer(header, np.uint8).copy()
+        damaged[rng.integers(0, len(header), rng.integers(1, 3))] = rng.choice(list(b'0123456789{}[]",:- eFUI'))
+        path = safetensors_file(tmp_path / "a.safetensors", damaged.tobytes())
+        try:
+            with safe_open(path, "numpy") as file:
+                names = set(file.keys())
+        except SafetensorError:
+            refused += 1
+            with pytest.raises(HeadshareError):
+                _tensors(path)
+        else:
+            with suppress(HeadshareError):
+                assert set(_tensors(path)) == names
+    assert 500 < refused < 2000
