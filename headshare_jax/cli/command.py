@@ -18,7 +18,10 @@ from headshare_jax.report.console import show
 
 Source = Annotated[
     tyro.conf.Positional[str],
-    tyro.conf.arg(metavar="SRC", help="Model: native or Hugging Face folder, .gguf file, or hub id (owner/model)."),
+    tyro.conf.arg(
+        metavar="SRC",
+        help="Model: native or Hugging Face folder or .gguf file, also at gs:// or s3://; or hub id (owner/model).",
+    ),
 ]
 Destination = Annotated[
     tyro.conf.Positional[str],
