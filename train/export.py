@@ -4,20 +4,18 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import jax
-
 from headshare_jax import convert
-from headshare_jax.processes.agreement import wait_for_all
+from headshare_jax.model.lent import lent
+from headshare_jax.processes.agreement import together
 from headshare_jax.sharing.view import cast
 from headshare_jax.train import run_folder
 from headshare_jax.train.current import Current
 from headshare_jax.train.held_out import HeldOut
 from headshare_jax.train.metrics import SPEEDS
-from headshare_jax.train.placement import gathered
 
 
 def export(current: Current, held_out: HeldOut, last: dict[str, Any]) -> dict[str, Any]:
-    """Writes the shared model, in the source's type, with its tokenizer.
+    """Writes the shared model as the recipe's `final` says, with its tokenizer.
 
     Args:
       current: the last stage, all its steps done.
@@ -32,22 +30,24 @@ def export(current: Current, held_out: HeldOut, last: dict[str, Any]) -> dict[st
         last["start_perplexity"] = held_out.start_perplexity
     if current.stage.kind == "align" and task.recipe.sharing.refit_windows and "shared_perplexity" in last:
         last["shared_perplexity"] = held_out.perplexity(current.placed(finished))
-    dtype = convert.output_dtype(task.source, "native") or str(task.source.dtype("embed_vd"))
+    how, source = task.recipe.final, task.source
+    dtype = how.dtype or convert.output_dtype(source, "native") or str(source.dtype("embed_vd"))
     progress = partial(current.progress, "comparing with the dense model")
-    found = held_out.agreement(task.source, cast(finished, dtype), task.mesh, progress)
+    found = held_out.agreement(source, cast(finished, dtype), task.mesh, progress)
     last["agreement"] = None if found is None else asdict(found)
-    whole = cast(finished if jax.process_count() == 1 else gathered(current.placed(finished)), dtype)
-    if jax.process_index() == 0:
-        convert.save(
-            whole,
-            task.output / run_folder.FINAL,
-            tokenizer_from=task.source.path,
-            overwrite=True,
-            # Without times, so that the same run gives the same bytes.
-            provenance={
-                "source": task.recipe.model,
-                "postshare": {name: value for name, value in last.items() if name not in SPEEDS},
-            },
-        )
-    wait_for_all("exported")
+    with together("export"), lent(finished, dtype) as mine:
+        if mine is not None:
+            convert.save(
+                mine,
+                run_folder.final(task.output, task.recipe),
+                to=how.to,
+                quantize=how.quantize,
+                tokenizer_from=source.path,
+                overwrite=True,
+                # Without times, so that the same run gives the same bytes.
+                provenance={
+                    "source": task.recipe.model,
+                    "postshare": {name: value for name, value in last.items() if name not in SPEEDS},
+                },
+            )
     return last

@@ -8,7 +8,6 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from headshare_jax.config import LlamaConfig
-from headshare_jax.model.llama import Llama
 from headshare_jax.model.mesh import parameter_sharding, replicated
 from headshare_jax.model.place import place
 from headshare_jax.parameters import parameter_names
@@ -60,14 +59,3 @@ def abstract_params(
 def bytes_on_device(tree: Any) -> int:
     """Bytes of a tree's arrays, or of their shapes with shardings, on one device."""
     return sum(leaf.dtype.itemsize * prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
-
-
-def gathered(model: Llama) -> Llama:
-    """The model with whole arrays in every host's memory, where they lie on several; all processes must call it."""
-    if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(model)):
-        return model
-    from jax.experimental.multihost_utils import process_allgather
-
-    # The heads' indices are every host's own already: gathered, they would stand there once for each process.
-    whole = {name: process_allgather(model.array(name), tiled=True) for name in parameter_names(model.config)}
-    return Llama(model.config, whole, sharing=model.sharing, compute_dtype=model.compute_dtype, remat=model.remat)

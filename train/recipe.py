@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from headshare_jax.convert import storage
+from headshare_jax.convert.outputs import check_output
 from headshare_jax.errors import HeadshareError, explained, shown
 from headshare_jax.sharing.tie import check_tie
 
@@ -190,6 +191,20 @@ class Checkpoints(_Section):
     eval_every: Count = 200
 
 
+class Final(_Section):
+    """How the model is written that a run ends with.
+
+    Attributes:
+      to: `native`, `hf`, `hf-compact` or `gguf`, as of `headshare convert`.
+      dtype: type of its parameters; by default that of the dense model.
+      quantize: for `gguf`, the type of matrices.
+    """
+
+    to: Literal["native", "hf", "hf-compact", "gguf"] = "native"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    quantize: str | None = None
+
+
 class Recipe(_Section):
     """A PostShare run.
 
@@ -211,6 +226,7 @@ class Recipe(_Section):
     optimizer: Optimizer = Optimizer()
     mesh: Mesh = Mesh()
     checkpoints: Checkpoints = Checkpoints()
+    final: Final = Final()
     batch_size: Count = 128
     accumulate: Count = 1
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -222,6 +238,7 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         check_tie(self.sharing.tie)
+        check_output(None, self.final.to, quantize=self.final.quantize, dtype=self.final.dtype)
         if self.sharing.refit_windows == 1:
             raise HeadshareError("sharing.refit_windows must be 0, or at least 2, as one is held out.")
         kinds = [stage.kind for stage in self.stages]
@@ -327,7 +344,7 @@ _SAID = {
 }
 # By their keys, without places in lists.
 _SECTIONS: dict[str, type[BaseModel]] = {"stages": Stage, "data.train": Source}
-_SECTIONS |= {kind.__name__.lower(): kind for kind in (Data, Sharing, Optimizer, Mesh, Checkpoints)}
+_SECTIONS |= {kind.__name__.lower(): kind for kind in (Data, Sharing, Optimizer, Mesh, Checkpoints, Final)}
 
 
 def _sentence(error: ValidationError) -> str:

@@ -27,8 +27,7 @@ def check_room(recipe: recipes.Recipe, source: Checkpoint, sharing: SharingMap, 
     checkpoint = max(_bytes(state) + _bytes(frozen) for _, state, frozen in stages)
     # The best may be one more than the last ones; those of a run that goes on are there already.
     count = min(recipe.checkpoints.keep + 2, 1 + recipe.total_steps)
-    _, state, frozen = stages[-1]
-    final = _bytes(state.params) + _bytes(frozen)
+    final = _final(recipe, source, sharing, mesh)
     folder = next(parent for parent in output.absolute().parents if parent.is_dir())
     there = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     check_disk(
@@ -52,6 +51,13 @@ def check_room(recipe: recipes.Recipe, source: Checkpoint, sharing: SharingMap, 
         raise HeadshareError(
             f"{what} need {gigabytes(needed)} of a device's memory, and {gigabytes(free)} is free; {remedy}."
         )
+
+
+def _final(recipe: recipes.Recipe, source: Checkpoint, sharing: SharingMap, mesh: Mesh) -> int:
+    """Bytes of the model that is written at the end."""
+    dtypes = {name: recipe.final.dtype or source.dtype(name) for name in parameter_names(source.config)}
+    stored = sharing if recipe.final.to in ("native", "hf-compact") else None
+    return _bytes(abstract_params(source.config, stored, mesh, dtypes))
 
 
 def _arrays(

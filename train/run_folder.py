@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from headshare_jax.convert import gguf_writer
 from headshare_jax.convert.atomic import check_output, check_place, new_directory
 from headshare_jax.convert.locks import held
 from headshare_jax.convert.storage import in_bucket
@@ -20,8 +21,8 @@ CONFIG, MAP, REFIT = "config.yaml", "map.json", "refit.json"
 FINAL, CHECKPOINTS, PROFILE = "final", "checkpoints", "profile"
 # So long may a network's file system take to show what another machine has written.
 _SECONDS_TO_APPEAR = 15.0
-# What a resumed run may have changed: where it runs, by how many threads, and when it gives up.
-_FREE = ("mesh.", "data.workers:", "max_bad_steps:", "max_skipped:")
+# What a resumed run may have changed: where and by how many threads it runs, when it gives up, how its model is written.
+_FREE = ("mesh.", "data.workers:", "max_bad_steps:", "max_skipped:", "final.")
 
 
 def check(output: Path, recipe: recipes.Recipe, resume: bool) -> None:
@@ -42,7 +43,12 @@ def check(output: Path, recipe: recipes.Recipe, resume: bool) -> None:
             f"The recipe differs from that of the run in {output}: {'; '.join(changed)}. Undo the change (the run's "
             f"recipe is {path}), or begin a new run in another folder."
         )
-    check_output(output / FINAL, folder=True, overwrite=True)
+    check_output(final(output, recipe), folder=recipe.final.to != "gguf", overwrite=True)
+
+
+def final(output: Path, recipe: recipes.Recipe) -> Path:
+    """Where the model is written that a run ends with."""
+    return output / (f"{FINAL}{gguf_writer.ENDING}" if recipe.final.to == "gguf" else FINAL)
 
 
 @contextmanager

@@ -25,10 +25,9 @@ from headshare_jax.report.progress import Course, Show, Step, progress_with_text
 from headshare_jax.resources import megabytes, peak_memory
 from headshare_jax.signals import insistent
 from headshare_jax.summary import Summary, next_command, sizes
-from headshare_jax.train import loop
+from headshare_jax.train import loop, run_folder
 from headshare_jax.train import recipe as recipes
 from headshare_jax.train.inputs import Progress
-from headshare_jax.train.run_folder import FINAL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +98,7 @@ class Postshare(Command):
         result = {"output": str(self.output), "final": None, "last": last}
         if last is None:
             return result
-        final = self.output / FINAL
+        final = run_folder.final(self.output, recipe)
         source, model = (convert.open_checkpoint(path) for path in (recipe.model, final))
         found = last.get("agreement")
         summary = Summary(

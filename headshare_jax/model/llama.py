@@ -15,6 +15,7 @@ from headshare_jax.errors import HeadshareError
 from headshare_jax.model.attention import InTurns, Window, among_tokens, attend, rows_in_place
 from headshare_jax.model.cache import KVCache, RingCache, empty_cache
 from headshare_jax.model.embedding import look_up
+from headshare_jax.model.gather import on_host
 from headshare_jax.model.layer import REMAT_POLICIES, attention_block, layer_kinds, mlp_block, rms_norm
 from headshare_jax.model.mesh import batch_sharding, rows_of
 from headshare_jax.model.place import place
@@ -322,15 +323,15 @@ class Llama(nnx.Module):
         return np.dtype(getattr(self, name).dtype)
 
     def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
-        """One layer's slice of a parameter on the host, as `WeightSource` has it."""
-        value = self.array(name)
+        """As `WeightSource` has it; of a model on several processes, all must read the same, and all get it."""
 
-        def on_host(part: jax.Array) -> np.ndarray:
-            return finite.check_weights(np.asarray(part), finite.slice_name(name, layer), "the model")
+        def read(rows: int | np.ndarray | None) -> np.ndarray:
+            value = on_host(self.array(name), rows)
+            return finite.check_weights(value, finite.slice_name(name, layer), "the model")
 
         if layer is None or PARAMETERS[name].pool is None:
-            return on_host(value if layer is None else value[layer])
-        return read_heads(self, name, layer, heads, lambda rows: on_host(value[rows]))
+            return read(layer)
+        return read_heads(self, name, layer, heads, read)
 
     @property
     def _in_turns(self) -> InTurns | None:

@@ -1,7 +1,8 @@
 """Views: sources that change another source as it is read, so that no changed model need ever be whole in memory."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
@@ -34,6 +35,12 @@ class View:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({described(self)})"
+
+    def over(self, base: WeightSource) -> Self:
+        """The same change to another source."""
+        view = copy(self)
+        view.base = base
+        return view
 
     @property
     def config(self) -> LlamaConfig:
