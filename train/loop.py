@@ -24,7 +24,7 @@ from headshare_jax.sharing.view import SharedView
 from headshare_jax.signals import handled
 from headshare_jax.train import recipe as recipes
 from headshare_jax.train import run_folder
-from headshare_jax.train.checkpoints import RunCheckpoints
+from headshare_jax.train.checkpoints import RunCheckpoints, Save
 from headshare_jax.train.current import Current
 from headshare_jax.train.export import export
 from headshare_jax.train.held_out import HeldOut
@@ -280,14 +280,18 @@ class _Trainer:
             line |= self._evaluate()
             self.time_left.pause(time.perf_counter() - started)
         line["goodput"] = self.goodput
-        self.log.add(line)
         self.report(line | {"seconds_left": self._seconds_left()})
         if stopping is None:
             stopping = self.stopping(self.step)
-        hopeless = self._hopeless(self.bad_in_row, self.skipped, self.step)
+        hopeless, save = self._hopeless(self.bad_in_row, self.skipped, self.step), None
         if stopping or hopeless or self._due(recipe.checkpoints.every):
+            save = self._save(line.get("shared_perplexity"))
+            line["save_seconds"] = save.seconds
+        self.log.add(line)
+        if save is not None:
+            # Only now: a checkpoint whose step has no line could not be gone on from.
             self.log.flush()
-            self._save(line.get("shared_perplexity"))
+            save.start()
         if hopeless:
             raise HeadshareError(
                 f"The loss or its gradients were NaN or infinite in {hopeless}, until step {self.step}; such steps are "
@@ -335,5 +339,5 @@ class _Trainer:
                 result["dense_perplexity"] = self.held_out.perplexity(model)
         return result
 
-    def _save(self, perplexity: float | None) -> None:
-        self.checkpoints.save(self.step, self.current.arrays(), self.current.document(), perplexity)
+    def _save(self, perplexity: float | None) -> Save:
+        return self.checkpoints.save(self.step, self.current.arrays(), self.current.document(), perplexity)

@@ -21,7 +21,7 @@ CONFIG, MAP, REFIT = "config.yaml", "map.json", "refit.json"
 FINAL, CHECKPOINTS, PROFILE = "final", "checkpoints", "profile"
 # So long may a network's file system take to show what another machine has written.
 _SECONDS_TO_APPEAR = 15.0
-# What a resumed run may have changed: where and by how many threads it runs, when it gives up, how its model is written.
+# What a resumed run may have changed: where it runs, by how many threads, when it gives up, how its model is written.
 _FREE = ("mesh.", "data.workers:", "max_bad_steps:", "max_skipped:", "final.")
 
 

@@ -75,7 +75,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_to_resume_from(finished: Path, w
     # Here there is none yet, so that the run begins anew.
     run = tmp_path / "run"
     # Files end there as on a full disk; metrics are smaller, a checkpoint's arrays larger.
-    done = run_alone(workplace, run, 3, "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))")
+    done = run_alone(workplace, run, 3, "resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, 6_000))")
     assert done.returncode == 1
     # Threads that were writing have their say before and after.
     (error,) = re.findall(r"^headshare_jax.errors.HeadshareError: (.*)$", done.stderr, re.MULTILINE)
@@ -122,7 +122,7 @@ def test_steps_of_an_unusable_checkpoint_are_done_and_saved_again(
 ) -> None:
     run = tmp_path / "run"
     assert signalled(workplace, run, 8, signal.SIGTERM) is None
-    document = run / "checkpoints" / "8" / "document" / "metadata"
+    document = run / "checkpoints" / "8" / "checkpoint.json"
     document.write_text(json.dumps({"format": "another"}))
     assert_as_never_interrupted(run, finished, workplace)
     assert "step 8 cannot be used" in caplog.text
