@@ -23,6 +23,7 @@ from headshare_jax.convert import (
     native,
     native_document,
     native_writer,
+    run_checkpoint,
     storage,
     tokenizer,
     written,
@@ -40,10 +41,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FORMATS", "MAP_FILE", "check_output", "check_room", "locate", "open_checkpoint", "output_dtype", "quantised_as",
-    "save", "verify",
+    "save", "tokenizer_place", "verify",
 ]  # fmt: skip
 
-Checkpoint = TensorCheckpoint | native.NativeCheckpoint
+Checkpoint = TensorCheckpoint | native.NativeCheckpoint | run_checkpoint.RunCheckpoint
 
 MAP_FILE = map_file.NAME
 
@@ -90,7 +91,8 @@ def open_checkpoint(src: str | Path) -> Checkpoint:
     """Opens a checkpoint of any kind without reading its weights; every tensor's name, shape and type is checked.
 
     Args:
-      src: native or Hugging Face folder, GGUF file, or hub id.
+      src: native or Hugging Face folder, GGUF file, hub id, or the folder of a PostShare run, of which its newest
+        checkpoint is opened, or of one of its checkpoints.
 
     Raises:
       HeadshareError: nothing there, an unsupported architecture, or a damaged checkpoint.
@@ -108,6 +110,8 @@ def open_checkpoint(src: str | Path) -> Checkpoint:
 def _opened(path: Path) -> Checkpoint:
     if path.is_file():
         return gguf_file.open_file(path)
+    if run_checkpoint.is_here(path):
+        return run_checkpoint.RunCheckpoint(run_checkpoint.chosen(path))
     if native.is_native(path):
         return native.NativeCheckpoint(path)
     if compact.is_compact(path):
@@ -123,6 +127,14 @@ def _opened(path: Path) -> Checkpoint:
         f"{path} holds no checkpoint: no {native_document.DOCUMENT} (native), no config.json (Hugging Face), and "
         f"{'more than one' if any(path.glob('*.gguf')) else 'no'} .gguf file."
     )
+
+
+def tokenizer_place(src: str | Path) -> Path:
+    """Where the tokenizer of a checkpoint is; errors as of `locate`."""
+    path = locate(src)
+    if path.is_dir() and run_checkpoint.is_here(path):
+        return locate(run_checkpoint.RunCheckpoint(run_checkpoint.chosen(path)).model)
+    return path
 
 
 def verify(src: str | Path, *, progress: integrity.Progress = lambda done, total: None) -> integrity.Verified:
@@ -187,7 +199,7 @@ def save(
     """
     dst = storage.path(dst)
     if storage.is_name(tokenizer_from):
-        tokenizer_from = locate(tokenizer_from)
+        tokenizer_from = tokenizer_place(tokenizer_from)
     check_output(dst, to, quantize=quantize, overwrite=overwrite, sources=(source, tokenizer_from))
     beside = tokenizer_from if storage.is_name(tokenizer_from) else None
     license = None if beside is None else card.license_of(beside)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from headshare_jax.convert import storage
 from headshare_jax.convert.atomic import own_file
 from headshare_jax.convert.native_document import checksum
 from headshare_jax.errors import HeadshareError
@@ -33,7 +34,8 @@ def read(folder: Path) -> dict[str, Any]:
     """
     path = folder / DOCUMENT
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with storage.reached(path):
+            content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise HeadshareError(f"{path} is not readable JSON ({error})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:

@@ -10,6 +10,7 @@ from headshare_jax.convert import native_document, storage
 from headshare_jax.convert.native import NativeCheckpoint, stored_array
 from headshare_jax.convert.native_array import StoredArray
 from headshare_jax.convert.native_document import named
+from headshare_jax.convert.run_checkpoint import RunCheckpoint
 from headshare_jax.convert.tensor_files import TensorCheckpoint
 from headshare_jax.errors import HeadshareError
 from headshare_jax.parameters import layered_names, parameter_names
@@ -64,7 +65,7 @@ def _readable(path: Path, document: dict[str, Any]) -> Iterator[StoredArray]:
             yield stored_array(path, document, name)
 
 
-def verify_tensors(source: TensorCheckpoint, progress: Progress) -> Verified:
+def verify_tensors(source: TensorCheckpoint | RunCheckpoint, progress: Progress) -> Verified:
     """Reads every tensor of a checkpoint that is not native; errors as of `convert.verify`."""
     layers, layered = range(source.config.num_layers), layered_names(source.config)
     places = [
@@ -78,6 +79,9 @@ def verify_tensors(source: TensorCheckpoint, progress: Progress) -> Verified:
             problems[str(error).rstrip(".")] = None
         progress(done + 1, len(places))
     _refuse(source.path, list(problems))
+    if isinstance(source, RunCheckpoint):
+        sizes = storage.files(source.path).values()
+        return Verified(len(sizes), len(places), sum(sizes), True)
     infos, _ = source.reader.infos()
     files = {info.file for info in infos.values()}
     return Verified(len(files), len(infos), sum(file.stat().st_size for file in files), False)

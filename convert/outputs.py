@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
-from headshare_jax.convert import atomic, gguf_writer, partial, storage
+from headshare_jax.convert import atomic, gguf_writer, partial, run_checkpoint, storage
 from headshare_jax.errors import HeadshareError
 from headshare_jax.resources import check_disk
 from headshare_jax.sharing.ledger import ledger
@@ -85,5 +85,8 @@ def output_dtype(source: WeightSource, to: str, dtype: str | None = None) -> str
     """The type that parameters are to be rounded to before they are written; None where each keeps its own.
 
     What is given, else what went in; a quantised source keeps its types in a GGUF file, and elsewhere becomes bfloat16.
+    A run's checkpoint becomes what its run would write.
     """
+    if dtype is None and (of_run := run_checkpoint.dtype_of(source)):
+        return of_run
     return "bfloat16" if dtype is None and to != "gguf" and quantised_as(source) is not None else dtype

@@ -8,22 +8,26 @@ from headshare_jax import parameters
 from headshare_jax.convert.compact import CompactCheckpoint
 from headshare_jax.convert.gguf_tensors import GgufReader
 from headshare_jax.convert.native import NativeCheckpoint
+from headshare_jax.convert.run_checkpoint import RunCheckpoint
 from headshare_jax.convert.tensor_files import TensorCheckpoint
 from headshare_jax.sharing.source import stored_shape
 
+Stored = TensorCheckpoint | NativeCheckpoint | RunCheckpoint
 _PROVENANCE = "headshare.provenance"
 
 
-def format_of(source: TensorCheckpoint | NativeCheckpoint) -> str:
-    """`native`, `hf-compact`, `hf`, or for a GGUF file `gguf` with llama.cpp's architecture."""
+def format_of(source: Stored) -> str:
+    """`native`, `hf-compact`, `hf`, `checkpoint of a run`, or for a GGUF file `gguf` with llama.cpp's architecture."""
     if isinstance(source, NativeCheckpoint):
         return "native"
+    if isinstance(source, RunCheckpoint):
+        return "checkpoint of a run"
     if isinstance(source.reader, GgufReader):
         return f"gguf ({source.reader.header.metadata.get('general.architecture')})"
     return "hf-compact" if isinstance(source, CompactCheckpoint) else "hf"
 
 
-def types(source: TensorCheckpoint | NativeCheckpoint) -> dict[str, int]:
+def types(source: Stored) -> dict[str, int]:
     """How many values are stored in each type, most first; of a GGUF file in its own types, such as `q4_1`."""
     counts: dict[str, int] = {}
     if isinstance(source, TensorCheckpoint) and isinstance(source.reader, GgufReader):
@@ -39,9 +43,9 @@ def types(source: TensorCheckpoint | NativeCheckpoint) -> dict[str, int]:
     return {names.get(name, name): count for name, count in ordered}
 
 
-def provenance(source: TensorCheckpoint | NativeCheckpoint) -> dict[str, Any]:
+def provenance(source: Stored) -> dict[str, Any]:
     """What was kept with a checkpoint of where it came from; nothing in formats that have no place for it."""
-    if isinstance(source, NativeCheckpoint):
+    if isinstance(source, NativeCheckpoint | RunCheckpoint):
         return source.provenance
     if not isinstance(source.reader, GgufReader):
         return {}
@@ -52,6 +56,6 @@ def provenance(source: TensorCheckpoint | NativeCheckpoint) -> dict[str, Any]:
     return told if isinstance(told, dict) else {}
 
 
-def has_checksums(source: TensorCheckpoint | NativeCheckpoint) -> bool:
+def has_checksums(source: Stored) -> bool:
     """Whether a checkpoint carries checksums of what it stores."""
-    return isinstance(source, NativeCheckpoint) and source.checksums
+    return isinstance(source, RunCheckpoint) or (isinstance(source, NativeCheckpoint) and source.checksums)

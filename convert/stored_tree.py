@@ -146,7 +146,8 @@ class StoredTree:
         for process, seal in enumerate(sealed):
             file = sums_file(folder, process)
             try:
-                content = file.read_bytes()
+                with storage.reached(file):
+                    content = file.read_bytes()
             except OSError as error:
                 raise HeadshareError(f"{file} cannot be read") from error
             if checksum(content) != seal:
@@ -211,7 +212,8 @@ class StoredTree:
                 value[_from(place, common)] = found[_from(at, common)]
 
     def _refusal(self, name: str, error: Exception) -> HeadshareError:
-        return HeadshareError(f"{name} in {self.folder} is incomplete or corrupt")
+        refused = storage.refusal(error, str(self.folder)) if storage.in_bucket(self.folder) else None
+        return refused or HeadshareError(f"{name} in {self.folder} is incomplete or corrupt")
 
 
 def _within(shape: Sequence[int], place: Place) -> Place:

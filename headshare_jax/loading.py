@@ -85,7 +85,7 @@ def load_tokenizer(src: str | Path) -> "PreTrainedTokenizerBase":
       >>> tokenizer.decode(tokenizer("Once upon a time").input_ids)
       'Once upon a time'
     """
-    return tokenizers.load(convert.locate(src))
+    return tokenizers.load(convert.tokenizer_place(src))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from headshare_jax.convert import checkpoint_document, stored_tree
+from headshare_jax.convert import checkpoint_document, storage, stored_tree
 from headshare_jax.convert.checkpoint_document import ARRAYS
 from headshare_jax.convert.stored_tree import Part, StoredTree
 from headshare_jax.errors import HeadshareError, TryAgain
@@ -184,8 +184,11 @@ class RunCheckpoints:
         try:
             yield
         except Exception as error:  # each storage has its own
-            raise HeadshareError(
-                f"A checkpoint in {self.folder} could not be written ({_reason(error)}); earlier ones are intact."
+            refused = storage.refusal(error, "Its folder") if storage.in_bucket(self.folder) else None
+            again = isinstance(refused or error, TryAgain)
+            raise (TryAgain if again else HeadshareError)(
+                f"A checkpoint in {self.folder} could not be written ({_reason(error)}); earlier ones are intact"
+                + ("; resume the run when it can be reached." if again else ".")
             ) from error
 
     def _prune(self) -> None:
@@ -303,7 +306,12 @@ def _entries(folder: Path) -> list[Path]:
 
 def _remove(folder: Path) -> None:
     """Removes a checkpoint, or what there is of one; its document first, without which it counts for nothing."""
-    (folder / checkpoint_document.DOCUMENT).unlink(missing_ok=True)
+    document = folder / checkpoint_document.DOCUMENT
+    if storage.in_bucket(folder):
+        storage.remove_file(document)
+        storage.remove(folder)
+        return
+    document.unlink(missing_ok=True)
     shutil.rmtree(folder)
 
 

@@ -43,7 +43,7 @@ class Current:
     teacher: Params
 
     def __init__(self, task: Run, progress: Progress):
-        self.task, self.progress = task, progress
+        self.task, self.progress, self.teacher = task, progress, {}
 
     @property
     def stage(self) -> recipes.Stage:
@@ -57,10 +57,10 @@ class Current:
             return convert.open_checkpoint(recipe.sharing.start)
         return self.task.source if recipe.stages[0].kind == "align" else self._shared(self.task.source)
 
-    def begin(self, number: int, source: WeightSource) -> None:
-        """Makes a stage the current one, before its first step, with a source's weights."""
+    def begin(self, number: int, source: WeightSource, *, take: bool = False) -> None:
+        """Makes a stage the current one, before its first step, with a source's weights; `take` is as of `begin`."""
         self._enter(number)
-        self.state, self.frozen = begin(self.context, source, self.task.mesh)
+        self.state, self.frozen = begin(self.context, source, self.task.mesh, take=take)
         self._place_teacher()
 
     def begin_next(self) -> None:
@@ -68,8 +68,8 @@ class Current:
         number = self.number + 1
         source = self.finished(self.task.recipe.stages[number].kind)
         # The optimizer's moments make room for those of the next stage.
-        del self.state
-        self.begin(number, source)
+        del self.state, self.frozen
+        self.begin(number, source, take=True)
 
     def resume(self, arrays: Mapping[str, Any], document: Mapping[str, Any]) -> None:
         """Takes over a checkpoint's arrays and document."""
@@ -82,7 +82,17 @@ class Current:
 
     def _place_teacher(self) -> None:
         taught = parameter_names(self.context.config) if self.stage.distill_weight else ()
-        self.teacher = place(self.task.source, taught, self.task.mesh)
+        # That of the stage before is the same.
+        if set(self.teacher) != set(taught):
+            self.teacher = {}
+            self.teacher = place(self.task.source, taught, self.task.mesh)
+
+    @property
+    def final_dtype(self) -> str:
+        """The type that the run's model is written in."""
+        source = self.task.source
+        chosen = self.task.recipe.final.dtype or convert.output_dtype(source, "native")
+        return chosen or str(source.dtype("embed_vd"))
 
     def model(self) -> Llama:
         """The stage's model as trained so far."""
@@ -119,6 +129,10 @@ class Current:
         """What a checkpoint says of it."""
         return {
             "stage": self.number,
+            "kind": self.stage.kind,
+            "config": self.context.config.to_json(),
+            "model": self.task.recipe.model,
+            "dtype": self.final_dtype,
             "recipe": recipes.to_yaml(self.task.recipe),
             "map": self.task.sharing.to_json(),
             "data": self.task.blocks.digest,

@@ -30,8 +30,7 @@ def export(current: Current, held_out: HeldOut, last: dict[str, Any]) -> dict[st
         last["start_perplexity"] = held_out.start_perplexity
     if current.stage.kind == "align" and task.recipe.sharing.refit_windows and "shared_perplexity" in last:
         last["shared_perplexity"] = held_out.perplexity(current.placed(finished))
-    how, source = task.recipe.final, task.source
-    dtype = how.dtype or convert.output_dtype(source, "native") or str(source.dtype("embed_vd"))
+    how, source, dtype = task.recipe.final, task.source, current.final_dtype
     progress = partial(current.progress, "comparing with the dense model")
     found = held_out.agreement(source, cast(finished, dtype), task.mesh, progress)
     last["agreement"] = None if found is None else asdict(found)

@@ -5,23 +5,55 @@ from math import prod
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from headshare_jax.config import LlamaConfig
 from headshare_jax.model.mesh import parameter_sharding, replicated
-from headshare_jax.model.place import place
+from headshare_jax.model.place import OnDevices, place
 from headshare_jax.parameters import parameter_names
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.source import WeightSource, stored_shape
+from headshare_jax.sharing.view import View
 from headshare_jax.train.step import Params, StageContext, TrainState, first_state, trainable_names
 
 
-def begin(context: StageContext, source: WeightSource, mesh: Mesh) -> tuple[TrainState, Params]:
-    """The state before a stage's first step, float32, and the frozen parameters, in the source's own types."""
+def begin(context: StageContext, source: WeightSource, mesh: Mesh, *, take: bool = False) -> tuple[TrainState, Params]:
+    """The state before a stage's first step, float32, and the frozen parameters, in the source's own types.
+
+    Args:
+      context: the stage.
+      source: its weights.
+      mesh: where they are to lie.
+      take: the model in memory that the source is, or is a view of, is not used again: of each parameter its memory is
+        given back as soon as it has been placed, so that both are never there as a whole.
+    """
+    model = memory_of(source) if take else None
     names, others = split_names(context)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(context, mesh))
-    start = jax.jit(lambda params: first_state(context, params), out_shardings=shardings)
-    return start(place(source, names, mesh, "float32")), place(source, others, mesh)
+    placed = {}
+    for name in parameter_names(context.config):
+        placed |= place(source, [name], mesh, "float32" if name in names else None)
+        if model is not None:
+            jax.block_until_ready(placed[name])
+            model.array(name).delete()
+    params = {name: placed[name] for name in names}
+    abstract = abstract_state(context, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
+    # Of shapes alone: given the parameters, it would hold a second copy of them.
+    zeros = jax.jit(lambda: first_state(context, _zeros(abstract.params)).opt_state, out_shardings=shardings)()
+    counts = jax.jit(lambda: (jnp.int32(0), jnp.int32(0)), out_shardings=replicated(mesh))()
+    return TrainState(params, zeros, *counts), {name: placed[name] for name in others}
+
+
+def memory_of(source: WeightSource) -> OnDevices | None:
+    """The model in memory that a source is, or is a view of."""
+    while isinstance(source, View):
+        source = source.base
+    return source if isinstance(source, OnDevices) else None
+
+
+def _zeros(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
+    return {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
 
 
 def split_names(context: StageContext) -> tuple[tuple[str, ...], tuple[str, ...]]:

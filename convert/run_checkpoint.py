@@ -1,0 +1,117 @@
+"""A checkpoint of a PostShare run, read as the model that the run would end with there."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from headshare_jax.config import LlamaConfig
+from headshare_jax.convert import checkpoint_document
+from headshare_jax.convert.checkpoint_document import ARRAYS
+from headshare_jax.convert.stored_tree import StoredTree
+from headshare_jax.errors import HeadshareError
+from headshare_jax.parameters import PARAMETERS, parameter_names
+from headshare_jax.sharing import finite
+from headshare_jax.sharing.map import SharingMap
+from headshare_jax.sharing.source import WeightSource, read_heads, stored_shape
+from headshare_jax.sharing.view import SharedView, View
+
+# In a run's folder.
+_CONFIG, _CHECKPOINTS = "config.yaml", "checkpoints"
+# Of what was read, so much is kept for a next layer in the same chunk.
+_CACHE_BYTES = 256 * 2**20
+
+
+def is_here(path: Path) -> bool:
+    """Whether a folder is a run's, or one of its checkpoints."""
+    return checkpoint_document.is_whole(path) or ((path / _CONFIG).is_file() and (path / _CHECKPOINTS).is_dir())
+
+
+def chosen(path: Path, step: int | None = None) -> Path:
+    """The folder of a run's checkpoint: of a step, or the newest.
+
+    Raises:
+      HeadshareError: there is none.
+    """
+    if checkpoint_document.is_whole(path):
+        return path
+    if not is_here(path):
+        raise HeadshareError(f"{path} is not the folder of a run, which alone has checkpoints of steps.", option="step")
+    folder = path / _CHECKPOINTS
+    steps = [int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal()]
+    steps = sorted(number for number in steps if checkpoint_document.is_whole(folder / str(number)))
+    if not steps:
+        raise HeadshareError(f"{path} has no checkpoint that can be read; resume the run to make one.")
+    if step is not None and step not in steps:
+        raise HeadshareError(f"{path} has no checkpoint of step {step}, only of {', '.join(map(str, steps))}.")
+    return folder / str(steps[-1] if step is None else step)
+
+
+class RunCheckpoint(View):
+    """A checkpoint of a run as a `WeightSource`: shared by the run's map, without a refit.
+
+    Attributes:
+      path: its folder.
+      model: the name of the dense model that the run began with, which has the tokenizer.
+      final_dtype: the type that the run's own model would be written in; what trains is stored in float32.
+      provenance: plain data: the dense model, and the step.
+
+    Raises:
+      HeadshareError: it is damaged.
+    """
+
+    def __init__(self, path: Path):
+        document = checkpoint_document.read(path)
+        self.path, self.model, self.final_dtype = path, str(document["model"]), str(document["dtype"])
+        self.provenance: dict[str, Any] = {"source": self.model, "postshare": {"step": document["step"]}}
+        sharing = SharingMap.from_json(document["map"])
+        dense = document["kind"] == "align"
+        stored = _Stored(path, document, None if dense else sharing)
+        # Whether the map is for these weights was looked at when the run began.
+        super().__init__(SharedView(stored, sharing, check_source=False) if dense else stored)
+
+
+class _Stored:
+    """The model as a stage trains it."""
+
+    def __init__(self, path: Path, document: dict[str, Any], sharing: SharingMap | None):
+        self.path, self.sharing = path, sharing
+        self.config = LlamaConfig.from_json(document["config"])
+        state, frozen = StoredTree(path / ARRAYS, document["seals"], cache_bytes=_CACHE_BYTES), document["frozen_in"]
+        self._trees = {name: (state, f"params.{name}") for name in parameter_names(self.config)}
+        if document["frozen"]:
+            tree = StoredTree(path.parent / frozen["folder"], frozen["seals"], cache_bytes=_CACHE_BYTES)
+            self._trees |= {name: (tree, name) for name in document["frozen"]}
+        for name, (tree, stored) in self._trees.items():
+            if tree.shape(stored) != stored_shape(self.config, name, sharing):
+                raise HeadshareError(f"{path} is damaged: {name} has shape {list(tree.shape(stored))}.")
+
+    def dtype(self, name: str) -> np.dtype:
+        tree, stored = self._trees[name]
+        return tree.dtype(stored)
+
+    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
+        tree, stored = self._trees[name]
+
+        def checked(values: np.ndarray) -> np.ndarray:
+            return finite.check_weights(values, finite.slice_name(name, layer), self.path)
+
+        if layer is None:
+            return checked(tree.read(stored, [()])[0])
+        if PARAMETERS[name].pool is None:
+            return checked(tree.read(stored, [(slice(layer, layer + 1),)])[0][0])
+        return read_heads(
+            self,
+            name,
+            layer,
+            heads,
+            lambda rows: checked(np.concatenate(tree.read(stored, [(slice(row, row + 1),) for row in rows.tolist()]))),
+        )
+
+
+def dtype_of(source: WeightSource) -> str | None:
+    """The type that a run's checkpoint is to be written in; None of any other source."""
+    while isinstance(source, View) and not isinstance(source, RunCheckpoint):
+        source = source.base
+    return source.final_dtype if isinstance(source, RunCheckpoint) else None
