@@ -98,6 +98,11 @@ class Current:
         """The stage's model as trained so far."""
         return self.context.model({**self.frozen, **self.state.params}, self.task.mesh)
 
+    def forget_optimizer(self) -> None:
+        """Gives the optimizer's memory back, when no more steps come."""
+        for leaf in jax.tree.leaves(self.state.opt_state):
+            leaf.delete()
+
     def placed(self, source: WeightSource) -> Llama:
         """A source on the run's mesh."""
         return Llama.of(source, mesh=self.task.mesh, compute_dtype=self.task.recipe.compute_dtype)

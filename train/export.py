@@ -7,6 +7,7 @@ from typing import Any
 from headshare_jax import convert
 from headshare_jax.model.lent import lent
 from headshare_jax.processes.agreement import together
+from headshare_jax.sharing.source import WeightSource
 from headshare_jax.sharing.view import cast
 from headshare_jax.train import run_folder
 from headshare_jax.train.current import Current
@@ -25,11 +26,16 @@ def export(current: Current, held_out: HeldOut, last: dict[str, Any]) -> dict[st
     Returns:
       `last` and what was measured here.
     """
-    task, finished = current.task, current.finished("tied")
+    task = current.task
+    finished: WeightSource = current.finished("tied")
     if held_out:
         last["start_perplexity"] = held_out.start_perplexity
-    if current.stage.kind == "align" and task.recipe.sharing.refit_windows and "shared_perplexity" in last:
-        last["shared_perplexity"] = held_out.perplexity(current.placed(finished))
+    if current.stage.kind == "align" and task.recipe.sharing.refit_windows:
+        # Fitted weights lie beside the model, which makes room for a whole one.
+        current.forget_optimizer()
+        finished = current.placed(finished)
+        if "shared_perplexity" in last:
+            last["shared_perplexity"] = held_out.perplexity(finished)
     how, source, dtype = task.recipe.final, task.source, current.final_dtype
     progress = partial(current.progress, "comparing with the dense model")
     found = held_out.agreement(source, cast(finished, dtype), task.mesh, progress)

@@ -221,6 +221,8 @@ class _Trainer:
         last = (lines[-1] if lines else {}) | {
             "spikes": [line["step"] for line in lines if line.get("spike")],
             "skipped_steps": int(self.skipped),
+            # So long did steps wait for checkpoints.
+            "held_seconds": sum(line.get("save_seconds", 0.0) for line in lines),
         }
         return export(self.current, self.held_out, last)
 

@@ -23,7 +23,7 @@ from headshare_jax.errors import HeadshareError
 
 METRICS, PLOT, _WANDB_ID = "metrics.jsonl", "metrics.png", "wandb.txt"
 # Of a line's values, those that depend on the machine.
-SPEEDS = ("seconds", "tokens_per_second", "mfu", "of_measured_rate", "goodput")
+SPEEDS = ("seconds", "tokens_per_second", "mfu", "of_measured_rate", "goodput", "save_seconds", "held_seconds")
 _RATE_SIZE = 2048
 # Between two writings of lines to a bucket, where every one writes the whole file anew.
 _SECONDS_KEPT = 60.0

@@ -36,8 +36,9 @@ def begin(context: StageContext, source: WeightSource, mesh: Mesh, *, take: bool
         if model is not None:
             jax.block_until_ready(placed[name])
             model.array(name).delete()
-    params = {name: placed[name] for name in names}
     abstract = abstract_state(context, mesh)
+    # They lie there already; but a sharding in other words would have the step compiled twice.
+    params = {name: jax.device_put(placed[name], leaf.sharding) for name, leaf in abstract.params.items()}
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
     # Of shapes alone: given the parameters, it would hold a second copy of them.
     zeros = jax.jit(lambda: first_state(context, _zeros(abstract.params)).opt_state, out_shardings=shardings)()

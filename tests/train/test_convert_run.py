@@ -64,7 +64,7 @@ def test_a_damaged_checkpoint_is_refused(finished: Path, tmp_path: Path) -> None
     content = bytearray(values.read_bytes())
     content[5] ^= 1
     values.write_bytes(content)
-    with pytest.raises(HeadshareError, match=r"chunk 0.0 of params.embed_vd .* is not what was saved"):
+    with pytest.raises(HeadshareError, match=r"chunk 0\.\d of params.embed_vd .* is not what was saved"):
         hs.load(run)
 
 
@@ -74,4 +74,4 @@ def test_the_recipe_names_the_format_of_the_end(workplace: Path, tmp_path: Path)
     model = hs.load(tmp_path / "run" / "final")
     assert model.sharing is None
     assert model.dtype("embed_vd") == "bfloat16"
-    assert (tmp_path / "run" / "final" / "map.json").is_file()
+    assert (tmp_path / "run" / "final" / map_file.NAME).is_file()
