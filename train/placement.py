@@ -30,7 +30,7 @@ def begin(context: StageContext, source: WeightSource, mesh: Mesh, *, take: bool
     """
     model = memory_of(source) if take else None
     names, others = split_names(context)
-    placed = {}
+    placed: Params = {}
     for name in parameter_names(context.config):
         placed |= place(source, [name], mesh, "float32" if name in names else None)
         if model is not None:
@@ -53,7 +53,7 @@ def memory_of(source: WeightSource) -> OnDevices | None:
     return source if isinstance(source, OnDevices) else None
 
 
-def _zeros(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
+def _zeros(shapes: Mapping[str, Any]) -> Params:
     return {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
 
 

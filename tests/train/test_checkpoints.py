@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from headshare_jax import HeadshareError
-from headshare_jax.convert import stored_tree
+from headshare_jax.convert import storage, stored_tree
 from headshare_jax.model.mesh import make_mesh
 from headshare_jax.train.checkpoints import RunCheckpoints
 
@@ -221,3 +221,33 @@ def test_where_all_are_damaged_the_newest_says_why(tmp_path: Path) -> None:
     with pytest.raises(HeadshareError, match=r"None of the 2 checkpoints .* step 4: .*not a checkpoint of a PostShare"):
         restored(tmp_path / "run")
     assert steps(tmp_path / "run") == [2, 4]
+
+
+def test_checkpoints_in_a_bucket(bucket: str, caplog: pytest.LogCaptureFixture) -> None:
+    folder = storage.path(f"{bucket}/run/checkpoints")
+    saved(folder, {2: None, 4: None, 6: None})
+    assert steps(folder) == [4, 6]
+    # What a save leaves that was cut off.
+    storage.remove_file(folder / "6" / "checkpoint.json")
+    with RunCheckpoints(folder, 2) as checkpoints:
+        found = checkpoints.restore(abstract)
+        assert found is not None
+        assert (found[0], float(found[1]["state"]["a"][0, 0])) == (4, 4.0)
+        assert "Removing what a save that was cut off left of step 6" in caplog.text
+        assert steps(folder) == [4]
+        save(checkpoints, 6)
+    values = folder / "6" / "arrays" / "a" / "c" / "0" / "0"
+    content = bytearray(values.read_bytes())
+    content[17] ^= 1
+    values.write_bytes(bytes(content))
+    with RunCheckpoints(folder, 2) as checkpoints:
+        found = checkpoints.restore(abstract)
+    assert found is not None
+    assert found[0] == 4
+
+
+def test_a_bucket_that_forbids_writing_is_told(servers: Any) -> None:
+    checkpoints = RunCheckpoints(storage.path("gs://forbidden/run/checkpoints"), 2)
+    save(checkpoints, 2)
+    with pytest.raises(HeadshareError, match=r"A checkpoint in gs://forbidden/run/checkpoints could not be written .*"):
+        checkpoints.wait()
