@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from headshare_jax.convert import gguf_writer
+from headshare_jax.convert import checkpoint_document, gguf_writer
 from headshare_jax.convert.atomic import check_output, check_place, new_directory
 from headshare_jax.convert.locks import held
 from headshare_jax.convert.storage import in_bucket
@@ -106,6 +106,7 @@ def undo(output: Path) -> None:
 
 def remedy(checkpoints: Path) -> str:
     """What to do when another process is gone, as it ends a sentence."""
-    steps = [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()] if checkpoints.is_dir() else []
+    entries = checkpoints.iterdir() if checkpoints.is_dir() else ()
+    steps = [int(path.name) for path in entries if path.name.isdigit() and checkpoint_document.is_whole(path)]
     last = f"the last checkpoint is of step {max(steps)}" if steps else "there is no checkpoint yet"
     return f"{last}: start all processes again, and resume the run (--resume)"
