@@ -36,14 +36,40 @@ def begin(context: StageContext, source: WeightSource, mesh: Mesh, *, take: bool
         if model is not None:
             jax.block_until_ready(placed[name])
             model.array(name).delete()
-    abstract = abstract_state(context, mesh)
     # They lie there already; but a sharding in other words would have the step compiled twice.
-    params = {name: jax.device_put(placed[name], leaf.sharding) for name, leaf in abstract.params.items()}
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
-    # Of shapes alone: given the parameters, it would hold a second copy of them.
-    zeros = jax.jit(lambda: first_state(context, _zeros(abstract.params)).opt_state, out_shardings=shardings)()
+    shardings = {name: leaf.sharding for name, leaf in abstract_state(context, mesh).params.items()}
+    params = {name: jax.device_put(placed[name], sharding) for name, sharding in shardings.items()}
     counts = jax.jit(lambda: (jnp.int32(0), jnp.int32(0)), out_shardings=replicated(mesh))()
-    return TrainState(params, zeros, *counts), {name: placed[name] for name in others}
+    return TrainState(params, moments(context, mesh)(), *counts), {name: placed[name] for name in others}
+
+
+def moments(context: StageContext, mesh: Mesh) -> jax.stages.Wrapped:
+    """The jitted function of nothing that gives a stage's optimizer state before its first step."""
+    abstract = abstract_state(context, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
+
+    def first() -> Any:
+        # Of shapes alone: given the parameters, it would hold a second copy of them.
+        zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in abstract.params.items()}
+        return first_state(context, zeros).opt_state
+
+    return jax.jit(first, out_shardings=shardings)
+
+
+def beginning_bytes(before: Mapping[str, Any], params: Mapping[str, Any], opt_state: Any) -> int:
+    """The most bytes on a device while `begin` takes a stage's parameters from those of the stage before.
+
+    Args:
+      before: the parameters of that stage; none where the first begins.
+      params: all parameters of the stage that begins, which are placed in this order.
+      opt_state: of the optimizer.
+    """
+    most = held = bytes_on_device(before)
+    for name, param in params.items():
+        held += bytes_on_device(param)
+        most = max(most, held)
+        held -= bytes_on_device(before.get(name))
+    return max(most, held + bytes_on_device(opt_state))
 
 
 def memory_of(source: WeightSource) -> OnDevices | None:
@@ -51,10 +77,6 @@ def memory_of(source: WeightSource) -> OnDevices | None:
     while isinstance(source, View):
         source = source.base
     return source if isinstance(source, OnDevices) else None
-
-
-def _zeros(shapes: Mapping[str, Any]) -> Params:
-    return {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
 
 
 def split_names(context: StageContext) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -122,7 +122,7 @@ class Postshare(Command):
         if self.dry_run:
             yield Syntax(yaml.safe_dump(result["recipe"], sort_keys=False), "yaml", background_color="default")
             table = Table("bytes on a device", *(stage["kind"] for stage in result["stages"]))
-            for name in ("parameters", "teacher", "optimizer", "temporaries", "total"):
+            for name in ("parameters", "teacher", "optimizer", "temporaries", "total", "beginning"):
                 table.add_row(name, *(megabytes(stage[name]) for stage in result["stages"]))
             yield table
             return

@@ -11,12 +11,14 @@ from headshare_jax.model.mesh import batch_sharding
 from headshare_jax.parameters import parameter_names
 from headshare_jax.train import recipe as recipes
 from headshare_jax.train.inputs import check_devices, open_inputs, pairs_to_plan
-from headshare_jax.train.placement import abstract_params, abstract_state, bytes_on_device, split_names
+from headshare_jax.train.placement import abstract_params, abstract_state, beginning_bytes, bytes_on_device, split_names
 from headshare_jax.train.step import StageContext, make_step
 
 
 def footprint(recipe: recipes.Recipe) -> dict[str, Any]:
     """Bytes of parameters, teacher, optimizer state and temporaries (activations, gradients) on a device, by stage.
+
+    `beginning` is the most while the stage takes over from the one before.
 
     Without a map in the recipe, one is drawn at random: sizes depend on its ratio and tie alone. The texts are opened,
     and read as far as the first block, or all that a refit takes, so that a run does not fail for what could be known.
@@ -28,7 +30,8 @@ def footprint(recipe: recipes.Recipe) -> dict[str, Any]:
     mesh = check_devices(recipe)
     source, _, _ = open_inputs(recipe)
     sharing = pairs_to_plan(recipe, source)
-    stages = []
+    stages: list[dict[str, Any]] = []
+    before: dict[str, Any] = {}
     for stage in recipe.stages:
         context = StageContext(source.config, sharing, stage, recipe)
         lowered, sizes = lowered_step(context, mesh, source.dtype("embed_vd"))
@@ -36,7 +39,16 @@ def footprint(recipe: recipes.Recipe) -> dict[str, Any]:
         if analysis is None:
             raise HeadshareError(f"JAX does not tell what a step needs on {jax.default_backend()}.")
         sizes["temporaries"] = int(analysis.temp_size_in_bytes)
-        stages.append({"kind": stage.kind, **sizes, "total": sum(sizes.values())})
+        state = abstract_state(context, mesh)
+        # What was trained before is float32.
+        dtypes = {
+            name: before[name].dtype if name in before else source.dtype(name) for name in split_names(context)[1]
+        }
+        params = abstract_params(context.config, context.model_sharing, mesh, dtypes) | state.params
+        params = {name: params[name] for name in parameter_names(context.config)}
+        beginning = beginning_bytes(before, params, state.opt_state) + sizes["teacher"]
+        stages.append({"kind": stage.kind, **sizes, "total": sum(sizes.values()), "beginning": beginning})
+        before = params
     return {"mesh": dict(mesh.shape), "stages": stages}
 
 

@@ -27,8 +27,8 @@ from headshare_jax.plan.estimate import Layout, Workload
 from headshare_jax.plan.footprint import lowered_step
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.train import recipe as recipes
-from headshare_jax.train.placement import abstract_params, abstract_state, bytes_on_device
-from headshare_jax.train.step import StageContext, first_state
+from headshare_jax.train.placement import abstract_params, abstract_state, bytes_on_device, moments
+from headshare_jax.train.step import StageContext
 
 Lowered = jax.stages.Lowered
 # Type of a model that is planned, as it is stored.
@@ -81,20 +81,19 @@ def outside(workload: Workload, layout: Layout, mesh: Mesh) -> Iterator[Outside]
     config = workload.config
     dense, tied = (_context(workload, layout, shared=shared) for shared in (False, True))
     state, tied_state = (abstract_state(context, mesh) for context in (dense, tied))
-    weights, moments = bytes_on_device(state.params), bytes_on_device(state.opt_state)
+    weights, optimizer = bytes_on_device(state.params), bytes_on_device(state.opt_state)
     yield _placed(state.params, config, mesh)
     pool = state.params[pool_name("q")]
     slots = jnp.asarray(workload.sharing.stored_slots("q"))
-    yield Outside("share a pool", jax.jit(rows_of_pool).lower(pool, slots), weights + moments - bytes_on_device(pool))
-    start = jax.jit(partial(first_state, tied), out_shardings=jax.tree.map(lambda leaf: leaf.sharding, tied_state))
-    # The dense model is there until the tied one's state is complete.
-    yield Outside("begin the tied stage", start.lower(tied_state.params), weights)
+    yield Outside("share a pool", jax.jit(rows_of_pool).lower(pool, slots), weights + optimizer - bytes_on_device(pool))
+    # Each parameter of the dense model goes as soon as the tied one's is there.
+    yield Outside("begin the tied stage", moments(tied, mesh).lower(), bytes_on_device(tied_state.params))
     model, _ = _model(config, None, mesh, "float32")
     tokens = _array(mesh, (rows_of(mesh), workload.length), jnp.int32, BATCH)
-    yield Outside("evaluate", scored.lower(model, tokens), moments)
+    yield Outside("evaluate", scored.lower(model, tokens), optimizer)
     both = (_model(config, sharing, mesh, STORED, "float32")[0] for sharing in (None, workload.sharing))
-    yield Outside("compare with the dense model", compared_models.lower(*both, tokens), weights + moments)
-    yield from _refits(workload, mesh, weights + moments)
+    yield Outside("compare with the dense model", compared_models.lower(*both, tokens), weights + optimizer)
+    yield from _refits(workload, mesh, weights + optimizer)
 
 
 def _placed(params: dict[str, Any], config: LlamaConfig, mesh: Mesh) -> Outside:

@@ -70,3 +70,21 @@ def test_a_host_has_two_layers_beside_what_its_devices_hold(monkeypatch: pytest.
         tracemalloc.stop()
     np.testing.assert_array_equal(placed, dense.array(name))
     assert peak < 4 * whole // 16 + 100_000 < whole // 3
+
+
+def test_a_stage_takes_over_the_memory_of_the_one_before() -> None:
+    dense, mesh = tiny_model(), make_mesh((1, 4, 2))
+    sharing = sharing_by_hand(dense, "qkv", {2: 0, 3: 1})
+    stages = [{"kind": "align"}, {"kind": "tied", "trainable": "*_pool_*"}]
+    recipe = recipes.from_mapping({"model": "m", "data": {"train": "t"}, "stages": stages})
+    align, tied = (StageContext(dense.config, sharing, stage, recipe) for stage in recipe.stages)
+    expected = {name: np.array(value) for name, value in begin(tied, share(dense, sharing), mesh)[0].params.items()}
+    state, frozen = begin(align, dense, mesh)
+    model = align.model({**state.params, **frozen})
+    state, frozen = begin(tied, SharedView(model, sharing, check_source=False), mesh, take=True)
+    assert all(model.array(name).is_deleted() for name in parameter_names(dense.config))
+    for name, value in expected.items():
+        assert np.array_equal(state.params[name], value), name
+    # Frozen here, it was trained before.
+    assert frozen["gate_ldf"].dtype == np.float32
+    assert np.array_equal(frozen["gate_ldf"], dense.array("gate_ldf"))
