@@ -1,5 +1,6 @@
 """Processes of one run: they agree before the first step, and none is left waiting for one that is gone."""
 
+import json
 import re
 import shutil
 import signal
@@ -86,6 +87,20 @@ def test_one_learning_rate_is_another(recipe: Path) -> None:
             "Give all the same.\n"
         )
     assert not recipe.with_name("run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_one_that_is_told_to_stop_stops_all_after_one_step(recipe: Path, number: int) -> None:
+    run = recipe.with_name("run")
+    processes = started(["--config", recipe, "--output", run])
+    after_step(run, 5, processes)
+    processes[number].send_signal(signal.SIGTERM)
+    for code, said in ended(processes):
+        assert code == 143, said
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    newest = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+    assert json.loads(lines[-1])["step"] == len(lines) == newest
 
 
 @pytest.mark.slow
