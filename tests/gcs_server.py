@@ -34,7 +34,7 @@ class RefusedError(Exception):
 
 
 class Server(ThreadingHTTPServer):
-    """Buckets by name; of those in `forbidden` nothing may be read or written."""
+    """Buckets by name; of those in `forbidden` nothing may be read or written. While it is `broken`, it hangs up."""
 
     daemon_threads = True
     # Clients open many connections at a time.
@@ -44,6 +44,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
         self.buckets: dict[str, dict[str, Object]] = {}
         self.forbidden: set[str] = set()
+        self.broken = False
         self.uploads: dict[str, tuple[str, str, dict[str, str], bytearray]] = {}
         self.lock = threading.Lock()
         self.generations = iter(range(int(time.time() * 1e6), sys.maxsize))
@@ -119,6 +120,9 @@ class _Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         query = {name: values[-1] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
         body = self._body()
+        if self.server.broken:
+            self.close_connection = True
+            return
         try:
             self._route(parts.path, query, body)
         except RefusedError as refused:
