@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import tiny_cli_model
 from postshare_run import TEXT, recipe
+from support_packing import RecordingTokenizer, byte_tokenizer
 
 from headshare_jax.train import loop, metrics
 
@@ -29,3 +30,8 @@ def finished(workplace: Path) -> Path:
     """A run of both stages, never interrupted."""
     loop.run(recipe(workplace), workplace / "whole")
     return workplace / "whole"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> RecordingTokenizer:
+    return byte_tokenizer()
