@@ -14,7 +14,7 @@ PIECE_BYTES = 256 * 2**20
 
 
 def on_host(
-    array: jax.Array, rows: int | np.ndarray | Sequence[int] | None = None, dtype: str | None = None
+    array: jax.Array | np.ndarray, rows: int | np.ndarray | Sequence[int] | None = None, dtype: str | None = None
 ) -> np.ndarray:
     """Rows of an array's leading axis in this host's memory.
 
@@ -30,7 +30,7 @@ def on_host(
     if isinstance(rows, int):
         return on_host(array, [rows], dtype)[0]
     target = jnp.dtype(dtype or array.dtype)
-    if array.is_fully_addressable:
+    if isinstance(array, np.ndarray) or array.is_fully_addressable:
         part = array if rows is None else array[np.asarray(rows)]
         return np.asarray(part.astype(target))
     where = None if rows is None else np.asarray(rows, np.int32)
