@@ -170,11 +170,11 @@ class RunCheckpoints:
 
     @contextmanager
     def _undone(self, job: _Job) -> Iterator[None]:
-        """Removes what a save that fails has written."""
+        """Removes what a save that fails has written, if the storage can be reached."""
         try:
             yield
-        except Exception:
-            if jax.process_index() == 0:
+        except Exception as error:
+            if jax.process_index() == 0 and not isinstance(error, TryAgain):
                 with suppress(Exception):
                     _remove(job.folder)
             raise
@@ -184,11 +184,15 @@ class RunCheckpoints:
         try:
             yield
         except Exception as error:  # each storage has its own
-            refused = storage.refusal(error, "Its folder") if storage.in_bucket(self.folder) else None
-            again = isinstance(refused or error, TryAgain)
-            raise (TryAgain if again else HeadshareError)(
-                f"A checkpoint in {self.folder} could not be written ({_reason(error)}); earlier ones are intact"
-                + ("; resume the run when it can be reached." if again else ".")
+            refused = storage.refusal(error, "it") if storage.in_bucket(self.folder) else None
+            if isinstance(refused or error, TryAgain):
+                raise TryAgain(
+                    f"A checkpoint in {self.folder} could not be written, as it was not reached; earlier ones are "
+                    "intact. Resume the run when the network and the storage are back."
+                ) from error
+            raise HeadshareError(
+                f"A checkpoint in {self.folder} could not be written ({refused or _reason(error)}); earlier ones are "
+                "intact."
             ) from error
 
     def _prune(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import buckets
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from headshare_jax import HeadshareError
 from headshare_jax.convert import storage, stored_tree
+from headshare_jax.errors import TryAgain
 from headshare_jax.model.mesh import make_mesh
 from headshare_jax.train.checkpoints import RunCheckpoints
 
@@ -249,5 +251,22 @@ def test_checkpoints_in_a_bucket(bucket: str, caplog: pytest.LogCaptureFixture) 
 def test_a_bucket_that_forbids_writing_is_told(servers: Any) -> None:
     checkpoints = RunCheckpoints(storage.path("gs://forbidden/run/checkpoints"), 2)
     save(checkpoints, 2)
-    with pytest.raises(HeadshareError, match=r"A checkpoint in gs://forbidden/run/checkpoints could not be written .*"):
+    with pytest.raises(HeadshareError, match=r"could not be written \(it cannot be used: .* forbids it"):
         checkpoints.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_storage_that_goes_away_during_a_save_is_told(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with buckets.process(scheme) as (process, server):
+        for name, value in server.variables.items():
+            monkeypatch.setenv(name, value)
+        checkpoints = RunCheckpoints(storage.path(f"{scheme}://{buckets.BUCKET}/run/checkpoints"), 2)
+        save(checkpoints, 1)
+        checkpoints.wait()
+        write = checkpoints.save(2, arrays(2.0), {"stage": 0}, None)
+        process.kill()
+        process.wait()
+        write.start()
+        with pytest.raises(TryAgain, match=r"could not be written, as it was not reached; earlier ones are intact\."):
+            checkpoints.wait()
