@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from headshare_jax.model.llama import Llama
 from headshare_jax.output_head import head_logits
@@ -68,7 +69,7 @@ def token_losses(
         return lm_weight * sums[0] + distill_weight * sums[1], sums
 
     chunked_features, *chunked_rows = (_chunked(row, parts) for row in (features_btd, *rows))
-    return _sum_of_chunks(chunk, model.head_weights(), chunked_features, chunked_rows)
+    return _sum_of_chunks(chunk, model.whole_head(), model.head_weights(), chunked_features, chunked_rows)
 
 
 def similarity_penalty(params: Mapping[str, jax.Array], sharing: SharingMap, penalty: str = "norm") -> jax.Array:
@@ -176,20 +177,25 @@ Sums = tuple[jax.Array, jax.Array]
 Chunk = Callable[..., Sums]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sum_of_chunks(chunk: Chunk, head_vd: jax.Array, features: jax.Array, rows: list[jax.Array]) -> Sums:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sum_of_chunks(
+    chunk: Chunk, whole: NamedSharding | None, head_vd: jax.Array, features: jax.Array, rows: list[jax.Array]
+) -> Sums:
     """Sums of what `chunk(head_vd, features, *rows)` gives for every chunk: a value, and parts without gradient.
 
     Gradients for the head and the features are taken on the way forward, so that a chunk's logits are computed once
-    and never kept.
+    and never kept. `whole` is where the head lies meanwhile.
     """
-    return _sum_of_chunks_forward(chunk, head_vd, features, rows)[0]
+    return _sum_of_chunks_forward(chunk, whole, head_vd, features, rows)[0]
 
 
 def _sum_of_chunks_forward(
-    chunk: Chunk, head_vd: jax.Array, features: jax.Array, rows: list[jax.Array]
+    chunk: Chunk, whole: NamedSharding | None, head_vd: jax.Array, features: jax.Array, rows: list[jax.Array]
 ) -> tuple[Sums, Sums]:
     parts = features.shape[1]
+    if whole is not None:
+        # Gathered once, and not for every chunk.
+        head_vd = jax.lax.with_sharding_constraint(head_vd, whole)
     gradient = jax.vmap(partial(jax.value_and_grad(chunk, argnums=(0, 1), has_aux=True), head_vd))
 
     # Parts are added up after the last chunk, so that devices speak once of the head's gradient.
@@ -199,13 +205,17 @@ def _sum_of_chunks_forward(
 
     nothing = ((jnp.zeros(parts), jnp.zeros((parts, 2))), jnp.zeros((parts, *head_vd.shape)))
     total, features_gradient = jax.lax.scan(add, nothing, (features, *rows))
-    sums, head_gradient = jax.tree.map(lambda of_parts: jnp.sum(of_parts, axis=0), total)
+    sums = jax.tree.map(lambda of_parts: jnp.sum(of_parts, axis=0), total[0])
+    # In its own type before it is brought into another layout and summed, which takes a second array as large.
+    head_gradient = jnp.sum(total[1].astype(head_vd.dtype), axis=0)
     # Summed over devices before the way back through the layers, during which each would else keep its own whole.
     head_gradient, features_gradient = jax.lax.optimization_barrier((head_gradient, features_gradient))
-    return sums, (head_gradient.astype(head_vd.dtype), features_gradient)
+    return sums, (head_gradient, features_gradient)
 
 
-def _sum_of_chunks_backward(chunk: Chunk, gradients: Sums, cotangents: Sums) -> tuple[jax.Array, jax.Array, None]:
+def _sum_of_chunks_backward(
+    chunk: Chunk, whole: NamedSharding | None, gradients: Sums, cotangents: Sums
+) -> tuple[jax.Array, jax.Array, None]:
     head_gradient, features_gradient = (cotangents[0].astype(gradient.dtype) * gradient for gradient in gradients)
     return head_gradient, features_gradient, None
 

@@ -36,8 +36,7 @@ def on_host(
     where = None if rows is None else np.asarray(rows, np.int32)
     shape = array.shape if where is None else (len(where), *array.shape[1:])
     held = array.sharding.shard_shape(shape)
-    axis = int(np.argmax(held))
-    size = max(1, min(held[axis], held[axis] * PIECE_BYTES // (math.prod(shape) * target.itemsize)))
+    axis, size = _piece_of(shape, held, target)
     values = np.empty(shape, target)
     # The axis that is gathered in pieces, as the devices' parts of it: of each, a piece has the same places.
     parts = values.reshape(*shape[:axis], -1, held[axis], *shape[axis + 1 :])
@@ -48,6 +47,20 @@ def on_host(
         on_one = np.asarray(piece.addressable_data(0))
         parts[(*inside, slice(start, start + size))] = on_one.reshape(*shape[:axis], -1, size, *shape[axis + 1 :])
     return values
+
+
+def lowered(array: jax.ShapeDtypeStruct, rows: Sequence[int] | None, dtype: str) -> jax.stages.Lowered:
+    """The program by which `on_host` brings a piece of some rows, to be compiled for devices that are not there."""
+    where = None if rows is None else np.asarray(rows, np.int32)
+    shape, target = array.shape if where is None else (len(where), *array.shape[1:]), jnp.dtype(dtype)
+    axis, size = _piece_of(shape, array.sharding.shard_shape(shape), target)
+    return _piece.lower(array, where, np.int32(0), axis=axis, size=size, dtype=target, sharding=array.sharding)
+
+
+def _piece_of(shape: tuple[int, ...], held: tuple[int, ...], dtype: np.dtype) -> tuple[int, int]:
+    """The axis that is gathered in pieces, and how much of each device's part of it a piece has."""
+    axis = int(np.argmax(held))
+    return axis, max(1, min(held[axis], held[axis] * PIECE_BYTES // (math.prod(shape) * dtype.itemsize)))
 
 
 @partial(jax.jit, static_argnames=("axis", "size", "dtype", "sharding"))

@@ -313,6 +313,13 @@ class Llama(nnx.Module):
             weights_vd = normalized_rows(weights_vd)
         return weights_vd.astype(self.compute_dtype)
 
+    def whole_head(self) -> NamedSharding | None:
+        """Where the output head lies for a loop that reads all of it in each round: gathered but over tensor."""
+        if self.mesh is None:
+            return None
+        cut = "tensor" if self.config.vocab_size % self.mesh.shape["tensor"] == 0 else None
+        return NamedSharding(self.mesh, PartitionSpec(cut))
+
     def array(self, name: str) -> jax.Array:
         """A parameter, or a projection's head index, as it is stored."""
         value: jax.Array = getattr(self, name)[...]

@@ -3,7 +3,7 @@
 from math import prod
 
 from headshare_jax.config import LlamaConfig
-from headshare_jax.model.spread import PIECE_BYTES
+from headshare_jax.model.gather import PIECE_BYTES
 from headshare_jax.parameters import parameter_names, slice_shape
 
 # TPU pods have four chips to a host.

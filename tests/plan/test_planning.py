@@ -146,7 +146,7 @@ def test_a_run_is_planned_with_what_it_does_outside_its_steps() -> None:
     result = planned("run", 4, "v5e:2x2", mesh=(1, 4, 1), remat="full")
     state = result["dense"]["parameter_bytes"] + result["dense"]["optimizer_bytes"]
     names = [row["name"] for row in result["programs"]]
-    for name in ("place", "share", "begin", "evaluate", "compare", "refit"):
+    for name in ("place", "share", "begin", "evaluate", "compare", "refit", "export"):
         assert any(row.startswith(name) for row in names), name
     for row in result["programs"]:
         assert row["fits"]
