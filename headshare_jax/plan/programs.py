@@ -16,8 +16,8 @@ from headshare_jax.evaluate.agreement import compared_models
 from headshare_jax.evaluate.perplexity import scored
 from headshare_jax.fit.moments import batch_moments
 from headshare_jax.fit.refit import RefitSettings
+from headshare_jax.model import gather, spread
 from headshare_jax.model import generate as generation
-from headshare_jax.model import spread
 from headshare_jax.model.cache import cache_sharding
 from headshare_jax.model.llama import Llama
 from headshare_jax.model.mesh import AXES, BATCH, batch_sharding, rows_of
@@ -85,7 +85,8 @@ def outside(workload: Workload, layout: Layout, mesh: Mesh) -> Iterator[Outside]
     yield _placed(state.params, config, mesh)
     pool = state.params[pool_name("q")]
     slots = jnp.asarray(workload.sharing.stored_slots("q"))
-    yield Outside("share a pool", jax.jit(rows_of_pool).lower(pool, slots), weights + optimizer - bytes_on_device(pool))
+    # The optimizer's moments are gone by then.
+    yield Outside("share a pool", jax.jit(rows_of_pool).lower(pool, slots), weights - bytes_on_device(pool))
     # Each parameter of the dense model goes as soon as the tied one's is there.
     yield Outside("begin the tied stage", moments(tied, mesh).lower(), bytes_on_device(tied_state.params))
     model, _ = _model(config, None, mesh, "float32")
@@ -94,6 +95,7 @@ def outside(workload: Workload, layout: Layout, mesh: Mesh) -> Iterator[Outside]
     both = (_model(config, sharing, mesh, STORED, "float32")[0] for sharing in (None, workload.sharing))
     yield Outside("compare with the dense model", compared_models.lower(*both, tokens), weights + optimizer)
     yield from _refits(workload, mesh, weights + optimizer)
+    yield _exported(state.params, config, weights + optimizer)
 
 
 def _placed(params: dict[str, Any], config: LlamaConfig, mesh: Mesh) -> Outside:
@@ -110,6 +112,13 @@ def _placed(params: dict[str, Any], config: LlamaConfig, mesh: Mesh) -> Outside:
     # The first device has what its process read beside the zeros that it has for other processes' blocks.
     others = bytes_on_device(params) - bytes_on_device(target)
     return Outside("place a layer", lowered, others + bytes_on_device(staged))
+
+
+def _exported(params: dict[str, Any], config: LlamaConfig, held: int) -> Outside:
+    """Brings a piece of the largest slice to the hosts."""
+    name = max(params, key=lambda name: prod(slice_shape(config, name)))
+    array, layer = params[name], [0] if PARAMETERS[name].layered else None
+    return Outside("export a layer", gather.lowered(array, layer, STORED), held - bytes_on_device(array))
 
 
 def _refits(workload: Workload, mesh: Mesh, held: int) -> Iterator[Outside]:
