@@ -20,7 +20,7 @@ SHARED = {5: 0, 9: 2}
 TEXT = support.random_tokens((12 * 16,))
 # What each process runs: its number, the address of the first, and the model's folder.
 PROGRAM = """
-import json, sys
+import json, pathlib, sys
 import jax
 jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[1]))
 import numpy as np
@@ -60,10 +60,11 @@ for kind, dense in {"disk": source, "mesh": model}.items():
     repaired, _ = hs.refit(dense, shared, TEXT.reshape(12, 16), mesh=mesh)
     fitted[kind] = process_allgather(repaired.array("o_pool_phd"), tiled=True).ravel().tolist()
 agreement = hs.agreement(model, hs.Llama.of(cast(repaired, "bfloat16"), mesh=mesh), TEXT.reshape(12, 16))
-print(json.dumps({
+said = json.dumps({
     "read": read, "held": held, "same": same, "perplexity": found.token_perplexity, "fitted": fitted,
     "kl": agreement.kl, "after": agreement.after,
-}))
+})
+pathlib.Path(sys.argv[3], f"said-{sys.argv[1]}.json").write_text(said)
 """
 
 
@@ -89,7 +90,7 @@ def test_two_processes_do_what_one_does_and_read_half(tmp_path: Path) -> None:
 
 
 def together(model: Path) -> list[dict[str, Any]]:
-    """What two processes of four devices each print."""
+    """What two processes of four devices each say, in files: a pipe that is read late would hold one of them up."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -101,11 +102,11 @@ def together(model: Path) -> list[dict[str, Any]]:
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(number), address, str(model)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for number in range(2)
     ]  # fmt: skip
-    said = [process.communicate(timeout=600) for process in processes]
-    for process, (_, errors) in zip(processes, said, strict=True):
-        assert process.returncode == 0, errors
-    return [json.loads(out.splitlines()[-1]) for out, _ in said]
+    said = [process.communicate(timeout=600)[0] for process in processes]
+    for process, text in zip(processes, said, strict=True):
+        assert process.returncode == 0, text
+    return [json.loads((model / f"said-{number}.json").read_text()) for number in range(2)]
