@@ -19,7 +19,7 @@ from headshare_jax.parameters import PARAMETERS, slice_shape
 from headshare_jax.sharing.source import WeightSource, path_of, read_rows, stored_rows, stored_shape
 
 # Layers are read together up to so many bytes; one that is larger alone.
-BLOCK_BYTES = 2**22
+BLOCK_BYTES = 2**20
 # Of a block, rows are passed on at a time up to so many bytes.
 PIECE_BYTES = 2**28
 
