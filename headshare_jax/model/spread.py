@@ -98,6 +98,10 @@ def _spread(
             if block.name not in placed:
                 placed[block.name] = _zeros(target.shape, target.dtype, target.sharding)
             placed[block.name] = writer.write(placed[block.name], block, next(mine) if reader == me else None)
+            if len(writer.processes) > 1:
+                # Else blocks pile up, and on CPUs sums of two parameters may meet in another order elsewhere, and wait
+                # for each other for good.
+                placed[block.name].block_until_ready()
     return placed
 
 
