@@ -241,10 +241,10 @@ def torch_model(options: Options) -> tuple[Run, Run, int]:
 def jax_model(options: Options) -> tuple[Run, Run, int]:
     """The command's own path from a native checkpoint to tokens, with its cache of compiled programs."""
     from headshare_jax import generate, load
-    from headshare_jax.cli.drawing import keep_compiled
+    from headshare_jax.cli.compiled import keep_compiled_programs
     from headshare_jax.sharing.ledger import ledger
 
-    keep_compiled()
+    keep_compiled_programs()
     model = load(options.src)
     many, one = (tokens.tolist() for tokens in prompts(options, model.config.vocab_size))
     return (

@@ -335,7 +335,7 @@ def refusal(error: BaseException, place: str = "A bucket") -> HeadshareError | N
         if isinstance(cause, PermissionError) or _FORBIDDEN.search(said) or code in (401, 403):
             return HeadshareError(f"{place} cannot be used: {bucket} forbids it; check the name and the account.")
         if isinstance(cause, FileNotFoundError) and ("NoSuchBucket" in repr(cause.__cause__) or _names_no_object(said)):
-            return HeadshareError(f"{place} cannot be used: there is no {bucket}; check its name.")
+            return HeadshareError(f"There is no bucket {bucket}; check its name.")
         # Of botocore, `ClientError` is an answer; of aiohttp it is that there was none.
         answered = "BotoCoreError" not in kinds and hasattr(cause, "operation_name")
         later = isinstance(code, int) and (code >= 500 or code in (408, 429))

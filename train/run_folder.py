@@ -36,7 +36,7 @@ def check(output: Path, recipe: recipes.Recipe, resume: bool) -> None:
             raise HeadshareError(f"{output} exists already; choose another folder.")
         return
     if not path.is_file():
-        raise HeadshareError(f"{output} holds no run to resume (no {CONFIG}); begin one there.", option="resume")
+        raise HeadshareError(f"{output} holds no run to resume (no {CONFIG}); leave resume out to begin one there.")
     changed = [line for line in recipes.difference(recipes.load(path), recipe) if not line.startswith(_FREE)]
     if changed:
         raise HeadshareError(

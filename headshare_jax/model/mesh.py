@@ -111,14 +111,14 @@ def mesh_shape(sizes: Sequence[int], count: int) -> tuple[int, ...]:
         if count % known:
             raise HeadshareError(
                 f"A mesh of {' x '.join(map(str, sizes))} ({', '.join(AXES)}; -1 takes what is left) needs a multiple "
-                f"of {known} devices, but there are {count}; give smaller sizes.",
+                f"of {known} devices, but there are {count}; give sizes whose product divides {count}.",
                 option="mesh",
             )
         shape[shape.index(-1)] = count // known
     if prod(shape) != count:
         raise HeadshareError(
             f"A mesh of {' x '.join(map(str, shape))} ({', '.join(AXES)}) needs {prod(shape)} devices, "
-            f"but there are {count}.",
+            f"but there are {count}; give sizes whose product is {count}.",
             option="mesh",
         )
     return tuple(shape)
