@@ -3,8 +3,8 @@
 `python tests/buckets.py gs|s3 PORT BUCKET...` serves as a process of its own, which a test can kill.
 """
 
-import os
 import logging
+import os
 import subprocess
 import sys
 import time
