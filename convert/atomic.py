@@ -148,7 +148,7 @@ def _explained(path: Path) -> Iterator[None]:
     except HeadshareError:
         raise
     except Exception as error:
-        if storage.in_bucket(path) and (refusal := storage.refusal(error, f"The output {path}")):
+        if refusal := storage.refusal_at(error, path, f"The output {path}"):
             raise refusal from error
         if not isinstance(error, OSError):
             raise

@@ -26,6 +26,12 @@ def is_whole(folder: Path) -> bool:
     return (folder / DOCUMENT).is_file()
 
 
+def whole_steps(folder: Path) -> list[int]:
+    """Steps of the whole checkpoints in a run's folder of them, ascending; none if it is not there."""
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(entry.name) for entry in entries if entry.name.isdecimal() and is_whole(entry))
+
+
 def read(folder: Path) -> dict[str, Any]:
     """What was written.
 

@@ -19,14 +19,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from headshare_jax.convert import storage
-from headshare_jax.errors import HeadshareError, TryAgain
+from headshare_jax.errors import TRY_AGAIN, HeadshareError, TryAgain
 
 logger = logging.getLogger(__name__)
 
 # Seconds after which a lease is void that was not renewed, and between renewals.
 SECONDS, RENEWED = 120.0, 30.0
-# The exit code of a process that may be started again.
-_TRY_AGAIN = 75
 
 
 def me() -> dict[str, Any]:
@@ -139,7 +137,7 @@ class Lease:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(_TRY_AGAIN)
+        os._exit(TRY_AGAIN)
 
     def leave(self) -> None:
         """Lets it become void, with what it tells."""

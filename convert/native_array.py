@@ -19,7 +19,7 @@ from headshare_jax.errors import HeadshareError
 # A file holds as many chunks as fit into so many bytes, or one.
 SHARD_BYTES = 64 * 2**20
 # What TensorStore raises, by the kind of damage.
-_UNREADABLE = (ValueError, OSError, RuntimeError, IndexError, KeyError, NotImplementedError, OverflowError)
+UNREADABLE = (ValueError, OSError, RuntimeError, IndexError, KeyError, NotImplementedError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _sums_there(array: ts.TensorStore, rows: slice, chunk: int) -> list[str]:
     try:
         stop = min(rows.stop, array.shape[0])
         return _checksums(np.asarray(array[rows.start : stop].read().result()), chunk)
-    except _UNREADABLE:
+    except UNREADABLE:
         return []
 
 
@@ -191,7 +191,7 @@ class StoredArray:
         }
         try:
             self._array = ts.open(spec, open=True).result()
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise self._refusal(error) or HeadshareError(
                 f"{weights} has no readable array {name}; the copy is incomplete, make it again."
             ) from error
@@ -216,7 +216,7 @@ class StoredArray:
         """
         try:
             values = np.asarray(self._array[rows].read().result())
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise self._refusal(error) or HeadshareError(
                 f"{self.weights / self.name} is incomplete or corrupt ({error}); copy or make it again."
             ) from error
@@ -228,14 +228,14 @@ class StoredArray:
         """What of some rows, whole chunks, cannot be read or was changed."""
         try:
             return self._changed(np.asarray(self._array[rows].read().result()), rows)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             if refusal := self._refusal(error):
                 raise refusal from error
             return [f"{self.weights.name}/{self.name} is incomplete or corrupt ({error})"]
 
     def _refusal(self, error: Exception) -> HeadshareError | None:
         """What an error says of a bucket rather than of what lies there."""
-        return storage.refusal(error, str(self.weights)) if storage.in_bucket(self.weights) else None
+        return storage.refusal_at(error, self.weights)
 
     def _changed(self, values: np.ndarray, rows: np.ndarray | slice) -> list[str]:
         """The chunks that do not have their checksums."""

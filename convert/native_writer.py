@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -126,13 +124,12 @@ def _store_at(tree: dict[str, Deferred], path: Path, weights: Path, notes: Writt
         handler.save(path, args=ocp.args.PyTreeSave(tree))
         handler.finalize(path)
     except ValueError as error:
-        if storage.in_bucket(weights) and (refusal := storage.refusal(error, str(weights))):
+        if refusal := storage.refusal_at(error, weights):
             raise refusal from error
-        # TensorStore tells the system's own reason only in its text.
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        if code is None or isinstance(error, HeadshareError):
+        reason = storage.system_error(error)
+        if reason is None or isinstance(error, HeadshareError):
             raise
-        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+        raise reason from error
     finally:
         handler.close()
     return arrays.sums

@@ -18,14 +18,14 @@ from headshare_jax.sharing.source import WeightSource, read_heads, stored_shape
 from headshare_jax.sharing.view import SharedView, View
 
 # In a run's folder.
-_CONFIG, _CHECKPOINTS = "config.yaml", "checkpoints"
+CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
 # Of what was read, so much is kept for a next layer in the same chunk.
 _CACHE_BYTES = 256 * 2**20
 
 
 def is_here(path: Path) -> bool:
     """Whether a folder is a run's, or one of its checkpoints."""
-    return checkpoint_document.is_whole(path) or ((path / _CONFIG).is_file() and (path / _CHECKPOINTS).is_dir())
+    return checkpoint_document.is_whole(path) or ((path / CONFIG).is_file() and (path / CHECKPOINTS).is_dir())
 
 
 def chosen(path: Path, step: int | None = None) -> Path:
@@ -38,9 +38,8 @@ def chosen(path: Path, step: int | None = None) -> Path:
         return path
     if not is_here(path):
         raise HeadshareError(f"{path} is not the folder of a run, which alone has checkpoints of steps.", option="step")
-    folder = path / _CHECKPOINTS
-    steps = [int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal()]
-    steps = sorted(number for number in steps if checkpoint_document.is_whole(folder / str(number)))
+    folder = path / CHECKPOINTS
+    steps = checkpoint_document.whole_steps(folder)
     if not steps:
         raise HeadshareError(f"{path} has no checkpoint that can be read; resume the run to make one.")
     if step is not None and step not in steps:

@@ -224,7 +224,10 @@ def end_uploads(place: Path) -> None:
 
 
 def remove_file(file: Path) -> None:
-    """Removes a bucket's file, if it is there."""
+    """Removes a file, if it is there."""
+    if not in_bucket(file):
+        file.unlink(missing_ok=True)
+        return
     with reached(file), suppress(FileNotFoundError):
         _system(file).rm_file(_place(file))
 
@@ -307,7 +310,7 @@ def reached(place: Path) -> Iterator[None]:
     except HeadshareError:
         raise
     except Exception as error:
-        if in_bucket(place) and (said := refusal(error, str(place))):
+        if said := refusal_at(error, place):
             raise said from error
         raise
 
@@ -321,9 +324,16 @@ _LATER = re.compile(r"^(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|RESOURCE_EXHAUSTED
 _LATER_NUMBERS = {getattr(errno, name, None) for name in ("EBUSY", "EREMOTEIO")}
 
 
-def refusal(error: BaseException, place: str = "A bucket") -> HeadshareError | None:
+def refusal_at(error: BaseException, place: Path, name: str | None = None) -> HeadshareError | None:
+    """What an error at a place means, by which it is called or by a name; None also where that is in no bucket."""
+    if not in_bucket(place):
+        return None
+    scheme, bucket = str(place).partition("://")[0], _place(place).partition("/")[0]
+    return refusal(error, name or str(place), f"{scheme}://{bucket}")
+
+
+def refusal(error: BaseException, place: str = "A bucket", bucket: str | None = None) -> HeadshareError | None:
     """What an error of a bucket's library means, if that is known; None for one that says nothing about storage."""
-    bucket = "/".join(place.split("/")[:3])
     for cause in _causes(error):
         kinds, said = {kind.__name__ for kind in type(cause).__mro__}, str(cause)
         code = getattr(cause, "code", None)
@@ -333,9 +343,11 @@ def refusal(error: BaseException, place: str = "A bucket") -> HeadshareError | N
                 "bucket that everybody may read."
             )
         if isinstance(cause, PermissionError) or _FORBIDDEN.search(said) or code in (401, 403):
-            return HeadshareError(f"{place} cannot be used: {bucket} forbids it; check the name and the account.")
+            return HeadshareError(
+                f"{place} cannot be used: {bucket or 'it'} forbids it; check the name and the account."
+            )
         if isinstance(cause, FileNotFoundError) and ("NoSuchBucket" in repr(cause.__cause__) or _names_no_object(said)):
-            return HeadshareError(f"There is no bucket {bucket}; check its name.")
+            return HeadshareError(f"There is no {f'bucket {bucket}' if bucket else 'such bucket'}; check its name.")
         # Of botocore, `ClientError` is an answer; of aiohttp it is that there was none.
         answered = "BotoCoreError" not in kinds and hasattr(cause, "operation_name")
         later = isinstance(code, int) and (code >= 500 or code in (408, 429))
@@ -355,6 +367,12 @@ def is_about_buckets(error: BaseException) -> bool:
     """Whether an error that nobody has put in words comes from a bucket."""
     own = {type(cause).__module__.partition(".")[0] for cause in _causes(error)}
     return bool(own & _LIBRARIES) or re.search(r"\b(gs|s3)://", str(error)) is not None
+
+
+def system_error(error: Exception) -> OSError | None:
+    """The system's own error behind one of TensorStore's, which tells it in its text alone; None if there is none."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
 
 
 def _names_no_object(said: str) -> bool:

@@ -17,13 +17,12 @@ import numpy as np
 import tensorstore as ts
 
 from headshare_jax.convert import storage
+from headshare_jax.convert.native_array import UNREADABLE
 from headshare_jax.convert.native_document import checksum
 from headshare_jax.errors import HeadshareError
 
 # A chunk is at most so large, if that cuts no row of an array's leading axis.
 CHUNK_BYTES = 64 * 2**20
-# What TensorStore raises, by the kind of damage.
-_UNREADABLE = (ValueError, OSError, RuntimeError, IndexError, KeyError, NotImplementedError, OverflowError)
 # Chunks that are being written at a time, or read.
 _AT_A_TIME = 4
 
@@ -57,8 +56,7 @@ def write(folder: Path, parts: Mapping[str, Part], process: int) -> None:
     """
     sums: dict[str, dict[str, str]] = {}
     writes: deque[ts.WriteFutures] = deque()
-    if not storage.in_bucket(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(folder)
     try:
         for name, part in parts.items():
             chunk = _chunk_shape(part)
@@ -171,7 +169,7 @@ class StoredTree:
             spec = {"driver": "zarr3", "kvstore": storage.kvstore(self.folder / name), "fill_missing_data_reads": False}
             try:
                 self._arrays[name] = ts.open(spec, open=True, context=self._context).result()
-            except _UNREADABLE as error:
+            except UNREADABLE as error:
                 raise self._refusal(name, error) from error
         return self._arrays[name]
 
@@ -201,7 +199,7 @@ class StoredTree:
         """Verifies a chunk, and gives each place what it has of it."""
         try:
             found = np.asarray(read.result(), order="C")
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise self._refusal(name, error) from error
         key = _key(cut.start // size for cut, size in zip(at, chunk, strict=True))
         if checksum(found.reshape(-1)) != self._sums.get(name, {}).get(key):
@@ -212,8 +210,9 @@ class StoredTree:
                 value[_from(place, common)] = found[_from(at, common)]
 
     def _refusal(self, name: str, error: Exception) -> HeadshareError:
-        refused = storage.refusal(error, str(self.folder)) if storage.in_bucket(self.folder) else None
-        return refused or HeadshareError(f"{name} in {self.folder} is incomplete or corrupt")
+        return storage.refusal_at(error, self.folder) or HeadshareError(
+            f"{name} in {self.folder} is incomplete or corrupt"
+        )
 
 
 def _within(shape: Sequence[int], place: Place) -> Place:

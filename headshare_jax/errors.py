@@ -26,6 +26,10 @@ class HeadshareError(ValueError):
         self.options = (option,) if isinstance(option, str) else option
 
 
+# With which a process ends that can be started again as it was.
+TRY_AGAIN = 75
+
+
 class TryAgain(HeadshareError):  # noqa: N818 -- what to do, as the command says it
     """What the same call can do later: a lock that another process holds, a hub that is not reached. Exit code 75."""
 

@@ -2,9 +2,7 @@
 
 import json
 import logging
-import os
 import re
-import shutil
 import textwrap
 import threading
 import time
@@ -184,7 +182,7 @@ class RunCheckpoints:
         try:
             yield
         except Exception as error:  # each storage has its own
-            refused = storage.refusal(error, "it") if storage.in_bucket(self.folder) else None
+            refused = storage.refusal_at(error, self.folder, "it")
             if isinstance(refused or error, TryAgain):
                 raise TryAgain(
                     f"A checkpoint in {self.folder} could not be written, as it was not reached; earlier ones are "
@@ -310,13 +308,8 @@ def _entries(folder: Path) -> list[Path]:
 
 def _remove(folder: Path) -> None:
     """Removes a checkpoint, or what there is of one; its document first, without which it counts for nothing."""
-    document = folder / checkpoint_document.DOCUMENT
-    if storage.in_bucket(folder):
-        storage.remove_file(document)
-        storage.remove(folder)
-        return
-    document.unlink(missing_ok=True)
-    shutil.rmtree(folder)
+    storage.remove_file(folder / checkpoint_document.DOCUMENT)
+    storage.remove(folder)
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -384,6 +377,5 @@ def _load(stored: StoredTree, target: Any) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """The system's own reason, which TensorStore tells in its text alone."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    return os.strerror(int(code[1])) if code else textwrap.shorten(str(error), 160, placeholder=" ...")
+    known = storage.system_error(error)
+    return str(known.strerror) if known else textwrap.shorten(str(error), 160, placeholder=" ...")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from headshare_jax.convert import checkpoint_document, gguf_writer
+from headshare_jax.convert import checkpoint_document, gguf_writer, run_checkpoint
 from headshare_jax.convert.atomic import check_output, check_place, new_directory
 from headshare_jax.convert.locks import held
 from headshare_jax.convert.storage import in_bucket
@@ -17,8 +17,8 @@ from headshare_jax.processes.agreement import from_first, wait_for_all
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.train import recipe as recipes
 
-CONFIG, MAP, REFIT = "config.yaml", "map.json", "refit.json"
-FINAL, CHECKPOINTS, PROFILE = "final", "checkpoints", "profile"
+CONFIG, CHECKPOINTS = run_checkpoint.CONFIG, run_checkpoint.CHECKPOINTS
+MAP, REFIT, FINAL, PROFILE = "map.json", "refit.json", "final", "profile"
 # So long may a network's file system take to show what another machine has written.
 _SECONDS_TO_APPEAR = 15.0
 # What a resumed run may have changed: where it runs, by how many threads, when it gives up, how its model is written.
@@ -106,7 +106,6 @@ def undo(output: Path) -> None:
 
 def remedy(checkpoints: Path) -> str:
     """What to do when another process is gone, as it ends a sentence."""
-    entries = checkpoints.iterdir() if checkpoints.is_dir() else ()
-    steps = [int(path.name) for path in entries if path.name.isdigit() and checkpoint_document.is_whole(path)]
-    last = f"the last checkpoint is of step {max(steps)}" if steps else "there is no checkpoint yet"
+    steps = checkpoint_document.whole_steps(checkpoints)
+    last = f"the last checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
     return f"{last}: start all processes again, and resume the run (--resume)"

@@ -8,6 +8,7 @@ from pathlib import Path
 import headshare_jax
 from headshare_jax import convert
 from headshare_jax import train as own_train
+from headshare_jax.convert import storage
 from headshare_jax.train import recipe as recipes
 from headshare_jax.train.inputs import Run
 
@@ -39,14 +40,14 @@ def inputs(task: Run) -> dict[str, object]:
 
 def _looked_at(path: Path) -> Iterator[bytes]:
     """Names, sizes and pieces of a model's files."""
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            size = file.stat().st_size
-            yield f"{file.name} {size}".encode()
-            with file.open("rb") as opened:
-                for place in sorted({0, size // 2, max(0, size - _PIECE)}):
-                    opened.seek(place)
-                    yield opened.read(_PIECE)
+    if path.is_dir():
+        files = {path / name: size for name, size in storage.files(path).items()}
+    else:
+        files = {path: storage.size(path)}
+    for file, size in files.items():
+        yield f"{file.name} {size}".encode()
+        for place in sorted({0, size // 2, max(0, size - _PIECE)}):
+            yield storage.read_range(file, place, min(place + _PIECE, size))
 
 
 def _short(parts: Iterator[bytes] | list[bytes]) -> str:

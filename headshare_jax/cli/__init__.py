@@ -68,7 +68,6 @@ def run(args: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     _prepare_streams()
     _quieten_libraries()
-    keep_compiled_programs()
     args = sys.argv[1:] if args is None else args
     command = None
     try:
@@ -77,8 +76,10 @@ def run(args: list[str] | None = None) -> int:
                 print(f"headshare-jax {metadata.version('headshare-jax')}")
                 code = ExitCode.DONE
             else:
-                command = parse(COMMANDS, args)
-                code = command.execute() if command else ExitCode.DONE
+                command, code = parse(COMMANDS, args), ExitCode.DONE
+                if command:
+                    keep_compiled_programs()
+                    code = command.execute()
             sys.stdout.flush()
     except HeadshareError as error:
         # A library names its arguments, which may be options of this command.

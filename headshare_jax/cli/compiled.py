@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from headshare_jax.convert.cache import cache_directory
-from headshare_jax.convert.storage import in_bucket
+from headshare_jax.convert.storage import make_folder
 from headshare_jax.errors import HeadshareError
 
 
@@ -23,8 +23,7 @@ def keep_compiled_programs() -> None:
         return
     with suppress(HeadshareError, OSError):
         folder = cache_directory() / "compiled" / _processor()
-        if not in_bucket(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         jax.config.update("jax_compilation_cache_dir", str(folder))
         if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -2,6 +2,8 @@
 
 from enum import IntEnum
 
+from headshare_jax import errors
+
 
 class ExitCode(IntEnum):
     """How a command ended."""
@@ -9,7 +11,7 @@ class ExitCode(IntEnum):
     DONE = 0
     BUG = 1
     REFUSED = 2
-    TRY_AGAIN = 75
+    TRY_AGAIN = errors.TRY_AGAIN
     INTERRUPTED = 130
     TERMINATED = 143
 

@@ -1,27 +1,24 @@
 """Weights from a source onto a mesh: read in blocks, each by one process, and passed on to where they are to lie."""
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from headshare_jax.ahead import in_order
 from headshare_jax.config import LlamaConfig
+from headshare_jax.model.gather import PIECE_BYTES
 from headshare_jax.model.mesh import AXES, parameter_sharding
 from headshare_jax.parameters import PARAMETERS, slice_shape
 from headshare_jax.sharing.source import WeightSource, path_of, read_rows, stored_rows, stored_shape
 
 # Layers are read together up to so many bytes; one that is larger alone.
 BLOCK_BYTES = 2**20
-# Of a block, rows are passed on at a time up to so many bytes.
-PIECE_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -90,18 +87,17 @@ def _spread(
     writer = _Writer(mesh)
     readers = _readers([math.prod(block.shape) * block.dtype.itemsize for block in blocks], writer.processes)
     me, placed, turns = jax.process_index(), dict[str, jax.Array](), list(zip(blocks, readers, strict=True))
-    with ThreadPoolExecutor(1) as thread:
-        reads = (block.read for block, reader in turns if reader == me)
-        mine = _ahead(reads, thread) if read_ahead else (read() for read in reads)
-        for block, reader in turns:
-            target = targets[block.name]
-            if block.name not in placed:
-                placed[block.name] = _zeros(target.shape, target.dtype, target.sharding)
-            placed[block.name] = writer.write(placed[block.name], block, next(mine) if reader == me else None)
-            if len(writer.processes) > 1:
-                # Else blocks pile up, and on CPUs sums of two parameters may meet in another order elsewhere, and wait
-                # for each other for good.
-                placed[block.name].block_until_ready()
+    reads = (block.read for block, reader in turns if reader == me)
+    mine = in_order(lambda read: read(), reads, int(read_ahead), 1)
+    for block, reader in turns:
+        target = targets[block.name]
+        if block.name not in placed:
+            placed[block.name] = _zeros(target.shape, target.dtype, target.sharding)
+        placed[block.name] = writer.write(placed[block.name], block, next(mine) if reader == me else None)
+        if len(writer.processes) > 1:
+            # Else blocks pile up, and on CPUs sums of two parameters may meet in another order elsewhere, and wait
+            # for each other for good.
+            placed[block.name].block_until_ready()
     return placed
 
 
@@ -145,19 +141,6 @@ def _readers(sizes: Sequence[int], processes: Sequence[int]) -> list[int]:
         so_far[reader] += size
         readers.append(reader)
     return readers
-
-
-def _ahead(reads: Iterator[Callable[[], np.ndarray]], thread: ThreadPoolExecutor) -> Iterator[np.ndarray]:
-    """What some reads give, one after the other; the next is under way already."""
-    under_way = deque(thread.submit(read) for read in islice(reads, 1))
-
-    def values() -> Iterator[np.ndarray]:
-        while under_way:
-            values = under_way.popleft().result()
-            under_way.extend(thread.submit(read) for read in islice(reads, 1))
-            yield values
-
-    return values()
 
 
 class _Writer:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from headshare_jax.errors import HeadshareError
+from headshare_jax.errors import TRY_AGAIN, HeadshareError
 
 BEAT_SECONDS = 2.0
 # How long the others may still end by themselves when one has said why it ends.
@@ -143,7 +143,7 @@ class Watch:
         with suppress(OSError):
             line = "\n" if os.isatty(2) else ""
             os.write(2, f"{line}headshare: {'; '.join(said)}.\n".encode())
-        os._exit(os.EX_TEMPFAIL)
+        os._exit(TRY_AGAIN)
 
     def _tell(self, message: dict[str, Any], but: int | None = None) -> None:
         data = json.dumps(message).encode() + b"\n"
