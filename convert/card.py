@@ -116,7 +116,8 @@ def public_name(name: str) -> str:
 
 def _history(provenance: Mapping[str, Any]) -> list[str]:
     """What was done besides sharing, as far as it was told."""
-    told = ["Post-trained for sharing (PostShare)."] if "postshare" in provenance else []
+    trained = post_trained(provenance)
+    told = [] if trained is None else [f"{trained}, for the heads to share."]
     match provenance.get("calibration"):
         case {"name": str(name), "digest": str(digest), "windows": [int(windows), int(seq_len)]}:
             amount = f"{windows} windows of {seq_len} tokens"
@@ -124,8 +125,18 @@ def _history(provenance: Mapping[str, Any]) -> list[str]:
     return told
 
 
+def post_trained(provenance: Mapping[str, Any]) -> str | None:
+    """What a model was trained by after its map was made, such as `Post-trained by PostShare in 9 steps`; or None."""
+    if "postshare" not in provenance:
+        return None
+    match provenance["postshare"]:
+        case {"step": int(step)}:
+            return f"Post-trained by PostShare in {step:,} {'step' if step == 1 else 'steps'}"
+    return "Post-trained by PostShare"
+
+
 def _map_in_words(sharing: SharingMap) -> str:
-    how = [f"method `{sharing.method}`"]
+    how = [f"chosen by the method `{sharing.method}`"]
     how += [f"match `{sharing.match}`"] if sharing.match else []
     how += [f"ratio {sharing.ratio:g}"] if sharing.ratio is not None else []
     how += [f"seed {sharing.seed}"] if sharing.seed is not None else []
@@ -133,7 +144,7 @@ def _map_in_words(sharing: SharingMap) -> str:
     gone = f", and {dropped} are dropped" if dropped else ""
     return (
         f"{len(sharing.receivers)} of {sharing.donor.size} units (a key/value head with its query heads) use the "
-        f"{', '.join(sharing.tie)} weights of another unit{gone}: {', '.join(how)}. Who uses whose: "
+        f"{', '.join(sharing.tie)} weights of another unit{gone}, {', '.join(how)}. Who uses whose: "
         "`headshare_map.json`."
     )
 

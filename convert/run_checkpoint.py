@@ -52,6 +52,8 @@ class RunCheckpoint(View):
 
     Attributes:
       path: its folder.
+      places: the folders of the arrays that it is read from, without what else training needs.
+      step: of the run.
       model: the name of the dense model that the run began with, which has the tokenizer.
       final_dtype: the type that the run's own model would be written in; what trains is stored in float32.
       provenance: plain data: the dense model, and the step.
@@ -63,10 +65,12 @@ class RunCheckpoint(View):
     def __init__(self, path: Path):
         document = checkpoint_document.read(path)
         self.path, self.model, self.final_dtype = path, str(document["model"]), str(document["dtype"])
-        self.provenance: dict[str, Any] = {"source": self.model, "postshare": {"step": document["step"]}}
+        self.step = int(document["step"])
+        self.provenance: dict[str, Any] = {"source": self.model, "postshare": {"step": self.step}}
         sharing = SharingMap.from_json(document["map"])
         dense = document["kind"] == "align"
         stored = _Stored(path, document, None if dense else sharing)
+        self.places = stored.places()
         # Whether the map is for these weights was looked at when the run began.
         super().__init__(SharedView(stored, sharing, check_source=False) if dense else stored)
 
@@ -85,6 +89,10 @@ class _Stored:
         for name, (tree, stored) in self._trees.items():
             if tree.shape(stored) != stored_shape(self.config, name, sharing):
                 raise HeadshareError(f"{path} is damaged: {name} has shape {list(tree.shape(stored))}.")
+
+    def places(self) -> list[Path]:
+        """The folders of its arrays."""
+        return [tree.folder / stored for tree, stored in self._trees.values()]
 
     def dtype(self, name: str) -> np.dtype:
         tree, stored = self._trees[name]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from headshare_jax import convert
 from headshare_jax.convert import storage
+from headshare_jax.convert.run_checkpoint import RunCheckpoint
 from headshare_jax.evaluate.agreement import Agreement, agreement
 from headshare_jax.loading import Text, measured_windows
 from headshare_jax.parameters import parameter_names
@@ -23,6 +24,7 @@ class Converted:
 
     Attributes:
       model: the new checkpoint.
+      step: of a PostShare run's checkpoint, the step that it was converted from; None of other models.
       ledger: what it stores.
       sizes: bytes before and after.
       quality: its predictions against the source's; None if they were not measured.
@@ -30,6 +32,7 @@ class Converted:
     """
 
     model: WeightSource
+    step: int | None
     ledger: Ledger
     sizes: Sizes
     quality: Agreement | None
@@ -83,15 +86,18 @@ def convert_model(
         view.dtype(name) != source.dtype(name) for name in parameter_names(view.config)
     )
     said = "not measured, which a text would do" if rounded else "the source's, to the bit"
+    step = source.step if isinstance(source, RunCheckpoint) else None
+    origin = "" if step is None else f" of the run's checkpoint of step {step}"
     counted = sizes(source, path, found, storage.path(dst))
     return Converted(
         model=found,
+        step=step,
         ledger=ledger(found, path=storage.path(dst)),
         sizes=counted,
         quality=quality,
         summary=Summary(
             output=dst,
-            done=f"{to}, {'rounded to ' + (quantize or counted.type) if rounded else 'every weight as it was'}",
+            done=f"{to}{origin}, {'rounded to ' + (quantize or counted.type) if rounded else 'every weight as it was'}",
             sizes=counted,
             quality=quality,
             text="" if quality is None else str(evaluate),

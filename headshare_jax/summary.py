@@ -134,7 +134,7 @@ def sizes(source: WeightSource, before: Path | None, model: WeightSource, after:
     alike = source if source.dtype("embed_vd") == dtype else cast(source, str(dtype))
     slots = cache_slots(config, CACHE_LENGTH)
     return Sizes(
-        files=(_on_disk(before), _on_disk(after)),
+        files=(_on_disk(source, before), _on_disk(model, after)),
         weights=(ledger(alike).stored_bytes, ledger(model).stored_bytes),
         attention=(_attention_bytes(alike), _attention_bytes(model)),
         cache=2 * 2 * prod((config.num_layers, slots, config.num_kv_heads, config.head_dim)),
@@ -143,8 +143,8 @@ def sizes(source: WeightSource, before: Path | None, model: WeightSource, after:
     )
 
 
-def _on_disk(path: Path | None) -> int | None:
-    return None if path is None else disk_bytes(path)
+def _on_disk(source: WeightSource, path: Path | None) -> int | None:
+    return None if path is None else disk_bytes(source, path)
 
 
 def _attention_bytes(source: WeightSource) -> int:

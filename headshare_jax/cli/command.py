@@ -14,6 +14,7 @@ from headshare_jax.cli import kinds
 from headshare_jax.cli.exit_codes import ExitCode
 from headshare_jax.convert import storage
 from headshare_jax.errors import HeadshareError
+from headshare_jax.processes.start import is_first
 from headshare_jax.report.console import show
 
 Source = Annotated[
@@ -115,8 +116,10 @@ class Command:
                 raise HeadshareError(f"{self.flags()[option]} does nothing without {without}; leave it out.")
 
     def execute(self) -> ExitCode:
-        """Runs the command and prints its result."""
+        """Runs the command and prints its result, of several processes in the first one."""
         result = self.run()
+        if not is_first():
+            return self.exit_code(result)
         if self.json:
             print(json.dumps(plain(result), allow_nan=False))
         else:

@@ -51,6 +51,7 @@ class Convert(Command):
         return {
             "output": self.dst,
             "format": self.to,
+            "step": done.step,
             "parameters": done.ledger.stored,
             "disk_bytes": done.ledger.disk_bytes,
             "shared": done.model.sharing is not None,

@@ -14,6 +14,7 @@ from headshare_jax.cli import kinds
 from headshare_jax.cli.command import Command, Overwrite, Source
 from headshare_jax.convert import stored
 from headshare_jax.convert.atomic import check_output, new_file
+from headshare_jax.convert.card import post_trained
 from headshare_jax.errors import HeadshareError
 from headshare_jax.report.map import draw_map
 from headshare_jax.report.picture import check_name
@@ -145,13 +146,15 @@ def _summary(result: dict[str, Any]) -> Iterator[str]:
         yield f"Dense: each of {units} units (a key/value head and its query heads) keeps its own weights."
     else:
         yield f"Map: {result['summary']}, matched by {sharing['match']}{_method(sharing)} (--pairs lists them)"
+    if trained := post_trained(result["provenance"]):
+        yield f"{trained}, after the map was made"
     if told := _told(result["provenance"]):
         yield f"Made from: {told}"
     yield "Checksums: " + ("of every stored chunk (--check reads all)" if result["checksums"] else "none")
 
 
 def _method(sharing: dict[str, Any]) -> str:
-    return f", method {sharing['method']}" if sharing.get("method") else ""
+    return f", chosen by the method {sharing['method']}" if sharing.get("method") else ""
 
 
 def _told(provenance: dict[str, Any], most: int = 200) -> str:

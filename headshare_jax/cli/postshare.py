@@ -21,6 +21,7 @@ from headshare_jax.cli.exit_codes import ExitCode
 from headshare_jax.evaluate.agreement import Agreement
 from headshare_jax.plan.footprint import footprint
 from headshare_jax.processes.start import joined
+from headshare_jax.report.console import kept_for_result
 from headshare_jax.report.progress import Course, Show, Step, progress_with_text, say, spoken
 from headshare_jax.resources import megabytes, peak_memory
 from headshare_jax.signals import insistent
@@ -78,6 +79,7 @@ class Postshare(Command):
         with ExitStack() as stack:
             stack.enter_context(insistent())
             if self.distributed:
+                stack.enter_context(kept_for_result())
                 stack.enter_context(joined(self.coordinator, self.processes, self.process, within=self.join_within))
             return self._run(recipe)
 

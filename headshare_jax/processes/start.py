@@ -21,6 +21,7 @@ from headshare_jax.processes.watch import Remedy, Watch, silence_seconds
 _LATER = 300
 
 _watch: Watch | None = None
+_number = 0
 
 
 @contextmanager
@@ -42,8 +43,9 @@ def joined(
       TryAgain: some did not come.
       HeadshareError: it is not known who the others are, or they were not started as one run.
     """
-    global _watch
+    global _watch, _number
     address, count, me, devices = _places(coordinator, processes, process, within)
+    _number = me
     peers = meet(address, count, me, within)
     silence = silence_seconds()
     _watch = Watch(me, peers, silence)
@@ -88,6 +90,11 @@ def leave() -> None:
         _watch.leave()
         _watch = None
         jax.distributed.shutdown()
+
+
+def is_first() -> bool:
+    """Whether this is the first of the processes that it has joined, or has joined none; devices are not looked for."""
+    return _number == 0
 
 
 def set_remedy(remedy: Remedy) -> None:

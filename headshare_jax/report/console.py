@@ -2,7 +2,11 @@
 
 import copy
 import io
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TextIO
 
 from rich.console import Console, RenderableType
 from rich.syntax import Syntax
@@ -25,6 +29,33 @@ def show(part: RenderableType) -> None:
         terminal.print(part)
     else:
         print(_plain(part))
+
+
+@contextmanager
+def kept_for_result() -> Iterator[None]:
+    """Sends to standard error meanwhile what libraries write to standard output past Python, such as gloo on CPUs.
+
+    Nothing is to be shown in the block.
+    """
+    out, errors = _descriptor(sys.stdout), _descriptor(sys.stderr)
+    if out is None or errors is None:
+        yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(out)
+    os.dup2(errors, out)
+    try:
+        yield
+    finally:
+        os.dup2(kept, out)
+        os.close(kept)
+
+
+def _descriptor(stream: TextIO) -> int | None:
+    """That of a stream; None of one in memory."""
+    with suppress(io.UnsupportedOperation):
+        return stream.fileno()
+    return None
 
 
 def _plain(part: RenderableType) -> str:

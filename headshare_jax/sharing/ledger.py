@@ -90,7 +90,7 @@ def ledger(source: WeightSource, *, path: Path | None = None) -> Ledger:
 
     Args:
       source: a model (its real arrays are counted) or an opened checkpoint.
-      path: the checkpoint's file or folder, whose size to add.
+      path: the checkpoint's file or folder, whose size to add; of a run's, only the files of the model's arrays count.
 
     Examples:
       >>> sizes = hs.ledger(shared)
@@ -112,7 +112,7 @@ def ledger(source: WeightSource, *, path: Path | None = None) -> Ledger:
         rows=tuple(LedgerRow(part, *row) for part, row in counts.items()),
         nominal_saving=saving,
         live_bytes=getattr(source, "nbytes", None),
-        disk_bytes=None if path is None else disk_bytes(path),
+        disk_bytes=None if path is None else disk_bytes(source, path),
     )
 
 
@@ -146,7 +146,12 @@ def short(count: int) -> str:
     return f"{count:,}"
 
 
-def disk_bytes(path: Path) -> int:
+def disk_bytes(source: WeightSource, path: Path) -> int:
+    """Bytes of the files that hold a model: all at a path, unless the source names its own, as a run's checkpoint."""
+    return sum(map(_bytes_at, getattr(source, "places", [path])))
+
+
+def _bytes_at(path: Path) -> int:
     bucket: Any = path
     if hasattr(bucket, "fs"):  # which lists what is there
         return int(bucket.fs.du(bucket.path))

@@ -31,6 +31,23 @@ def test_the_newest_checkpoint_is_what_the_run_ended_with(finished: Path, tmp_pa
         assert model.dtype(name) == expected.dtype(name)
         assert np.array_equal(model.array(name), dense.array(name)), name
     assert hs.load_tokenizer(tmp_path / "out").get_vocab() == hs.load_tokenizer(finished / "final").get_vocab()
+    if to == "hf-compact":
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert "chosen by the method `direct`" in card
+        assert "Post-trained by PostShare in 9 steps" in card
+
+
+def test_a_conversion_tells_the_step_and_counts_the_model_alone(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["convert", str(finished), str(tmp_path / "out"), "--to", "native", "--step", "8", "--json"]
+    assert cli.run(arguments) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["step"] == 8
+    assert result["lines"][0].endswith("native of the run's checkpoint of step 8, every weight as it was")
+    # Every value is four bytes long, beside a little about each array.
+    values = 4 * hs.ledger(hs.load(finished / "final")).stored
+    assert values < result["sizes"]["files"][0] < values + 20_000
 
 
 def test_a_checkpoint_of_the_align_stage_is_shared(workplace: Path, tmp_path: Path) -> None:
@@ -55,6 +72,9 @@ def test_a_run_is_inspected(finished: Path, capsys: pytest.CaptureFixture[str]) 
     assert shown["map"] == json.loads((finished / "map.json").read_text())
     assert shown["provenance"]["postshare"] == {"step": 9}
     assert shown["checked"]["checksums"]
+    for place in (finished, finished / "final"):
+        assert cli.run(["inspect", str(place)]) == 0
+        assert "\nPost-trained by PostShare in 9 steps, after the map was made\n" in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_is_refused(finished: Path, tmp_path: Path) -> None:

@@ -37,9 +37,14 @@ def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "train.txt").write_text(topics["strings"])
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(folder=tmp_path))
     loop.run(recipes.load(tmp_path / "recipe.yaml"), tmp_path / "one")
-    outputs = together(["--config", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "two")])
-    for code, said in outputs:
+    outputs = together(["--config", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "two"), "--json"])
+    for code, _, said in outputs:
         assert code == 0, said
+    # One result, and nothing else: what libraries say goes to standard error.
+    (_, result, _), (_, other, _) = outputs
+    assert json.loads(result)["final"] == str(tmp_path / "two" / "final")
+    assert other == ""
+    assert "[Gloo]" in outputs[0][2]
     one, two = ([line["loss"] for line in lines(tmp_path / name)] for name in ("one", "two"))
     np.testing.assert_allclose(two, one, rtol=1e-5)
     last_one, last_two = (lines(tmp_path / name)[-1]["shared_perplexity"] for name in ("one", "two"))
@@ -58,8 +63,8 @@ def lines(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def together(args: list[str]) -> list[tuple[int, str]]:
-    """Runs `headshare postshare` in two processes of four devices each; exit codes and what they said."""
+def together(args: list[str]) -> list[tuple[int, str, str]]:
+    """Runs `headshare postshare` in two processes of four devices each; exit codes, standard output and error."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -68,9 +73,9 @@ def together(args: list[str]) -> list[tuple[int, str]]:
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "headshare_jax", "postshare", *args, *join, "--process", str(number)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for number in range(2)
     ]  # fmt: skip
-    said = [process.communicate(timeout=600)[0] for process in processes]
-    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+    said = [process.communicate(timeout=600) for process in processes]
+    return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
