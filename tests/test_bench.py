@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny_cli_model
 
+# Those of them that compile a model several times take a minute, and find little that other tests do not: they are `slow`.
 BENCH = Path(__file__).parents[1] / "bench"
 
 
@@ -50,6 +51,7 @@ def test_conversion_is_compared_with_two_layers_and_with_copies(tmp_path: Path) 
         assert row["files"] > 3
 
 
+@pytest.mark.slow
 def test_fitting_is_measured_at_several_sizes(tmp_path: Path) -> None:
     one, two = run_quick("fit", tmp_path)["sizes"]
     assert (one["units"], two["tokens"]) == (3, 2 * one["tokens"])
@@ -58,6 +60,7 @@ def test_fitting_is_measured_at_several_sizes(tmp_path: Path) -> None:
         assert row["model_bytes"] < row["rss_before"] <= row["peak_rss"]
 
 
+@pytest.mark.slow
 def test_training_steps_are_compared_with_pytorch(tmp_path: Path) -> None:
     result = run_quick("train", tmp_path)
     rival, dense, tied, align = result["contenders"]
@@ -69,6 +72,7 @@ def test_training_steps_are_compared_with_pytorch(tmp_path: Path) -> None:
         assert row["peak_rss"] > 1e8
 
 
+@pytest.mark.slow
 def test_serving_is_compared_with_pytorch(tmp_path: Path) -> None:
     result = run_quick("serve", tmp_path, str(tiny_cli_model.saved(tmp_path / "model")))
     rows = result["contenders"]
@@ -84,6 +88,7 @@ def test_serving_is_compared_with_pytorch(tmp_path: Path) -> None:
     assert result["first_token_seconds"].keys() == {"not compiled before", "dense", "shared"}
 
 
+@pytest.mark.slow
 def test_a_gpu_is_compared_with_transformers_on_it(tmp_path: Path) -> None:
     result = run_quick("gpu", tmp_path)
     rival, dense, shared = result["rows"]
@@ -93,6 +98,7 @@ def test_a_gpu_is_compared_with_transformers_on_it(tmp_path: Path) -> None:
         assert row["speedup"] == {stage: rate / rival["tokens_per_second"][stage] for stage, rate in rates.items()}
 
 
+@pytest.mark.slow
 def test_training_steps_are_read_as_compiled_for_a_pod(tmp_path: Path) -> None:
     align, tied = run_quick("pods", tmp_path)["steps"]
     for row in (align, tied):
