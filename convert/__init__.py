@@ -31,6 +31,7 @@ from headshare_jax.convert import (
 from headshare_jax.convert.outputs import FORMATS, check_output, check_room, output_dtype, paths, quantised_as
 from headshare_jax.convert.partial import recover
 from headshare_jax.convert.tensor_files import TensorCheckpoint
+from headshare_jax.convert.written import Written
 from headshare_jax.errors import HeadshareError
 from headshare_jax.sharing.source import WeightSource
 from headshare_jax.sharing.view import WatchedView
@@ -176,8 +177,8 @@ def save(
 
     Args:
       source: a model, or an opened checkpoint, which is converted without ever being in memory as a whole.
-      dst: folder to make, or for `gguf` the file. A checkpoint's folder on this machine that a killed process has left
-        unfinished is gone on with.
+      dst: folder to make, or for `gguf` the file. What a killed process left of the same conversion of a
+        checkpoint is gone on with.
       to: `native` (a shared model stays small), `hf` (the family's own class, a shared model at its full size),
         `hf-compact` (a shared model stays small, and runs so in PyTorch with `trust_remote_code=True`) or `gguf` (for
         llama.cpp: dropped heads are left out, a model that shares is at its full size). Those of `hf` have its map and
@@ -205,20 +206,18 @@ def save(
     license = None if beside is None else card.license_of(beside)
     told = ({} if license is None else {"license": license}) | dict(provenance or {})
     files = paths((source, tokenizer_from))
-    key = written.key(source, [to, told, dict(documents or {}), [storage.version(file) for file in files]])
+    key = written.key(source, [to, quantize, told, dict(documents or {}), [storage.version(file) for file in files]])
     source = source if progress is None else WatchedView(source, progress)
     generation: dict[str, Any] = next(filter(None, map(generation_config.read, files)), {})
     if to == "gguf":
-        with atomic.new_file(dst, overwrite=overwrite, keep=files) as file:
+        with atomic.new_long_file(dst, overwrite=overwrite, keep=files, key=key) as file:
             gguf_writer.write(
-                source, file, name=_readable(dst.stem), quantize=quantize,
-                tokenizer_from=tokenizer_from, provenance=told, documents=documents, generation=generation,
+                source, file, name=_readable(dst.stem), quantize=quantize, tokenizer_from=tokenizer_from,
+                provenance=told, documents=documents, generation=generation, notes=Written(file.parent, key),
             )  # fmt: skip
         return
-    with (
-        atomic.new_directory(dst, overwrite=overwrite, keep=files, key=key) as folder,
-        written.notes(folder, key) as notes,
-    ):
+    with atomic.new_directory(dst, overwrite=overwrite, keep=files, key=key) as folder:
+        notes = Written(folder, key)
         if tokenizer_from is not None:
             tokenizer.carry(tokenizer_from, folder)
         if generation:

@@ -23,7 +23,7 @@ def check_output(path: Path, *, folder: bool, overwrite: bool, keep: tuple[Path,
         is replaced.
     """
     path = check_place(path, folder=folder)
-    if not path.exists():
+    if not path.exists() or bucket_outputs.is_unfinished(path):
         return
     for kept in map(_resolved, keep):
         if kept == path:
@@ -71,8 +71,8 @@ def new_directory(
     """A folder to fill, which takes the name `path` when the block ends without an error.
 
     Until then an old output under that name stays as it is. After an error the new folder is removed; after a kill it
-    is left behind under a hidden name, and the next output beside it removes it. If it holds notes of what is in it
-    (`written`), it stays, and is the new folder where `path` is written again with the same key.
+    is left behind, on this machine under a hidden name, and the next output there removes it. If it holds notes of what
+    is in it (`written`), it stays, and is the new folder where `path` is written again with the same key.
 
     Raises:
       HeadshareError: `path` cannot become an output (see `check_output`), or cannot be written.
@@ -80,7 +80,7 @@ def new_directory(
     check_output(path, folder=True, overwrite=overwrite, keep=keep)
     path = _resolved(path)
     if storage.in_bucket(path):
-        with _explained(path), bucket_outputs.folder(path) as partial:
+        with _explained(path), bucket_outputs.folder(path, key) as partial:
             yield partial
         return
     with _explained(path), unfinished(path, folder=True, key=key) as partial:
@@ -106,6 +106,27 @@ def new_file(path: Path, *, overwrite: bool = False, keep: tuple[Path, ...] = ()
         yield partial
         check_output(path, folder=False, overwrite=overwrite, keep=keep)
         os.replace(partial, path)
+
+
+@contextmanager
+def new_long_file(
+    path: Path, *, overwrite: bool = False, keep: tuple[Path, ...] = (), key: str | None = None
+) -> Iterator[Path]:
+    """As `new_file`, for what takes long to write: the file lies in a folder of its own, which is as a `new_directory`.
+
+    Raises:
+      HeadshareError: as of `new_file`.
+    """
+    check_output(path, folder=False, overwrite=overwrite, keep=keep)
+    path = _resolved(path)
+    if storage.in_bucket(path):
+        with _explained(path), bucket_outputs.folder(path, key, is_file=True) as folder:
+            yield folder / path.name
+        return
+    with _explained(path), unfinished(path, folder=True, key=key) as folder:
+        yield folder / path.name
+        check_output(path, folder=False, overwrite=overwrite, keep=keep)
+        os.replace(folder / path.name, path)
 
 
 @contextmanager

@@ -20,11 +20,14 @@ from headshare_jax.convert import (
     gguf_vocabulary,
     huggingface,
     keys,
+    pieces,
     storage,
     tokenizer,
 )
 from headshare_jax.convert.gguf_header import read_header
 from headshare_jax.convert.gguf_tensors import PLAIN, GgufReader, Kind, can_quantise, quantised
+from headshare_jax.convert.partial import temporary_folder
+from headshare_jax.convert.written import Written
 from headshare_jax.errors import HeadshareError
 from headshare_jax.sharing.ledger import ledger
 from headshare_jax.sharing.source import WeightSource
@@ -79,6 +82,7 @@ def write(
     provenance: Mapping[str, Any] | None = None,
     documents: Mapping[str, str] | None = None,
     generation: Mapping[str, Any] | None = None,
+    notes: Written | None = None,
 ) -> None:
     """Writes a source as one file; peak memory is a few copies of its largest tensor.
 
@@ -94,6 +98,7 @@ def write(
       tokenizer_from: what has the tokenizer; a GGUF file's general metadata is carried too.
       provenance, documents: kept in the metadata.
       generation: fields of a `generation_config.json`; what GGUF has keys for is kept.
+      notes: of what was written before, by a process that was killed; none by default.
 
     Raises:
       HeadshareError: an architecture that llama.cpp does not have, a tokenizer that GGUF cannot hold, or rows that are
@@ -126,7 +131,7 @@ def write(
         metadata |= {key: _typed(value) for key, value in values.items()}
     metadata |= _carried(tokenizer_from, config)
     _describe(source, metadata, kept_lu is not None)
-    _write(path, architecture, metadata, weights)
+    _write(path, architecture, metadata, weights, notes)
 
 
 def expected_bytes(source: WeightSource, quantize: str | None) -> int:
@@ -314,24 +319,38 @@ def _typed(value: Any) -> Stored:
     return value, _TYPES[type(value)] if fits else gguf.GGUFValueType.INT64, None
 
 
-def _write(path: Path, architecture: str, metadata: Mapping[str, Stored], weights: _Weights) -> None:
+def _write(
+    path: Path, architecture: str, metadata: Mapping[str, Stored], weights: _Weights, notes: Written | None
+) -> None:
+    sizes = {}
+    for name, shape in weights.shapes.items():
+        block, block_bytes = gguf.GGML_QUANT_SIZES[weights.kinds[name]]
+        sizes[name] = int(np.prod(shape)) // block * block_bytes
+    with temporary_folder() as folder:
+        head = _head(folder / "head", architecture, metadata, weights, sizes)
+    padded = {name: _aligned(size) for name, size in sizes.items()}
+    pieces.write(path, head.ljust(_aligned(len(head)), b"\0"), padded, weights.stored, notes)
+
+
+def _aligned(size: int) -> int:
+    return size + -size % _ALIGNMENT
+
+
+def _head(
+    path: Path, architecture: str, metadata: Mapping[str, Stored], weights: _Weights, sizes: Mapping[str, int]
+) -> bytes:
+    """What a file has before its tensors; the package writes it to a path."""
     writer = gguf.GGUFWriter(path, architecture)
     for name, (value, kind, item) in metadata.items():
         # The package takes a list's type from its first item.
         if value != []:
             writer.add_key_value(name, value, kind, item)
     for name, shape in weights.shapes.items():
-        block, block_bytes = gguf.GGML_QUANT_SIZES[weights.kinds[name]]
-        size = int(np.prod(shape)) // block * block_bytes
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), size, weights.kinds[name])
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], weights.kinds[name])
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
     finally:
         writer.close()
-    with path.open("ab") as file:
-        for name in weights.shapes:
-            file.write(bytes(-file.tell() % _ALIGNMENT))
-            file.write(np.ascontiguousarray(weights.stored(name)).view(np.uint8).data)
-        file.write(bytes(-file.tell() % _ALIGNMENT))
+    return path.read_bytes()

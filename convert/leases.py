@@ -100,8 +100,7 @@ class Lease:
     def _taken_over(self) -> str:
         expected, found = storage.generation(self.path), read(self.path)
         if found is not None and found.get("token") != self._about["token"]:
-            if not _has_ended(found) and not is_void(self.path):
-                raise TryAgain(refusal(self.path, found))
+            check_free(self.path, found)
             self.found, self._said = found, {name: said for name, said in found.items() if name not in self._about}
         if generation := self._written(expected):
             return generation
@@ -184,6 +183,12 @@ def _has_ended(holder: dict[str, Any]) -> bool:
     """Whether a lease's holder was a process of this machine, and is no more."""
     machine, pid = _machine(), holder.get("pid")
     return bool(machine) and holder.get("machine") == machine and isinstance(pid, int) and not runs(pid)
+
+
+def check_free(path: Path, holder: dict[str, Any]) -> None:
+    """Raises TryAgain unless the process that a lease names has ended."""
+    if not _has_ended(holder) and not is_void(path):
+        raise TryAgain(refusal(path, holder))
 
 
 def is_void(path: Path) -> bool:

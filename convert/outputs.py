@@ -3,7 +3,6 @@
 from collections.abc import Collection
 from os.path import exists
 from pathlib import Path
-from tempfile import gettempdir
 from typing import Any
 
 from headshare_jax.convert import atomic, gguf_writer, partial, run_checkpoint, storage
@@ -71,8 +70,6 @@ def check_room(
         # What a killed process left is written over, or gone on with.
         needed -= min(needed, partial.left_bytes(path.resolve()))
         check_disk(path.resolve().parent, needed, f"The output {dst}")
-    elif to == "gguf":
-        check_disk(Path(gettempdir()), needed, f"The output {dst}, which is written to a temporary file first,")
 
 
 def quantised_as(source: WeightSource) -> str | None:

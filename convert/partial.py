@@ -101,7 +101,7 @@ def _left(path: Path) -> Iterator[Path]:
         found = _NAME.fullmatch(entry.name)
         if found is not None and found["name"] == path.name and not found["suffix"] and found["state"] == "partial":
             left = Path(entry.path)
-            if left not in _begun and (left / written.NAME).exists() and locks.abandoned(left, found):
+            if left not in _begun and written.are_in(left) and locks.abandoned(left, found):
                 yield left
 
 
@@ -133,7 +133,7 @@ def recover(path: Path) -> None:
             elif found["state"] == "old" and not left.with_name(name).exists():
                 os.rename(left, left.with_name(name))
                 logger.warning("%s is back: a process was killed as it replaced it.", left.with_name(name))
-            elif not (left / written.NAME).exists():
+            elif not written.are_in(left):
                 _remove(left)
                 logger.warning("%s is removed, which a killed process had left.", left)
             elif name != path.name:

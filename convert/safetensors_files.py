@@ -11,10 +11,8 @@ from typing import Any, NoReturn
 
 import ml_dtypes
 import numpy as np
-import xxhash
 
-from headshare_jax.ahead import in_order
-from headshare_jax.convert import storage
+from headshare_jax.convert import pieces, storage
 from headshare_jax.convert.keys import Cut
 from headshare_jax.convert.tensor_files import TensorInfo
 from headshare_jax.convert.written import Written
@@ -233,38 +231,23 @@ def write_safetensors(
       path: the file.
       layout: shape and type (float32, float16, bfloat16, int32 or uint8) of every tensor, by name, in file order.
       value: gives a tensor by name.
-      notes: of what was written before, by a process that was killed; tensors that lie there with the checksums that
-        it noted are kept.
+      notes: of what was written before, by a process that was killed; what lies there with the checksums that it
+        noted is kept.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in layout.items()}
     for name, (shape, dtype) in layout.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
+        start, end = end, end + sizes[name]
         entries[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
-    places = {name: tuple(8 + len(text) + place for place in entries[name]["data_offsets"]) for name in layout}
+
+    def stored(name: str) -> np.ndarray:
+        shape, dtype = layout[name]
+        tensor = value(name)
+        assert tensor.shape == shape
+        return np.ascontiguousarray(tensor, dtype)
+
     notes = notes or Written()
-    kept = {name for name in layout if _is_there(path, name, places[name], notes)}
-    values = in_order(value, (name for name in layout if name not in kept), notes.threads, notes.threads)
-    with path.open("r+b" if kept else "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, (shape, dtype) in layout.items():
-            if name in kept:
-                file.seek(places[name][1])
-                continue
-            tensor = next(values)
-            assert tensor.shape == shape
-            written = np.ascontiguousarray(tensor, dtype).view(np.uint8).data
-            file.write(written)
-            if notes.threads:
-                file.flush()
-                notes.add(f"{path.name}/{name}", [xxhash.xxh3_64_hexdigest(written)])
-
-
-def _is_there(path: Path, name: str, place: tuple[int, ...], notes: Written) -> bool:
-    """Whether a tensor lies in its place as it was noted."""
-    sums = notes.sums(f"{path.name}/{name}")
-    if sums is None or not path.is_file():
-        return False
-    return sums == [xxhash.xxh3_64_hexdigest(storage.read_range(path, *place))]
+    pieces.write(path, len(text).to_bytes(8, "little") + text, sizes, stored, notes, threads=notes.threads)

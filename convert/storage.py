@@ -250,6 +250,15 @@ def copy(source: Path, target: Path) -> None:
         _system(target).cp_file(_place(source), _place(target))
 
 
+def join(parts: Sequence[Path], target: Path) -> None:
+    """Makes a file of others in its bucket, all but the last of 5 MB or more; Google joins 32 at a time."""
+    system, names = _system(target), [_place(part) for part in parts]
+    most = len(names) if hasattr(system, "call_s3") else 31
+    for start in range(0, len(names), most):
+        with reached(target):
+            system.merge(_place(target), [_place(target)] * (start > 0) + names[start : start + most])
+
+
 def generation(file: Path) -> str | None:
     """What changes with every write of a bucket's file; None if there is none."""
     system = _system(file)
@@ -351,7 +360,8 @@ def refusal(error: BaseException, place: str = "A bucket", bucket: str | None = 
         # Of botocore, `ClientError` is an answer; of aiohttp it is that there was none.
         answered = "BotoCoreError" not in kinds and hasattr(cause, "operation_name")
         later = isinstance(code, int) and (code >= 500 or code in (408, 429))
-        if later or (_UNREACHED & kinds and not answered) or _LATER.match(said) or _is_for_later(cause):
+        later = later or (isinstance(cause, OSError) and cause.errno in _LATER_NUMBERS)
+        if later or (_UNREACHED & kinds and not answered) or _LATER.match(said):
             return TryAgain(
                 f"{place} was not reached ({_first_line(said) or type(cause).__name__}); try again when the network "
                 "and the storage are back."
@@ -378,10 +388,6 @@ def system_error(error: Exception) -> OSError | None:
 def _names_no_object(said: str) -> bool:
     """Whether what was not found is a bucket's list of objects."""
     return re.search(r"(^|/)b/[^/]+/o(\?name=.*)?$", said) is not None
-
-
-def _is_for_later(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in _LATER_NUMBERS
 
 
 def _first_line(said: str) -> str:

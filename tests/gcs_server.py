@@ -157,6 +157,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._upload(unquote(found[1]), query, body)
         elif found := re.fullmatch(r"/storage/v1/b/([^/]+)/o/([^/]+)/rewriteTo/b/([^/]+)/o/([^/]+)", path):
             self._copy(*map(unquote, found.groups()), query)
+        elif found := re.fullmatch(r"/storage/v1/b/([^/]+)/o/([^/]+)/compose", path):
+            self._join(unquote(found[1]), unquote(found[2]), query, json.loads(body))
         elif found := re.fullmatch(r"(?:/download)?/storage/v1/b/([^/]+)/o/(.+)", path):
             self._object(unquote(found[1]), unquote(found[2]), query)
         elif found := re.fullmatch(r"/storage/v1/b/([^/]+)/o", path):
@@ -209,6 +211,12 @@ class _Handler(BaseHTTPRequestHandler):
         resource = self.server.store(to_bucket, to_key, stored.content, query)
         size = resource["size"]
         self._send(200, {"done": True, "objectSize": size, "totalBytesRewritten": size, "resource": resource})
+
+    def _join(self, bucket: str, key: str, query: dict[str, str], said: dict[str, Any]) -> None:
+        parts = [self._stored(bucket, part["name"]).content for part in said["sourceObjects"]]
+        if not 0 < len(parts) <= 32:
+            raise RefusedError(400, "not 1 to 32 objects")
+        self._send(200, self.server.store(bucket, key, b"".join(parts), query))
 
     def _stored(self, bucket: str, key: str) -> Object:
         try:

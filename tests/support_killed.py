@@ -75,21 +75,33 @@ def replaces(ready: Callable[[], None], out: Path, text: str, renamings: int) ->
         take_place(folder, out)
 
 
-def converts(ready: Callable[[], None], src: Path, dst: Path, to: str, parts: int) -> None:
-    """Converts a model, and is killed when it has written so many parts of it down."""
+def converts(ready: Callable[[], None], src: Path, dst: str, to: str, at: int | str, variables: dict[str, str]) -> None:
+    """Converts a model, and is killed when it has written so many parts of it down, or called a function of `storage`.
+
+    The variables are of the environment, by which a bucket is found.
+    """
     import headshare_jax as hs
-    from headshare_jax.convert import native_array
+    from headshare_jax.convert import native_array, pieces, storage
     from headshare_jax.convert.written import Written
 
-    native_array.SHARD_BYTES = SMALL_FILES
-    done, add = [], Written.add
-
-    def added(notes: Written, part: str, sums: list[str]) -> None:
-        add(notes, part, sums)
-        done.append(part)
-        if len(done) == parts:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    Written.add = added  # type: ignore[method-assign]
+    os.environ |= variables
+    native_array.SHARD_BYTES = pieces.PIECE_BYTES = SMALL_FILES
+    if isinstance(at, int):
+        Written.add = _killing(Written.add, at)  # type: ignore[method-assign]
+    else:
+        setattr(storage, at, _killing(getattr(storage, at), 1))
     ready()
     hs.save(hs.open_checkpoint(src), dst, to=to, tokenizer_from=src)
+
+
+def _killing(function: Callable[..., None], calls: int) -> Callable[..., None]:
+    """The function, that kills this process when it has been called so often."""
+    called = []
+
+    def killed(*args: Any) -> None:
+        function(*args)
+        called.append(args)
+        if len(called) == calls:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return killed
