@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny_cli_model
 
-# Those of them that compile a model several times take a minute, and find little that other tests do not: they are `slow`.
+# Those that compile a model several times take a minute, and find little that other tests do not: they are `slow`.
 BENCH = Path(__file__).parents[1] / "bench"
 
 
