@@ -110,7 +110,9 @@ def _is_there(piece: _Piece, file: Path, offset: int, notes: Written) -> bool:
         return False
 
 
-def _contents(piece: _Piece, head: bytes, sizes: Mapping[str, int], values: Iterator[np.ndarray]) -> Iterator[bytes | memoryview]:
+def _contents(
+    piece: _Piece, head: bytes, sizes: Mapping[str, int], values: Iterator[np.ndarray]
+) -> Iterator[bytes | memoryview]:
     if not piece.start:
         yield head
     for name in piece.names:
