@@ -75,10 +75,10 @@ class RandomWeights:
     def dtype(self, name: str) -> np.dtype[Any]:
         return np.dtype(np.float32)
 
-    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
+    def read(self, name: str, layer: int | None = None, rows: Sequence[int] | None = None) -> np.ndarray:
         assert layer is not None
         value: np.ndarray = self.weights[name, layer]
-        return value if heads is None else value[list(heads)]
+        return value if rows is None else value[list(rows)]
 
 
 def run(options: Options) -> dict[str, Any]:

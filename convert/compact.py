@@ -11,6 +11,7 @@ Before, each pool was one tensor with an index beside it (`compact_before`).
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,20 +114,20 @@ def _model_type(family: str) -> str:
 class CompactCheckpoint(TensorCheckpoint):
     """A compact checkpoint on disk, as a `WeightSource`; reads no more than the heads of the layer asked for."""
 
-    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
+    def read(self, name: str, layer: int | None = None, rows: Sequence[int] | None = None) -> np.ndarray:
         projection = PARAMETERS[name].pool
         if layer is None or projection is None or self.sharing is None or projection not in self.sharing.pooled:
-            return super().read(name, layer, heads)
+            return super().read(name, layer, rows)
         found, key, width = blocks(self.sharing, projection), BLOCKS[name], self.config.head_dim
         first_rows = [block.row for block in found]
 
-        def read_rows(rows: np.ndarray) -> np.ndarray:
-            places = np.searchsorted(first_rows, rows, side="right") - 1
-            breaks = np.flatnonzero((np.diff(places) != 0) | (np.diff(rows) != 1)) + 1
+        def read_rows(stored: np.ndarray) -> np.ndarray:
+            places = np.searchsorted(first_rows, stored, side="right") - 1
+            breaks = np.flatnonzero((np.diff(places) != 0) | (np.diff(stored) != 1)) + 1
             return np.concatenate(
                 [
                     read_run(found[place[0]], run)
-                    for place, run in zip(np.split(places, breaks), np.split(rows, breaks), strict=True)
+                    for place, run in zip(np.split(places, breaks), np.split(stored, breaks), strict=True)
                 ]
             )
 
@@ -137,7 +138,7 @@ class CompactCheckpoint(TensorCheckpoint):
             cut = None if whole else keys.Cut(key.layout.heads_axis, [part])
             return keys.decode(BLOCKS, self.config, name, self.values(tensor, cut))
 
-        return read_heads(self, name, layer, heads, read_rows)
+        return read_heads(self, name, layer, rows, read_rows)
 
     def _expected(self) -> dict[str, keys.Tensor]:
         dense = not_pooled(super()._expected(), self.sharing)
@@ -186,14 +187,15 @@ def write(
     every = dense | {name: tensor for name, (_, tensor) in pooled.items()}
     layout = {name: (tensor.shape, keys.dtype(source, tensor)) for name, tensor in every.items()}
 
-    def value(name: str) -> np.ndarray:
-        if name in dense:
-            return keys.encoded(table, source, dense[name])
+    def heads(name: str) -> np.ndarray:
         block, tensor = pooled[name]
         (parameter,) = tensor.parts
         return keys.encode(BLOCKS, config, parameter, source.read(parameter, block.layer, list(block.heads)))
 
-    huggingface.write_weights(folder, layout, value, shard_bytes, notes)
+    def reads(name: str) -> keys.Reads:
+        return keys.reads(table, source, dense[name]) if name in dense else [partial(heads, name)]
+
+    huggingface.write_weights(folder, layout, reads, shard_bytes, notes)
     (folder / MODELING.name).write_text(_modeling(config.family), encoding="utf-8")
     huggingface.write_settings(source, folder, _settings(config, sharing))
 

@@ -39,17 +39,17 @@ class PoolsCheckpoint(TensorCheckpoint):
       HeadshareError: as `TensorCheckpoint`, or an index is not that of the map.
     """
 
-    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
+    def read(self, name: str, layer: int | None = None, rows: Sequence[int] | None = None) -> np.ndarray:
         projection = PARAMETERS[name].pool
         if layer is None or projection is None or projection not in self._pooled:
-            return super().read(name, layer, heads)
+            return super().read(name, layer, rows)
         pool = POOLS[name].template
 
-        def read_rows(rows: np.ndarray) -> np.ndarray:
-            cut = keys.Cut(0, [slice(row, row + 1) for row in rows.tolist()])
+        def read_rows(stored: np.ndarray) -> np.ndarray:
+            cut = keys.Cut(0, [slice(row, row + 1) for row in stored.tolist()])
             return keys.decode(POOLS, self.config, name, self.values(pool, cut))
 
-        return read_heads(self, name, layer, heads, read_rows)
+        return read_heads(self, name, layer, rows, read_rows)
 
     @property
     def _pooled(self) -> str:

@@ -65,9 +65,9 @@ class KeptView(View):
         super().__init__(base)
         self.kept_lu = kept_lu
 
-    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
+    def read(self, name: str, layer: int | None = None, rows: Sequence[int] | None = None) -> np.ndarray:
         heads_n = None if layer is None else _heads_of(self.kept_lu[layer], self.config, name)
-        return self.base.read(name, layer, None if heads_n is None else np.flatnonzero(heads_n).tolist())
+        return self.base.read(name, layer, rows if heads_n is None else np.flatnonzero(heads_n).tolist())
 
 
 def _heads_of(units_u: np.ndarray, config: LlamaConfig, name: str) -> np.ndarray | None:
@@ -88,9 +88,9 @@ class DeciCheckpoint(TensorCheckpoint):
     kept_lu: np.ndarray = field(default_factory=lambda: np.ones((0, 0), bool))
     norms: Mapping[int, list[float]] = field(default_factory=dict)
 
-    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
+    def read(self, name: str, layer: int | None = None, rows: Sequence[int] | None = None) -> np.ndarray:
         if layer is None:
-            return super().read(name)
+            return super().read(name, layer, rows)
         kept_n = _heads_of(self.kept_lu[layer], self.config, name)
         if kept_n is None:
             if name == "attn_norm_ld" and not self.kept_lu[layer].any():
@@ -98,7 +98,7 @@ class DeciCheckpoint(TensorCheckpoint):
                 norm = np.asarray(self.norms.get(layer, ones), self.dtype(name))
                 return finite.check_weights(norm, NORM.format(layer=layer), self.path)
             return super().read(name, layer)
-        wanted_n = np.arange(len(kept_n)) if heads is None else np.asarray(heads, int)
+        wanted_n = np.arange(len(kept_n)) if rows is None else np.asarray(rows, int)
         values = np.zeros((len(wanted_n), *slice_shape(self.config, name)[1:]), self.dtype(name))
         here_n = kept_n[wanted_n]
         if here_n.any():

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from headshare_jax.convert import keys
-from headshare_jax.convert.gguf_header import GgufHeader, GgufTensor
+from headshare_jax.convert.gguf_header import GgufHeader
 from headshare_jax.convert.tensor_files import TensorInfo
 from headshare_jax.errors import HeadshareError
 from headshare_jax.sharing import finite
@@ -65,16 +65,24 @@ class GgufReader:
 
     def read_all(self, name: str) -> np.ndarray:
         """A tensor's values, in the type that they are read in."""
-        tensor = self.header.tensors[name]
-        with self._explained(name), self.header.path.open("rb") as file:
-            file.seek(tensor.offset)
-            if tensor.kind in PLAIN:
-                return np.fromfile(file, PLAIN[tensor.kind], math.prod(tensor.shape)).reshape(tensor.shape)
-            return _dequantised(file, tensor)
+        return self._rows(name, slice(0, self.header.tensors[name].shape[0]))
 
     def read(self, info: TensorInfo, name: str, cut: keys.Cut | None = None) -> np.ndarray:
-        values = self.read_all(name)
-        return values if cut is None else cut.of(values)
+        if cut is None or cut.axis or len(info.shape) == 1:
+            values = self.read_all(name)
+            return values if cut is None else cut.of(values)
+        parts = [self._rows(name, rows) for rows in cut.slices]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _rows(self, name: str, rows: slice) -> np.ndarray:
+        """Values of some rows of a tensor's first axis; nothing else is read."""
+        tensor = self.header.tensors[name]
+        row_bytes, shape = tensor.size // tensor.shape[0], (rows.stop - rows.start, *tensor.shape[1:])
+        with self._explained(name), self.header.path.open("rb") as file:
+            file.seek(tensor.offset + rows.start * row_bytes)
+            if tensor.kind in PLAIN:
+                return np.fromfile(file, PLAIN[tensor.kind], math.prod(shape)).reshape(shape)
+            return _dequantised(file, tensor.kind, shape)
 
     @contextmanager
     def _explained(self, name: str) -> Iterator[None]:
@@ -84,16 +92,17 @@ class GgufReader:
             raise HeadshareError(f"{name} cannot be read from {self.header.path} ({error}); fetch it again.") from error
 
 
-def _dequantised(file: Any, tensor: GgufTensor) -> np.ndarray:
-    """Values of a quantised tensor, float32; peak memory is the tensor plus one piece."""
-    values = np.empty(tensor.shape, np.float32)
-    rows = values.reshape(-1, tensor.shape[-1])
-    row_bytes = tensor.size // len(rows)
+def _dequantised(file: Any, kind: Kind, shape: tuple[int, ...]) -> np.ndarray:
+    """Quantised values that begin where a file is, float32; peak memory is these plus one piece."""
+    values = np.empty(shape, np.float32)
+    rows = values.reshape(-1, shape[-1])
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    row_bytes = shape[-1] // block * block_bytes
     step = max(1, _PIECE_BYTES // row_bytes)
     for start in range(0, len(rows), step):
         piece = rows[start : start + step]
         stored = np.fromfile(file, np.uint8, len(piece) * row_bytes).reshape(len(piece), row_bytes)
-        piece[:] = gguf.dequantize(stored, tensor.kind)
+        piece[:] = gguf.dequantize(stored, kind)
     return values
 
 

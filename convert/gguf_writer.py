@@ -3,8 +3,9 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -219,8 +220,18 @@ class _Weights:
         logger.warning("%s changed, and %s cannot be written here: it is stored as q8_0.", name, found.name.lower())
         return Kind.Q8_0
 
-    def stored(self, name: str) -> np.ndarray:
-        """A tensor as it is stored; bytes of the file that it comes from, where it is unchanged and of one type."""
+    def reads(self, name: str) -> keys.Reads:
+        """What gives a tensor as it is stored."""
+        if self._origin is not None or name in self._rope:
+            return [partial(self._stored, name)]
+
+        def rows(read: Callable[[], np.ndarray]) -> np.ndarray:
+            return quantised(read(), self.kinds[name], name)
+
+        return [partial(rows, read) for read in keys.reads(self._table, self._source, self._tensors[name])]
+
+    def _stored(self, name: str) -> np.ndarray:
+        """A tensor; bytes of the file that it comes from, where it is unchanged and of one type."""
         values, kind = self._values(name), self.kinds[name]
         if self._origin is not None and kind == self._origin.kinds.get(name) and self._unchanged(name, values):
             return self._origin.stored(name)
@@ -329,7 +340,7 @@ def _write(
     with temporary_folder() as folder:
         head = _head(folder / "head", architecture, metadata, weights, sizes)
     padded = {name: _aligned(size) for name, size in sizes.items()}
-    pieces.write(path, head.ljust(_aligned(len(head)), b"\0"), padded, weights.stored, notes)
+    pieces.write(path, head.ljust(_aligned(len(head)), b"\0"), padded, weights.reads, notes)
 
 
 def _aligned(size: int) -> int:

@@ -150,8 +150,8 @@ def write(
     notes: Written | None = None,
 ) -> None:
     """Writes a source into an existing folder as a plain, dense model of its family's class, such as
-    `LlamaForCausalLM`; peak memory is one tensor and those that threads read ahead, and one parameter more each where
-    tensors are fused.
+    `LlamaForCausalLM`; peak memory is one layer's tensor, or a piece of a table, and those that threads read ahead, and
+    one parameter more each where tensors are fused.
 
     A shared model is expanded: every receiver gets its own copy of its donor's weights. A normalised output head
     (Baichuan-2) is written already normalised, since plain LLaMA has no such step.
@@ -165,23 +165,23 @@ def write(
     table = keys.of_family(source.config.family)
     tensors = keys.tensors(table, source.config)
     layout = {name: (tensor.shape, keys.dtype(source, tensor)) for name, tensor in tensors.items()}
-    write_weights(folder, layout, lambda name: keys.encoded(table, source, tensors[name]), shard_bytes, notes)
+    write_weights(folder, layout, lambda name: keys.reads(table, source, tensors[name]), shard_bytes, notes)
     write_settings(source, folder)
 
 
 def write_weights(
     folder: Path,
     layout: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]],
-    value: Callable[[str], np.ndarray],
+    reads: Callable[[str], keys.Reads],
     shard_bytes: int,
     notes: Written | None = None,
 ) -> None:
-    """Writes `model.safetensors`, or shards with their index; peak memory is one tensor, or a few with notes.
+    """Writes `model.safetensors`, or shards with their index; peak memory is as of `pieces.write`.
 
     Args:
       folder: an existing folder.
       layout: shape and type of every tensor, by name.
-      value: gives a tensor by name.
+      reads: what gives a tensor, by its name.
       shard_bytes: size beyond which a new shard begins.
       notes: as for `write`.
     """
@@ -196,7 +196,7 @@ def write_weights(
     for file, names in shards.filename_to_tensors.items():
         # Widest type first keeps every tensor at a multiple of its own width.
         ordered = sorted(names, key=lambda name: -layout[name][1].itemsize)
-        write_safetensors(folder / file, {name: layout[name] for name in ordered}, value, notes)
+        write_safetensors(folder / file, {name: layout[name] for name in ordered}, reads, notes)
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         _write_json(folder / "model.safetensors.index.json", index)

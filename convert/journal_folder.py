@@ -113,7 +113,7 @@ class _FolderJournal:
         arrays = {**arrays, _SUM: _checksum(arrays)}
         layout = {name: (array.shape, array.dtype) for name, array in arrays.items()}
         with own_file(self._file(step)) as partial:
-            write_safetensors(partial, layout, arrays.__getitem__)
+            write_safetensors(partial, layout, lambda name: [lambda: arrays[name]])
 
     def _file(self, step: str) -> Path:
         return self.folder / f"{step}.safetensors"

@@ -7,6 +7,7 @@ order, each as large as its own shape asks for.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from headshare_jax.config import LlamaConfig
 from headshare_jax.families import FAMILIES
 from headshare_jax.output_head import normalized_rows
 from headshare_jax.parameters import PARAMETERS
-from headshare_jax.sharing.source import WeightSource
+from headshare_jax.sharing.source import WeightSource, runs, stored_rows
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ HEAD_BIAS_ADJACENT = Layout(
 )
 
 KeyTable = Mapping[str, Key]
+# What gives a tensor's values, some rows of its first axis after others.
+Reads = Sequence[Callable[[], np.ndarray]]
 
 LLAMA: KeyTable = {
     "embed_vd": Key("model.embed_tokens.weight", SAME),
@@ -276,22 +279,20 @@ def _part_shape(table: KeyTable, config: LlamaConfig, name: str) -> tuple[int, .
     return encode(table, config, name, like).shape
 
 
-def cut(table: KeyTable, config: LlamaConfig, name: str, heads: Sequence[int] | None = None) -> Cut | None:
-    """What of its tensor holds a parameter, or some heads of it; None if all of it does."""
+def cut(table: KeyTable, config: LlamaConfig, name: str, rows: Sequence[int] | None = None) -> Cut | None:
+    """What of its tensor holds a parameter, or those of its rows that a source is asked for; None if all of it does."""
     key, parts = table[name], fused(table, config, name)
-    if heads is None and len(parts) == 1:
+    if rows is None and len(parts) == 1:
         return None
-    axis = 0 if heads is None else key.layout.heads_axis
+    axis = 0 if rows is None else key.layout.heads_axis
     groups = config.num_kv_heads if key.grouped else 1
     sizes = {part: _part_shape(table, config, part)[axis] // groups for part in parts}
     before, size = sum(sizes[part] for part in parts[: parts.index(name)]), sizes[name]
     # Where the wanted pieces begin among the parameter's own rows, and then among the tensor's.
-    firsts, width = (
-        (np.arange(groups) * size, size) if heads is None else (np.array(heads) * config.head_dim, config.head_dim)
-    )
+    width = size if rows is None else 1 if PARAMETERS[name].pool is None else config.head_dim
+    firsts = np.asarray(range(groups) if rows is None else rows) * width
     starts = firsts // size * sum(sizes.values()) + before + firsts % size
-    runs = np.split(starts, np.flatnonzero(np.diff(starts) != width) + 1)
-    return Cut(axis, [slice(int(run[0]), int(run[-1]) + width) for run in runs])
+    return Cut(axis, runs(starts, width))
 
 
 def decode(table: KeyTable, config: LlamaConfig, name: str, part: np.ndarray) -> np.ndarray:
@@ -310,20 +311,31 @@ def encoded(table: KeyTable, source: WeightSource, tensor: Tensor) -> np.ndarray
     Besides a fused tensor, one of its parts is in memory.
     """
 
-    def part(name: str) -> np.ndarray:
-        value = source.read(name, tensor.layer)
-        if name == "head_vd" and source.config.normalize_head:
-            value = np.asarray(normalized_rows(jnp.asarray(value)))
-        return encode(table, source.config, name, value)
-
     if len(tensor.parts) == 1:
-        return part(tensor.parts[0])
+        return _encoded_rows(table, source, tensor.parts[0], tensor.layer)
     whole, end = np.empty(tensor.shape, dtype(source, tensor)), 0
     for name in tensor.parts:
-        values = part(name)
+        values = _encoded_rows(table, source, name, tensor.layer)
         start, end = end, end + len(values)
         whole[start:end] = values
     return whole
+
+
+def reads(table: KeyTable, source: WeightSource, tensor: Tensor) -> Reads:
+    """What gives the same: one, or of a tensor without layers as many as `piece_shape` has."""
+    if tensor.layer is not None:
+        return [partial(encoded, table, source, tensor)]
+    (name,) = tensor.parts
+    return [partial(_encoded_rows, table, source, name, None, rows) for _, _, rows in stored_rows(source, name)]
+
+
+def _encoded_rows(
+    table: KeyTable, source: WeightSource, name: str, layer: int | None, rows: Sequence[int] | None = None
+) -> np.ndarray:
+    value = source.read(name, layer, rows)
+    if name == "head_vd" and source.config.normalize_head:
+        value = np.asarray(normalized_rows(jnp.asarray(value)))
+    return encode(table, source.config, name, value)
 
 
 def dtype(source: WeightSource, tensor: Tensor) -> np.dtype[Any]:

@@ -80,13 +80,13 @@ class NativeCheckpoint:
     def dtype(self, name: str) -> np.dtype[Any]:
         return self.arrays[name].dtype
 
-    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
+    def read(self, name: str, layer: int | None = None, rows: Sequence[int] | None = None) -> np.ndarray:
         array = self.arrays[name]
         if layer is None:
-            return self._finite(array.read(), name, layer)
+            return self._finite(array.read() if rows is None else array.read_within(rows), name, layer)
         if PARAMETERS[name].pool is None:
             return self._finite(array.read(slice(layer, layer + 1))[0], name, layer)
-        return read_heads(self, name, layer, heads, lambda rows: self._finite(array.read(rows), name, layer))
+        return read_heads(self, name, layer, rows, lambda stored: self._finite(array.read(stored), name, layer))
 
     def _finite(self, values: np.ndarray, name: str, layer: int | None) -> np.ndarray:
         return finite.check_weights(values, finite.slice_name(name, layer), self.path)

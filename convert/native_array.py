@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from headshare_jax.convert import storage
 from headshare_jax.convert.native_document import checksum, named
 from headshare_jax.convert.written import Written
 from headshare_jax.errors import HeadshareError
+from headshare_jax.sharing.source import table_rows
 
 # A file holds as many chunks as fit into so many bytes, or one.
 SHARD_BYTES = 64 * 2**20
@@ -96,11 +97,7 @@ def _sums_there(array: ts.TensorStore, rows: slice, chunk: int) -> list[str]:
 def layout(value: Deferred) -> tuple[int, int]:
     """Rows in a chunk and in a file."""
     rows, row_bytes = value.shape[0], math.prod(value.shape[1:]) * value.dtype.itemsize
-    chunk = 1
-    if not value.layered:
-        # Equal chunks: a smaller last one would take a whole one's place on disk, with nothing to check the rest.
-        least = max(1, math.ceil(rows * row_bytes / SHARD_BYTES))
-        chunk = rows // next((count for count in range(least, 16 * least) if rows % count == 0), 1)
+    chunk = 1 if value.layered else table_rows(value.shape, value.dtype)
     return chunk, min(max(1, SHARD_BYTES // (chunk * row_bytes)) * chunk, rows)
 
 
@@ -223,6 +220,13 @@ class StoredArray:
         if changed := self._changed(values, rows):
             raise HeadshareError(f"{self.weights.parent} is damaged: {named(changed)}; copy or make it again.")
         return values
+
+    def read_within(self, rows: Sequence[int]) -> np.ndarray:
+        """Some rows of the leading axis, ascending, wherever chunks begin and end; errors as of `read`."""
+        chunk = self._chunk_rows
+        first, stop = rows[0] // chunk * chunk, min(-(-(rows[-1] + 1) // chunk) * chunk, self.shape[0])
+        values = self.read(slice(first, stop))
+        return values if len(rows) == len(values) else values[np.asarray(rows) - first]
 
     def damaged(self, rows: slice) -> list[str]:
         """What of some rows, whole chunks, cannot be read or was changed."""

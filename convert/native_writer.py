@@ -34,7 +34,7 @@ def write(
 ) -> None:
     """Writes a source into an existing folder, each layer read once.
 
-    Peak memory is a few layers' slices of a parameter, or the largest parameter without layers and a few chunks.
+    Peak memory is a few layers' slices of a parameter, or a few pieces of one without layers.
 
     Args:
       source: a model or an opened checkpoint; a shared one stores each head once.
@@ -73,12 +73,11 @@ def write(
 
 
 def _parameter(source: WeightSource, name: str, threads: int) -> Deferred:
-    shape, layered = stored_shape(source.config, name, source.sharing), PARAMETERS[name].layered
-    whole = [(slice(0, shape[0]), partial(source.read, name))]
-    layers = (
-        (rows, partial(read_rows, source, name, layer, heads)) for rows, layer, heads in stored_rows(source, name)
+    shape = stored_shape(source.config, name, source.sharing)
+    parts = (
+        (rows, partial(read_rows, source, name, layer, wanted)) for rows, layer, wanted in stored_rows(source, name)
     )
-    return Deferred(shape, source.dtype(name), layered, layers if layered else whole, threads)
+    return Deferred(shape, source.dtype(name), PARAMETERS[name].layered, parts, threads)
 
 
 @contextmanager

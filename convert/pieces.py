@@ -7,6 +7,7 @@ several tensors, are objects beside it, which the bucket joins at the end.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO
 
@@ -15,6 +16,7 @@ import xxhash
 
 from headshare_jax.ahead import in_order
 from headshare_jax.convert import storage
+from headshare_jax.convert.keys import Reads
 from headshare_jax.convert.written import Written
 
 # Of a bucket's piece, the least; S3 joins none below 5 MB but the last, and none above 5 GiB.
@@ -42,18 +44,19 @@ def write(
     path: Path,
     head: bytes,
     sizes: Mapping[str, int],
-    value: Callable[[str], np.ndarray],
+    reads: Callable[[str], Reads],
     notes: Written | None = None,
     *,
     threads: int = 0,
 ) -> None:
-    """Writes a file; peak memory is one tensor, those that threads read ahead, and one piece that is verified.
+    """Writes a file; peak memory is one of a tensor's reads, those that threads are ahead, and one piece that is
+    verified.
 
     Args:
       path: the file, which may be there as far as a process that was killed had come.
       head: what comes before the tensors.
       sizes: bytes of every tensor by its name, in file order; a smaller one is filled up with zeros.
-      value: gives a tensor by name.
+      reads: what gives a tensor, by its name.
       notes: of what was written before; what still has the checksums that they tell is kept. None by default.
       threads: that read tensors ahead.
 
@@ -71,11 +74,12 @@ def write(
             file.truncate(min(file.tell(), pieces[-1].stop))
     places = {piece: (beside / f"{piece.start}", 0) if joined else (path, piece.start) for piece in pieces}
     missing = [piece for piece, place in places.items() if not _is_there(piece, *place, notes)]
-    values = in_order(value, (name for piece in missing for name in piece.names), threads, threads)
+    of_tensors = {name: reads(name) for piece in missing for name in piece.names}
+    values = in_order(lambda read: read(), chain.from_iterable(of_tensors.values()), threads, threads)
     for piece in missing:
         digest = xxhash.xxh3_64()
         with _opened(*places[piece]) as file:
-            for content in _contents(piece, head, sizes, values):
+            for content in _contents(piece, head, sizes, of_tensors, values):
                 file.write(content)
                 digest.update(content)
         notes.add(piece.part, [digest.hexdigest()])
@@ -111,15 +115,18 @@ def _is_there(piece: _Piece, file: Path, offset: int, notes: Written) -> bool:
 
 
 def _contents(
-    piece: _Piece, head: bytes, sizes: Mapping[str, int], values: Iterator[np.ndarray]
+    piece: _Piece, head: bytes, sizes: Mapping[str, int], reads: Mapping[str, Reads], values: Iterator[np.ndarray]
 ) -> Iterator[bytes | memoryview]:
     if not piece.start:
         yield head
     for name in piece.names:
-        content = np.ascontiguousarray(next(values)).view(np.uint8).reshape(-1)
-        assert len(content) <= sizes[name]
-        yield content.data
-        yield bytes(sizes[name] - len(content))
+        left = sizes[name]
+        for rows in islice(values, len(reads[name])):
+            content = np.ascontiguousarray(rows).view(np.uint8).reshape(-1)
+            left -= len(content)
+            yield content.data
+        assert left >= 0
+        yield bytes(left)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """A checkpoint of a PostShare run, read as the model that the run would end with there."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,7 @@ class _Stored:
 
     def __init__(self, path: Path, document: dict[str, Any], sharing: SharingMap | None):
         self.path, self.sharing = path, sharing
+        self._reading, self._whole = Lock(), dict[str, np.ndarray]()
         self.config = LlamaConfig.from_json(document["config"])
         state, frozen = StoredTree(path / ARRAYS, document["seals"], cache_bytes=_CACHE_BYTES), document["frozen_in"]
         self._trees = {name: (state, f"params.{name}") for name in parameter_names(self.config)}
@@ -98,23 +100,34 @@ class _Stored:
         tree, stored = self._trees[name]
         return tree.dtype(stored)
 
-    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
+    def read(self, name: str, layer: int | None = None, rows: Sequence[int] | None = None) -> np.ndarray:
         tree, stored = self._trees[name]
 
         def checked(values: np.ndarray) -> np.ndarray:
             return finite.check_weights(values, finite.slice_name(name, layer), self.path)
 
         if layer is None:
-            return checked(tree.read(stored, [()])[0])
+            return self._table(name, rows, lambda: checked(tree.read(stored, [()])[0]))
         if PARAMETERS[name].pool is None:
             return checked(tree.read(stored, [(slice(layer, layer + 1),)])[0][0])
         return read_heads(
             self,
             name,
             layer,
-            heads,
-            lambda rows: checked(np.concatenate(tree.read(stored, [(slice(row, row + 1),) for row in rows.tolist()]))),
+            rows,
+            lambda some: checked(np.concatenate(tree.read(stored, [(slice(row, row + 1),) for row in some.tolist()]))),
         )
+
+    def _table(self, name: str, rows: Sequence[int] | None, read: Callable[[], np.ndarray]) -> np.ndarray:
+        """A parameter without layers, or rows of it; all of it is kept until the last ones were asked for.
+
+        A chunk may have a part of every row, so that reading a few takes as long as reading all.
+        """
+        with self._reading:
+            values = self._whole[name] if name in self._whole else read()
+            keeps = rows is not None and rows[-1] + 1 < len(values)
+            self._whole = {name: values} if keeps else {}
+        return values if rows is None else values[np.asarray(rows)]
 
 
 def dtype_of(source: WeightSource) -> str | None:

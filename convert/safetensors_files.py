@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from headshare_jax.convert import pieces, storage
-from headshare_jax.convert.keys import Cut
+from headshare_jax.convert.keys import Cut, Reads
 from headshare_jax.convert.tensor_files import TensorInfo
 from headshare_jax.convert.written import Written
 from headshare_jax.errors import HeadshareError
@@ -222,15 +223,15 @@ def _explained(path: Path) -> Iterator[None]:
 def write_safetensors(
     path: Path,
     layout: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]],
-    value: Callable[[str], np.ndarray],
+    reads: Callable[[str], Reads],
     notes: Written | None = None,
 ) -> None:
-    """Writes one file; peak memory is one tensor, or a few with notes.
+    """Writes one file; peak memory is as of `pieces.write`.
 
     Args:
       path: the file.
       layout: shape and type (float32, float16, bfloat16, int32 or uint8) of every tensor, by name, in file order.
-      value: gives a tensor by name.
+      reads: what gives a tensor, by its name.
       notes: of what was written before, by a process that was killed; what lies there with the checksums that it
         noted is kept.
     """
@@ -243,11 +244,14 @@ def write_safetensors(
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
 
-    def stored(name: str) -> np.ndarray:
+    def stored(name: str, read: Callable[[], np.ndarray]) -> np.ndarray:
         shape, dtype = layout[name]
-        tensor = value(name)
-        assert tensor.shape == shape
-        return np.ascontiguousarray(tensor, dtype)
+        rows = read()
+        assert rows.shape[1:] == shape[1:]
+        return np.ascontiguousarray(rows, dtype)
+
+    def stored_reads(name: str) -> Reads:
+        return [partial(stored, name, read) for read in reads(name)]
 
     notes = notes or Written()
-    pieces.write(path, len(text).to_bytes(8, "little") + text, sizes, stored, notes, threads=notes.threads)
+    pieces.write(path, len(text).to_bytes(8, "little") + text, sizes, stored_reads, notes, threads=notes.threads)

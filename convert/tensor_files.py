@@ -74,9 +74,9 @@ class TensorCheckpoint:
         types = {info.dtype for info in self._by_parameter[name] if info.dtype is not None}
         return types.pop() if len(types) == 1 else np.dtype(np.float32)
 
-    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
+    def read(self, name: str, layer: int | None = None, rows: Sequence[int] | None = None) -> np.ndarray:
         tensor = self.table[name].name(layer)
-        part = self.values(tensor, keys.cut(self.table, self.config, name, heads))
+        part = self.values(tensor, keys.cut(self.table, self.config, name, rows))
         return keys.decode(self.table, self.config, name, part)
 
     def values(self, tensor: str, cut: keys.Cut | None = None) -> np.ndarray:

@@ -44,12 +44,13 @@ class TorchReader:
 
     def read(self, info: TensorInfo, name: str, cut: Cut | None = None) -> np.ndarray:
         tensor = self._tensors(info.file)[name].detach().contiguous()
-        self._bytes_read += tensor.nbytes
         if info.dtype == ml_dtypes.bfloat16:
             values: np.ndarray = tensor.view(_torch().uint16).numpy().view(ml_dtypes.bfloat16)
         else:
             values = tensor.numpy()
-        return values if cut is None else cut.of(values)
+        found = values if cut is None else cut.of(values)
+        self._bytes_read += found.nbytes
+        return found
 
     def _tensors(self, path: Path) -> dict[str, Any]:
         """The file's tensors, mapped rather than read where its format allows; one file is open at a time."""

@@ -83,9 +83,10 @@ def converts(ready: Callable[[], None], src: Path, dst: str, to: str, at: int | 
     import headshare_jax as hs
     from headshare_jax.convert import native_array, pieces, storage
     from headshare_jax.convert.written import Written
+    from headshare_jax.sharing import source
 
     os.environ |= variables
-    native_array.SHARD_BYTES = pieces.PIECE_BYTES = SMALL_FILES
+    native_array.SHARD_BYTES = pieces.PIECE_BYTES = source.TABLE_BYTES = SMALL_FILES
     if isinstance(at, int):
         Written.add = _killing(Written.add, at)  # type: ignore[method-assign]
     else:

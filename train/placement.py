@@ -1,12 +1,14 @@
 """Parameters and training state on a mesh; every part is read by itself, so that no host holds more than its own."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
+from jax.typing import DTypeLike
 
 from headshare_jax.config import LlamaConfig
 from headshare_jax.model.mesh import parameter_sharding, replicated
@@ -70,6 +72,48 @@ def beginning_bytes(before: Mapping[str, Any], params: Mapping[str, Any], opt_st
         most = max(most, held)
         held -= bytes_on_device(before.get(name))
     return max(most, held + bytes_on_device(opt_state))
+
+
+@dataclass(frozen=True)
+class StageArrays:
+    """What a stage has on the mesh, as shapes.
+
+    Attributes:
+      state: what its steps change.
+      frozen, teacher: parameters that they do not.
+      beginning: the most bytes on a device while it takes over from the stage before.
+    """
+
+    state: TrainState
+    frozen: dict[str, jax.ShapeDtypeStruct]
+    teacher: dict[str, jax.ShapeDtypeStruct]
+    beginning: int
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes on a device of parameters, teacher and optimizer."""
+        return {
+            "parameters": bytes_on_device(self.state.params) + bytes_on_device(self.frozen),
+            "teacher": bytes_on_device(self.teacher),
+            "optimizer": bytes_on_device(self.state.opt_state),
+        }
+
+
+def stage_arrays(contexts: Sequence[StageContext], dtypes: Mapping[str, DTypeLike], mesh: Mesh) -> list[StageArrays]:
+    """What each stage of a run has on a mesh, whose devices need not be there; the model's types are given by name."""
+    found: list[StageArrays] = []
+    before: dict[str, jax.ShapeDtypeStruct] = {}
+    for context in contexts:
+        config, state = context.config, abstract_state(context, mesh)
+        # What was trained before is float32.
+        others = {name: before[name].dtype if name in before else dtypes[name] for name in split_names(context)[1]}
+        frozen = abstract_params(config, context.model_sharing, mesh, others)
+        taught = dtypes if context.stage.distill_weight else {}
+        teacher = abstract_params(config, None, mesh, taught)
+        params = {name: ({**frozen, **state.params})[name] for name in parameter_names(config)}
+        beginning = beginning_bytes(before, params, state.opt_state) + bytes_on_device(teacher)
+        found.append(StageArrays(state, frozen, teacher, beginning))
+        before = params
+    return found
 
 
 def memory_of(source: WeightSource) -> OnDevices | None:

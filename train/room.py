@@ -12,19 +12,20 @@ from headshare_jax.parameters import parameter_names
 from headshare_jax.resources import check_disk, check_memory, gigabytes
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.train import recipe as recipes
-from headshare_jax.train.placement import abstract_params, abstract_state, bytes_on_device, split_names
-from headshare_jax.train.step import StageContext, TrainState
+from headshare_jax.train.placement import abstract_params, bytes_on_device, stage_arrays
+from headshare_jax.train.step import StageContext
 
 
 def check_room(recipe: recipes.Recipe, source: Checkpoint, sharing: SharingMap, mesh: Mesh, output: Path) -> None:
     """Raises HeadshareError unless disk and memory are free that the run will need for certain.
 
     On the disk those are the checkpoints that are kept, one that is being written, and the final model; in memory,
-    parameters, gradients, optimizer state and teacher. Activations come on top: only compiling the step tells them.
+    parameters, gradients, optimizer state and teacher, or what a stage that takes over from another needs (`plan`'s
+    `beginning`), if that is more. Activations come on top: only compiling the step tells them.
     """
     contexts = [StageContext(source.config, sharing, stage, recipe) for stage in recipe.stages]
-    stages = [(context, *_arrays(context, source, mesh)) for context in contexts]
-    checkpoint = max(_bytes(state) + _bytes(frozen) for _, state, frozen in stages)
+    stages = stage_arrays(contexts, {name: source.dtype(name) for name in parameter_names(source.config)}, mesh)
+    checkpoint = max(_bytes(stage.state) + _bytes(stage.frozen) for stage in stages)
     # The best may be one more than the last ones; those of a run that goes on are there already.
     count = min(recipe.checkpoints.keep + 2, 1 + recipe.total_steps)
     final = _final(recipe, source, sharing, mesh)
@@ -33,15 +34,12 @@ def check_room(recipe: recipes.Recipe, source: Checkpoint, sharing: SharingMap, 
     check_disk(
         folder, count * checkpoint + final - there, f"A run with {count} checkpoints of {gigabytes(checkpoint)} each"
     )
-    needed = max(
-        bytes_on_device(state)
-        + bytes_on_device(state.params)
-        + bytes_on_device(frozen)
-        + _teacher(context, source, mesh)
-        for context, state, frozen in stages
-    )
+    steps = max(sum(stage.sizes().values()) + bytes_on_device(stage.state.params) for stage in stages)
+    needed = max(steps, *(stage.beginning for stage in stages))
     remedy = "train fewer parameters (stages.N.trainable), use more devices, or close other programs"
     what = "Parameters, gradients, optimizer state and teacher"
+    if needed > steps:
+        what = "Parameters of a stage and of the one before it"
     if jax.default_backend() == "cpu":
         check_memory(needed * jax.local_device_count(), f"A run (for {what.lower()} alone)", remedy)
         return
@@ -58,21 +56,6 @@ def _final(recipe: recipes.Recipe, source: Checkpoint, sharing: SharingMap, mesh
     dtypes = {name: recipe.final.dtype or source.dtype(name) for name in parameter_names(source.config)}
     stored = sharing if recipe.final.to in ("native", "hf-compact") else None
     return _bytes(abstract_params(source.config, stored, mesh, dtypes))
-
-
-def _arrays(
-    context: StageContext, source: Checkpoint, mesh: Mesh
-) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
-    """Shapes of a stage's state and of its frozen parameters."""
-    dtypes = {name: source.dtype(name) for name in split_names(context)[1]}
-    return abstract_state(context, mesh), abstract_params(context.config, context.model_sharing, mesh, dtypes)
-
-
-def _teacher(context: StageContext, source: Checkpoint, mesh: Mesh) -> int:
-    if not context.stage.distill_weight:
-        return 0
-    dtypes = {name: source.dtype(name) for name in parameter_names(context.config)}
-    return bytes_on_device(abstract_params(context.config, None, mesh, dtypes))
 
 
 def _bytes(tree: object) -> int:

@@ -23,8 +23,7 @@ def on_host(
 
     Args:
       array: anywhere.
-      rows: a row, which is then no axis of the result; some rows; by default all of the array. Of an array on several
-        processes, its leading axis must not be cut for rows to be asked for.
+      rows: a row, which is then no axis of the result; some rows; by default all of the array.
       dtype: type to bring them in, rounded where they lie; by default their own.
     """
     if isinstance(rows, int):
@@ -34,8 +33,7 @@ def on_host(
         part = array if rows is None else array[np.asarray(rows)]
         return np.asarray(part.astype(target))
     where = None if rows is None else np.asarray(rows, np.int32)
-    shape = array.shape if where is None else (len(where), *array.shape[1:])
-    held = array.sharding.shard_shape(shape)
+    shape, held = _shapes(array, where)
     axis, size = _piece_of(shape, held, target)
     values = np.empty(shape, target)
     # The axis that is gathered in pieces, as the devices' parts of it: of each, a piece has the same places.
@@ -52,9 +50,20 @@ def on_host(
 def lowered(array: jax.ShapeDtypeStruct, rows: Sequence[int] | None, dtype: str) -> jax.stages.Lowered:
     """The program by which `on_host` brings a piece of some rows, to be compiled for devices that are not there."""
     where = None if rows is None else np.asarray(rows, np.int32)
-    shape, target = array.shape if where is None else (len(where), *array.shape[1:]), jnp.dtype(dtype)
-    axis, size = _piece_of(shape, array.sharding.shard_shape(shape), target)
+    target = jnp.dtype(dtype)
+    axis, size = _piece_of(*_shapes(array, where), target)
     return _piece.lower(array, where, np.int32(0), axis=axis, size=size, dtype=target, sharding=array.sharding)
+
+
+def _shapes(
+    array: jax.Array | jax.ShapeDtypeStruct, where: np.ndarray | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of some rows of an array, or all of it: the shape, and that of a device's part, which has each of some rows."""
+    if where is None:
+        return array.shape, array.sharding.shard_shape(array.shape)
+    shape, sharding = (len(where), *array.shape[1:]), array.sharding
+    assert isinstance(sharding, NamedSharding)
+    return shape, NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:])).shard_shape(shape)
 
 
 def _piece_of(shape: tuple[int, ...], held: tuple[int, ...], dtype: np.dtype) -> tuple[int, int]:
@@ -75,12 +84,21 @@ def _piece(
     sharding: NamedSharding,
 ) -> jax.Array:
     """The same places of an axis in every device's part of an array, side by side, whole on all devices."""
+    # The mesh's axes by which rows that are asked for are cut.
+    across = sharding.spec[0] if rows is not None and sharding.spec else None
 
     def gather(part: jax.Array, rows: jax.Array | None, start: jax.Array) -> jax.Array:
-        part = part if rows is None else part[rows]
+        if rows is not None:
+            first = 0 if across is None else jax.lax.axis_index(across) * len(part)
+            part = part.at[rows - first].get(mode="fill", fill_value=0, wrap_negative_indices=False)
         part = jax.lax.dynamic_slice_in_dim(part, start, size, axis).astype(dtype)
+        if across is not None:
+            # One device along these axes has a row, the others have zeros of it.
+            bits = jax.lax.bitcast_convert_type(part, f"uint{8 * part.dtype.itemsize}")
+            part = jax.lax.bitcast_convert_type(jax.lax.psum(bits, across), part.dtype)
         for place, names in enumerate(sharding.spec):
-            part = part if names is None else jax.lax.all_gather(part, names, axis=place, tiled=True)
+            if names is not None and (place or rows is None):
+                part = jax.lax.all_gather(part, names, axis=place, tiled=True)
         return part
 
     everywhere = PartitionSpec()

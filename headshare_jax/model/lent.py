@@ -68,13 +68,13 @@ class _Lent:
     def dtype(self, name: str) -> np.dtype:
         return self._model.dtype(name) if self._dtype is None else np.dtype(jax.numpy.dtype(self._dtype))
 
-    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
-        def asked(rows: int | np.ndarray | None) -> np.ndarray:
-            from_first("lent", json.dumps({"name": name, "rows": np.asarray(rows).tolist()}))
-            found = on_host(self._model.array(name), rows, self._dtype)
+    def read(self, name: str, layer: int | None = None, rows: Sequence[int] | None = None) -> np.ndarray:
+        def asked(stored: int | np.ndarray | None) -> np.ndarray:
+            from_first("lent", json.dumps({"name": name, "rows": np.asarray(stored).tolist()}))
+            found = on_host(self._model.array(name), stored, self._dtype)
             what = finite.slice_name(name, layer)
             return finite.check_weights(found, what, "the model" if self._dtype is None else f"it, as {self._dtype},")
 
-        if layer is None or PARAMETERS[name].pool is None:
-            return asked(layer)
-        return read_heads(self, name, layer, heads, asked)
+        if layer is None:
+            return asked(None if rows is None else np.asarray(rows))
+        return asked(layer) if PARAMETERS[name].pool is None else read_heads(self, name, layer, rows, asked)

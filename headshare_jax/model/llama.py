@@ -329,16 +329,16 @@ class Llama(nnx.Module):
         """Stored type of a parameter."""
         return np.dtype(getattr(self, name).dtype)
 
-    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
+    def read(self, name: str, layer: int | None = None, rows: Sequence[int] | None = None) -> np.ndarray:
         """As `WeightSource` has it; of a model on several processes, all must read the same, and all get it."""
 
-        def read(rows: int | np.ndarray | None) -> np.ndarray:
-            value = on_host(self.array(name), rows)
+        def read(stored: int | np.ndarray | None) -> np.ndarray:
+            value = on_host(self.array(name), stored)
             return finite.check_weights(value, finite.slice_name(name, layer), "the model")
 
-        if layer is None or PARAMETERS[name].pool is None:
-            return read(layer)
-        return read_heads(self, name, layer, heads, read)
+        if layer is None:
+            return read(None if rows is None else np.asarray(rows))
+        return read(layer) if PARAMETERS[name].pool is None else read_heads(self, name, layer, rows, read)
 
     @property
     def _in_turns(self) -> InTurns | None:

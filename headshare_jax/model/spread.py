@@ -14,7 +14,7 @@ from headshare_jax.ahead import in_order
 from headshare_jax.config import LlamaConfig
 from headshare_jax.model.gather import PIECE_BYTES
 from headshare_jax.model.mesh import AXES, parameter_sharding
-from headshare_jax.parameters import PARAMETERS, slice_shape
+from headshare_jax.parameters import slice_shape
 from headshare_jax.sharing.source import WeightSource, path_of, read_rows, stored_rows, stored_shape
 
 # Layers are read together up to so many bytes; one that is larger alone.
@@ -109,21 +109,18 @@ def _is_stored(source: WeightSource) -> bool:
 def _stored_blocks(source: WeightSource, name: str, shape: tuple[int, ...]) -> Iterator[Block]:
     """A stored parameter's rows in blocks."""
     dtype = source.dtype(name)
-    if not PARAMETERS[name].layered:
-        yield Block(name, 0, shape, dtype, partial(source.read, name))
-        return
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
     start, stop, reads = 0, 0, list[Callable[[], np.ndarray]]()
 
     def block() -> Block:
         return Block(name, start, (stop - start, *shape[1:]), dtype, partial(_together, reads))
 
-    for rows, layer, heads in stored_rows(source, name):
+    for rows, layer, wanted in stored_rows(source, name):
         if reads and (rows.stop - start) * row_bytes > BLOCK_BYTES:
             yield block()
             start, reads = rows.start, []
         stop = rows.stop
-        reads.append(partial(read_rows, source, name, layer, heads))
+        reads.append(partial(read_rows, source, name, layer, wanted))
     if reads:
         yield block()
 

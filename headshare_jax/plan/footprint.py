@@ -11,7 +11,7 @@ from headshare_jax.model.mesh import batch_sharding
 from headshare_jax.parameters import parameter_names
 from headshare_jax.train import recipe as recipes
 from headshare_jax.train.inputs import check_devices, open_inputs, pairs_to_plan
-from headshare_jax.train.placement import abstract_params, abstract_state, beginning_bytes, bytes_on_device, split_names
+from headshare_jax.train.placement import StageArrays, stage_arrays
 from headshare_jax.train.step import StageContext, make_step
 
 
@@ -30,47 +30,23 @@ def footprint(recipe: recipes.Recipe) -> dict[str, Any]:
     mesh = check_devices(recipe)
     source, _, _ = open_inputs(recipe)
     sharing = pairs_to_plan(recipe, source)
+    contexts = [StageContext(source.config, sharing, stage, recipe) for stage in recipe.stages]
+    dtypes = {name: source.dtype(name) for name in parameter_names(source.config)}
     stages: list[dict[str, Any]] = []
-    before: dict[str, Any] = {}
-    for stage in recipe.stages:
-        context = StageContext(source.config, sharing, stage, recipe)
-        lowered, sizes = lowered_step(context, mesh, source.dtype("embed_vd"))
-        analysis = lowered.compile().memory_analysis()
+    for context, arrays in zip(contexts, stage_arrays(contexts, dtypes, mesh), strict=True):
+        analysis = lowered_step(context, arrays, mesh).compile().memory_analysis()
         if analysis is None:
             raise HeadshareError(f"JAX does not tell what a step needs on {jax.default_backend()}.")
-        sizes["temporaries"] = int(analysis.temp_size_in_bytes)
-        state = abstract_state(context, mesh)
-        # What was trained before is float32.
-        dtypes = {
-            name: before[name].dtype if name in before else source.dtype(name) for name in split_names(context)[1]
-        }
-        params = abstract_params(context.config, context.model_sharing, mesh, dtypes) | state.params
-        params = {name: params[name] for name in parameter_names(context.config)}
-        beginning = beginning_bytes(before, params, state.opt_state) + sizes["teacher"]
-        stages.append({"kind": stage.kind, **sizes, "total": sum(sizes.values()), "beginning": beginning})
-        before = params
+        sizes = arrays.sizes() | {"temporaries": int(analysis.temp_size_in_bytes)}
+        total = sum(sizes.values())
+        stages.append({"kind": context.stage.kind, **sizes, "total": total, "beginning": arrays.beginning})
     return {"mesh": dict(mesh.shape), "stages": stages}
 
 
-def lowered_step(context: StageContext, mesh: Mesh, dtype: Any) -> tuple[jax.stages.Lowered, dict[str, int]]:
-    """A stage's step on a mesh, to be compiled, and the bytes of what it is given on a device.
-
-    Args:
-      context: the stage.
-      mesh: its devices need not be there.
-      dtype: of parameters that do not train, and of the teacher.
-    """
-    recipe, config = context.recipe, context.config
-    state = abstract_state(context, mesh)
-    frozen = abstract_params(config, context.model_sharing, mesh, dict.fromkeys(split_names(context)[1], dtype))
-    teacher_names = parameter_names(config) if context.stage.distill_weight else ()
-    teacher = abstract_params(config, None, mesh, dict.fromkeys(teacher_names, dtype))
+def lowered_step(context: StageContext, arrays: StageArrays, mesh: Mesh) -> jax.stages.Lowered:
+    """A stage's step on a mesh, whose devices need not be there, to be compiled."""
+    recipe = context.recipe
     shape = (recipe.accumulate, recipe.batch_size // recipe.accumulate, recipe.data.seq_len)
     batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, axis=1))
-    step = make_step(context, state_sharding=jax.tree.map(lambda leaf: leaf.sharding, state))
-    sizes = {
-        "parameters": bytes_on_device(state.params) + bytes_on_device(frozen),
-        "teacher": bytes_on_device(teacher),
-        "optimizer": bytes_on_device(state.opt_state),
-    }
-    return step.lower(state, frozen, teacher, batch, batch), sizes
+    step = make_step(context, state_sharding=jax.tree.map(lambda leaf: leaf.sharding, arrays.state))
+    return step.lower(arrays.state, arrays.frozen, arrays.teacher, batch, batch)

@@ -26,8 +26,9 @@ from headshare_jax.parameters import PARAMETERS, layered_names, parameter_names,
 from headshare_jax.plan.estimate import Layout, Workload
 from headshare_jax.plan.footprint import lowered_step
 from headshare_jax.sharing.map import SharingMap
+from headshare_jax.sharing.source import piece_shape
 from headshare_jax.train import recipe as recipes
-from headshare_jax.train.placement import abstract_params, abstract_state, bytes_on_device, moments
+from headshare_jax.train.placement import abstract_params, abstract_state, bytes_on_device, moments, stage_arrays
 from headshare_jax.train.step import StageContext
 
 Lowered = jax.stages.Lowered
@@ -51,8 +52,13 @@ class Outside(NamedTuple):
 
 def training(workload: Workload, layout: Layout, mesh: Mesh, *, shared: bool) -> tuple[Lowered, dict[str, int]]:
     """A training step, tied or of align, and the bytes of what it is given on a chip."""
-    lowered, sizes = lowered_step(_context(workload, layout, shared=shared), mesh, STORED)
-    return lowered, {"parameter_bytes": sizes["parameters"], "optimizer_bytes": sizes["optimizer"]}
+    context = _context(workload, layout, shared=shared)
+    (arrays,) = stage_arrays([context], dict.fromkeys(parameter_names(workload.config), STORED), mesh)
+    sizes = arrays.sizes()
+    return lowered_step(context, arrays, mesh), {
+        "parameter_bytes": sizes["parameters"],
+        "optimizer_bytes": sizes["optimizer"],
+    }
 
 
 def serving(workload: Workload, layout: Layout, mesh: Mesh, *, shared: bool) -> tuple[Lowered, dict[str, int]]:
@@ -102,9 +108,9 @@ def _placed(params: dict[str, Any], config: LlamaConfig, mesh: Mesh) -> Outside:
     """Takes over the largest block of a parameter that is passed on at once, from the process that has read it."""
 
     def block(name: str) -> tuple[int, ...]:
-        shape = slice_shape(config, name)
+        shape = piece_shape(config, name, np.dtype(STORED))
         shape = (1, *shape) if PARAMETERS[name].axes[0] == "l" else shape
-        return min(shape[0], spread.rows_at_once(shape, np.dtype(jnp.bfloat16))), *shape[1:]
+        return min(shape[0], spread.rows_at_once(shape, np.dtype(STORED))), *shape[1:]
 
     name = max(params, key=lambda name: prod(block(name)))
     target, staged = params[name], _array(mesh, (mesh.size, *block(name)), STORED, AXES)
@@ -116,9 +122,11 @@ def _placed(params: dict[str, Any], config: LlamaConfig, mesh: Mesh) -> Outside:
 
 def _exported(params: dict[str, Any], config: LlamaConfig, held: int) -> Outside:
     """Brings a piece of the largest slice to the hosts."""
-    name = max(params, key=lambda name: prod(slice_shape(config, name)))
-    array, layer = params[name], [0] if PARAMETERS[name].layered else None
-    return Outside("export a layer", gather.lowered(array, layer, STORED), held - bytes_on_device(array))
+    shapes = {name: piece_shape(config, name, np.dtype(STORED)) for name in params}
+    name = max(params, key=lambda name: prod(shapes[name]))
+    rows = range(1 if PARAMETERS[name].axes[0] == "l" else shapes[name][0])
+    array = params[name]
+    return Outside("export a layer", gather.lowered(array, rows, STORED), held - bytes_on_device(array))
 
 
 def _refits(workload: Workload, mesh: Mesh, held: int) -> Iterator[Outside]:

@@ -25,6 +25,8 @@ from headshare_jax.sharing.map import SharingMap
 
 # Bytes; XLA's CPU buffers begin at multiples of it.
 ALIGNMENT = 64
+# A piece of a table is at most so large.
+TABLE_BYTES = 64 * 2**20
 
 
 class WeightSource(Protocol):
@@ -40,7 +42,7 @@ class WeightSource(Protocol):
     def dtype(self, name: str) -> np.dtype:
         """Stored type of a parameter."""
 
-    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
+    def read(self, name: str, layer: int | None = None, rows: Sequence[int] | None = None) -> np.ndarray:
         """A parameter's slice for one layer, or the whole of one that has no layers.
 
         Pools are read as the layer's own heads: a receiver's slot holds its donor's weights, a dropped one's zeros.
@@ -49,7 +51,8 @@ class WeightSource(Protocol):
         Args:
           name: a parameter.
           layer: the layer, for a parameter that has layers.
-          heads: of a pool, the heads of the layer that are wanted, ascending; by default all. No others need be read.
+          rows: those of the slice that are wanted, ascending, at least one; by default all. Only pools, whose rows are
+            the layer's heads, and what has no layers are asked for rows. No others need be read.
         """
 
 
@@ -102,11 +105,46 @@ def read_heads(
     return values
 
 
-def stored_rows(source: WeightSource, name: str) -> Iterator[tuple[slice, int, Sequence[int] | None]]:
-    """Of a parameter with layers, in order: rows of its leading axis, and the layer and heads that they are read as.
+def runs(starts: np.ndarray, width: int = 1) -> list[slice]:
+    """Slices `width` wide from each of some starts, int [n], ascending; those that lie side by side are one."""
+    found = np.split(starts, np.flatnonzero(np.diff(starts) != width) + 1)
+    return [slice(int(run[0]), int(run[-1]) + width) for run in found]
 
-    A layer is one row, of a pool those that the layer stores. Layers of which nothing is stored are left out.
+
+def piece_shape(config: LlamaConfig, name: str, dtype: np.dtype) -> tuple[int, ...]:
+    """Shape of the most of a parameter that is read or written at once: a layer's slice, or some rows of a table.
+
+    Tables, which have no layers, are cut into equal pieces of at most `TABLE_BYTES` in the type that they are stored
+    in; one whose number of rows has no fitting divisor is one piece.
     """
+    shape = slice_shape(config, name)
+    if PARAMETERS[name].layered:
+        return shape
+    return (table_rows(shape, dtype), *shape[1:])
+
+
+def table_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """Rows of a piece of a table, as `piece_shape` has it."""
+    # Unequal pieces would not do: a native checkpoint stores each as a chunk, and a smaller last chunk would take a
+    # whole one's place on disk, with nothing to check the rest.
+    rows = shape[0]
+    least = max(1, math.ceil(math.prod(shape) * dtype.itemsize / TABLE_BYTES))
+    return rows // next((count for count in range(least, 16 * least) if rows % count == 0), 1)
+
+
+def stored_rows(source: WeightSource, name: str) -> Iterator[tuple[slice, int | None, Sequence[int] | None]]:
+    """Of a parameter, in order: rows of its leading axis, and the layer and rows that they are read as.
+
+    A layer is one row, of a pool those that the layer stores. Layers of which nothing is stored are left out. What has
+    no layers comes in pieces (`piece_shape`).
+    """
+    if not PARAMETERS[name].layered:
+        count = slice_shape(source.config, name)[0]
+        step = piece_shape(source.config, name, _innermost(source).dtype(name))[0]
+        for start in range(0, count, step):
+            rows = slice(start, start + step)
+            yield rows, None, None if step == count else range(count)[rows]
+        return
     projection, start = PARAMETERS[name].pool, 0
     owns = None if source.sharing is None or projection is None else source.sharing.owns_weights(projection)
     for layer in range(source.config.num_layers):
@@ -117,23 +155,28 @@ def stored_rows(source: WeightSource, name: str) -> Iterator[tuple[slice, int, S
             start += count
 
 
-def read_rows(source: WeightSource, name: str, layer: int, heads: Sequence[int] | None) -> np.ndarray:
+def read_rows(source: WeightSource, name: str, layer: int | None, rows: Sequence[int] | None) -> np.ndarray:
     """Rows of a stored parameter, as `stored_rows` names them."""
-    values = source.read(name, layer, heads)
-    return values[None] if PARAMETERS[name].pool is None else values
+    values = source.read(name, layer, rows)
+    return values if layer is None or PARAMETERS[name].pool is not None else values[None]
 
 
 def stored_layers(source: WeightSource, name: str) -> Iterator[tuple[slice, np.ndarray]]:
-    """What a model stores of a parameter with layers, in order: rows of its leading axis, and their values."""
-    for rows, layer, heads in stored_rows(source, name):
-        yield rows, read_rows(source, name, layer, heads)
+    """What a model stores of a parameter, in order: rows of its leading axis, and their values."""
+    for rows, layer, wanted in stored_rows(source, name):
+        yield rows, read_rows(source, name, layer, wanted)
 
 
 def path_of(source: WeightSource) -> Path | None:
     """The file or folder of a checkpoint, or of the one that a view reads; None for a model in memory."""
+    return getattr(_innermost(source), "path", None)
+
+
+def _innermost(source: WeightSource) -> WeightSource:
+    """What a view, or a view of views, reads."""
     while (base := getattr(source, "base", None)) is not None:
         source = base
-    return getattr(source, "path", None)
+    return source
 
 
 def assemble(source: WeightSource, name: str) -> np.ndarray:

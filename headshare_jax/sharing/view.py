@@ -53,8 +53,8 @@ class View:
     def dtype(self, name: str) -> np.dtype:
         return self.base.dtype(name)
 
-    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
-        return self.base.read(name, layer, heads)
+    def read(self, name: str, layer: int | None = None, rows: Sequence[int] | None = None) -> np.ndarray:
+        return self.base.read(name, layer, rows)
 
 
 class SharedView(View):
@@ -96,15 +96,15 @@ class SharedView(View):
     def sharing(self) -> SharingMap:
         return self._sharing
 
-    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
+    def read(self, name: str, layer: int | None = None, rows: Sequence[int] | None = None) -> np.ndarray:
         projection = PARAMETERS[name].pool
         if layer is None or projection is None:
-            return self.base.read(name, layer, heads)
+            return self.base.read(name, layer, rows)
         slot_n = self.sharing.slot_donor(projection)[layer]
         per_layer = len(slot_n)
-        slot_n = slot_n if heads is None else slot_n[list(heads)]
+        slot_n = slot_n if rows is None else slot_n[list(rows)]
         layer_n = np.where(slot_n == DROPPED, DROPPED, slot_n // per_layer)
-        if (layer_n == layer).all() and heads is None and len(np.unique(slot_n)) == per_layer:
+        if (layer_n == layer).all() and rows is None and len(np.unique(slot_n)) == per_layer:
             return self.base.read(name, layer)
         values = np.zeros((len(slot_n), *slice_shape(self.config, name)[1:]), self.dtype(name))
         for donor_layer in np.unique(layer_n[layer_n != DROPPED]):
@@ -142,11 +142,11 @@ class ReplacedView(View):
         super().__init__(base)
         self.values = values
 
-    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
+    def read(self, name: str, layer: int | None = None, rows: Sequence[int] | None = None) -> np.ndarray:
         value = None if layer is None else self.values.get((name, layer))
         if value is None:
-            return self.base.read(name, layer, heads)
-        return value if heads is None else value[list(heads)]
+            return self.base.read(name, layer, rows)
+        return value if rows is None else value[list(rows)]
 
 
 class CastView(View):
@@ -162,8 +162,8 @@ class CastView(View):
     def dtype(self, name: str) -> np.dtype:
         return self._dtype
 
-    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
-        values = self.base.read(name, layer, heads)
+    def read(self, name: str, layer: int | None = None, rows: Sequence[int] | None = None) -> np.ndarray:
+        values = self.base.read(name, layer, rows)
         with np.errstate(over="ignore"):
             rounded = values.astype(self._dtype, copy=False)
         if rounded is not values and not finite.is_finite(rounded):
@@ -186,8 +186,8 @@ class WatchedView(View):
         self._total = len(parameter_names(config)) + (config.num_layers - 1) * len(layered)
         self._progress, self._read = progress, set[tuple[str, int | None]]()
 
-    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
-        values = self.base.read(name, layer, heads)
+    def read(self, name: str, layer: int | None = None, rows: Sequence[int] | None = None) -> np.ndarray:
+        values = self.base.read(name, layer, rows)
         self._read.add((name, layer))
         self._progress(len(self._read), self._total)
         return values

@@ -1,5 +1,6 @@
-"""Single heads of a layer: what every kind of checkpoint gives of them, and how little is read for them."""
+"""Single heads of a layer, and rows of a table: what checkpoints give of them, and how little is read for them."""
 
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,8 +15,12 @@ from support_gguf import write_gguf
 import headshare_jax
 from headshare_jax import SharedView, parameters
 from headshare_jax.convert import safetensors_files, storage
+from headshare_jax.convert.tensor_files import TensorCheckpoint
+from headshare_jax.model.mesh import make_mesh
 from headshare_jax.parameters import PARAMETERS
-from headshare_jax.sharing.source import assemble
+from headshare_jax.sharing import source as source_module
+from headshare_jax.sharing.source import WeightSource, assemble
+from headshare_jax.sharing.view import CastView
 
 
 def write_bin(path: Path) -> Path:
@@ -61,6 +66,48 @@ def test_heads_are_those_of_the_whole_layer(tmp_path: Path, kind: str) -> None:
                 part = source.read(name, layer, heads)
                 assert part.dtype == whole.dtype
                 assert np.array_equal(part, whole[heads]), (name, layer, heads)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "view", "model"])
+def test_rows_are_those_of_the_whole_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    # Chunks of a native checkpoint begin and end within what is asked for.
+    monkeypatch.setattr(source_module, "TABLE_BYTES", 3000)
+    source: WeightSource = headshare_jax.open_checkpoint(KINDS.get(kind, native)(tmp_path / "model"))
+    if kind == "view":
+        source = CastView(SharedView(source, sharing_by_hand(source, "qkv", {5: 0})), "float32")
+    elif kind == "model":
+        source = headshare_jax.Llama.of(source, mesh=make_mesh((2, 2, 2)))
+    for name in ("embed_vd", "head_vd", "final_norm_d"):
+        whole = source.read(name)
+        for rows in ([0], [len(whole) - 1], range(3, len(whole) - 2), [1, 2, 5, 17], range(len(whole))):
+            part = source.read(name, None, rows)
+            assert part.dtype == whole.dtype
+            assert np.array_equal(part, whole[list(rows)]), (name, rows)
+
+
+@pytest.mark.parametrize("to", ["native", "hf", "hf-compact", "gguf"])
+def test_tables_are_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: Any) -> None:
+    source = headshare_jax.open_checkpoint(saved_hf_model(tmp_path / "model"))
+    view = SharedView(source, sharing_by_hand(source, "qkv", {5: 0}))
+    ending = ".gguf" if to == "gguf" else ""
+    headshare_jax.save(view, tmp_path / f"whole{ending}", to=to)
+    table_bytes = source.read("embed_vd").nbytes
+    monkeypatch.setattr(source_module, "TABLE_BYTES", table_bytes // 3)
+    largest = Counter[str]()
+    read = TensorCheckpoint.read
+
+    def watched(self: TensorCheckpoint, name: str, layer: int | None = None, rows: Any = None) -> np.ndarray:
+        values = read(self, name, layer, rows)
+        largest[name] = max(largest[name], values.nbytes)
+        return values
+
+    monkeypatch.setattr(TensorCheckpoint, "read", watched)
+    headshare_jax.save(view, tmp_path / f"pieces{ending}", to=to)
+    assert 0 < largest["embed_vd"] <= table_bytes // 3
+    assert 0 < largest["head_vd"] <= table_bytes // 3
+    whole, pieces = (headshare_jax.open_checkpoint(tmp_path / f"{name}{ending}") for name in ("whole", "pieces"))
+    for name in parameters.parameter_names(source.config):
+        assert np.array_equal(assemble(pieces, name), assemble(whole, name)), name
 
 
 class Sliced:
@@ -112,4 +159,5 @@ def test_of_some_rows_of_a_tensor_no_other_bytes_are_read(tmp_path: Path, monkey
 
     monkeypatch.setattr(storage, "read_array", counted)
     part = source.read("q_pool_pdh", 1, [1, 2])
-    assert sizes == [part.nbytes]
+    rows = source.read("embed_vd", None, range(5, 9))
+    assert sizes == [part.nbytes, rows.nbytes]

@@ -58,9 +58,9 @@ class Numbers:
     def dtype(self, name: str) -> np.dtype:
         return np.dtype(np.float32)
 
-    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
+    def read(self, name: str, layer: int | None = None, rows: Sequence[int] | None = None) -> np.ndarray:
         value = self.values[name, layer]
-        return value if heads is None else value[list(heads)]
+        return value if rows is None else value[list(rows)]
 
 
 def grouped(table: keys.KeyTable, source: Numbers, tensor: keys.Tensor) -> np.ndarray:

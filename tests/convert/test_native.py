@@ -111,6 +111,7 @@ def test_a_conversion_from_a_checkpoint_on_disk_keeps_sharing(tmp_path: Path) ->
 
 def test_parameters_larger_than_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headshare_jax.convert.native_array.SHARD_BYTES", 1000)
+    monkeypatch.setattr("headshare_jax.sharing.source.TABLE_BYTES", 1000)
     model = tiny_model()
     headshare_jax.save(model, tmp_path / "out")
     assert len(list((tmp_path / "out" / WEIGHTS / "embed_vd" / "c").iterdir())) >= 40
@@ -122,6 +123,7 @@ def test_parameters_larger_than_a_chunk(tmp_path: Path, monkeypatch: pytest.Monk
 def test_files_of_several_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, vocab_size: int) -> None:
     """Also where files end within a layer, and where the rows of an embedding cannot be cut evenly."""
     monkeypatch.setattr("headshare_jax.convert.native_array.SHARD_BYTES", size)
+    monkeypatch.setattr("headshare_jax.sharing.source.TABLE_BYTES", size)
     model = shared_model("qkvo", vocab_size=vocab_size)
     headshare_jax.save(model, tmp_path / "out")
     assert len(list((tmp_path / "out" / WEIGHTS / "q_pool_pdh" / "c").iterdir())) == -(-6 // (size // 4096))
@@ -147,19 +149,20 @@ class Counted:
 
     def __init__(self, base: Any):
         self.base, self.config, self.sharing = base, base.config, base.sharing
-        self.reads: list[tuple[str, int | None]] = []
+        self.reads: list[tuple[str, int | None, str]] = []
 
     def dtype(self, name: str) -> np.dtype[Any]:
         return np.dtype(self.base.dtype(name))
 
-    def read(self, name: str, layer: int | None = None, heads: Any = None) -> np.ndarray:
-        self.reads.append((name, layer))
-        return np.array(self.base.read(name, layer, heads))
+    def read(self, name: str, layer: int | None = None, rows: Any = None) -> np.ndarray:
+        self.reads.append((name, layer, str(rows)))
+        return np.array(self.base.read(name, layer, rows))
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_layers_are_read_once_and_never_stacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
     monkeypatch.setattr("headshare_jax.convert.native_array.SHARD_BYTES", 10_000)
+    monkeypatch.setattr("headshare_jax.sharing.source.TABLE_BYTES", 10_000)
     model = tiny_model(num_hidden_layers=24, intermediate_size=512)
     if shared:
         model = headshare_jax.share(model, sharing_by_hand(model, "qkvo", {3: 0, 4: 0}))
@@ -181,10 +184,10 @@ def test_after_an_error_nothing_more_is_written(tmp_path: Path, monkeypatch: pyt
     source = Counted(tiny_model())
     read = source.read
 
-    def failing(name: str, layer: int | None = None, heads: Any = None) -> np.ndarray:
+    def failing(name: str, layer: int | None = None, rows: Any = None) -> np.ndarray:
         if (name, layer) == ("up_ldf", 2):
             raise HeadshareError("No more layers.")
-        return read(name, layer, heads)
+        return read(name, layer, rows)
 
     monkeypatch.setattr(source, "read", failing)
     with pytest.raises(HeadshareError, match="No more layers"):

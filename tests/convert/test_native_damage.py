@@ -34,6 +34,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dense = tiny_model(attention_bias=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("headshare_jax.convert.native_array.SHARD_BYTES", 30_000)
+        patch.setattr("headshare_jax.sharing.source.TABLE_BYTES", 30_000)
         shared = headshare_jax.share(dense, sharing_by_hand(dense, "qkv", {2: 0, 4: 1, 5: 1}))
         tokenizer = WRITTEN / "dense"
         headshare_jax.save(shared, folder, tokenizer_from=tokenizer, documents={"headshare_fit.json": '{"a": 1}'})

@@ -27,6 +27,7 @@ def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two layers of a pool in a file, a few tensors in a piece."""
     monkeypatch.setattr("headshare_jax.convert.native_array.SHARD_BYTES", SMALL_FILES)
     monkeypatch.setattr("headshare_jax.convert.pieces.PIECE_BYTES", SMALL_FILES)
+    monkeypatch.setattr("headshare_jax.sharing.source.TABLE_BYTES", SMALL_FILES)
 
 
 @pytest.fixture
@@ -188,7 +189,7 @@ def test_a_whole_file_is_put_in_place_though_its_process_was_killed(
 
 
 def test_threads_raise_what_a_source_raises(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(self: TensorCheckpoint, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> Any:
+    def fails(self: TensorCheckpoint, name: str, layer: int | None = None, rows: Sequence[int] | None = None) -> Any:
         raise hs.HeadshareError(f"{name} is damaged.")
 
     source = hs.open_checkpoint(model)

@@ -127,7 +127,7 @@ class CountedLayers:
         self.config, self.sharing, self.dtype = model.config, model.sharing, model.dtype
         self.reads: list[int] = []
 
-    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
+    def read(self, name: str, layer: int | None = None, rows: Sequence[int] | None = None) -> np.ndarray:
         assert layer is not None, "matching needs no whole parameter"
         self.reads.append(layer)
         return self.model.read(name, layer)

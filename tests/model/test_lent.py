@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import tiny_cli_model
 from support import sharing_by_hand
 
 import headshare_jax as hs
 from headshare_jax.parameters import parameter_names
+from headshare_jax.sharing import source
 from headshare_jax.sharing.view import SharedView, cast
 
 _WORK = """
@@ -25,8 +27,10 @@ from headshare_jax.model.lent import lent
 from headshare_jax.model.llama import Llama
 from headshare_jax.model.mesh import make_mesh
 from headshare_jax.convert import map_file
+from headshare_jax.sharing import source
 from pathlib import Path
 gather.PIECE_BYTES = int(pieces)
+source.TABLE_BYTES = 4 * int(pieces)
 folder = Path(folder)
 model = Llama.of(hs.open_checkpoint(folder / "model"), mesh=make_mesh((1, 4, 2)))
 assert not model.array("embed_vd").is_fully_addressable
@@ -42,7 +46,7 @@ print(gather._piece._cache_size())
 """
 
 
-def test_the_first_process_writes_what_lies_on_both(tmp_path: Path) -> None:
+def test_the_first_process_writes_what_lies_on_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_cli_model.saved(tmp_path / "model")
     dense = hs.load(tmp_path / "model")
     sharing = sharing_by_hand(dense, "qkv", {2: 0, 3: 1})
@@ -50,6 +54,8 @@ def test_the_first_process_writes_what_lies_on_both(tmp_path: Path) -> None:
     # No slice is gathered in one piece.
     pieces = dense.read("embed_vd").nbytes // 16
     run_two(_WORK, tmp_path, str(pieces))
+    # Tables are read a part at a time, and so they lie in as many chunks.
+    monkeypatch.setattr(source, "TABLE_BYTES", 4 * pieces)
     expected = cast(SharedView(dense, sharing, check_source=False), "bfloat16")
     hs.save(expected, tmp_path / "expected")
     for path in (tmp_path / "expected").rglob("*"):

@@ -36,8 +36,8 @@ from test_together import SHARED, TEXT
 class Counted(View):
     count = 0
 
-    def read(self, name, layer=None, heads=None):
-        values = super().read(name, layer, heads)
+    def read(self, name, layer=None, rows=None):
+        values = super().read(name, layer, rows)
         self.count += values.nbytes
         return values
 

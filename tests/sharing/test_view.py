@@ -46,9 +46,9 @@ class Counted(View):
         super().__init__(base)
         self.reads: Counter[tuple[str, int | None]] = Counter()
 
-    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
+    def read(self, name: str, layer: int | None = None, rows: Sequence[int] | None = None) -> np.ndarray:
         self.reads[name, layer] += 1
-        return self.base.read(name, layer, heads)
+        return self.base.read(name, layer, rows)
 
 
 def by_hand(model: Llama, sharing: SharingMap, name: str, layer: int) -> np.ndarray:

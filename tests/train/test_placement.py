@@ -14,6 +14,7 @@ from headshare_jax.model import spread
 from headshare_jax.model.mesh import make_mesh
 from headshare_jax.model.place import place
 from headshare_jax.parameters import PARAMETERS, parameter_names
+from headshare_jax.sharing import source as source_module
 from headshare_jax.sharing.view import View
 from headshare_jax.train import recipe as recipes
 from headshare_jax.train.placement import abstract_state, begin
@@ -25,9 +26,9 @@ class Watched(View):
 
     reads: Counter[tuple[str, int | None]]
 
-    def read(self, name: str, layer: int | None = None, heads: Sequence[int] | None = None) -> np.ndarray:
+    def read(self, name: str, layer: int | None = None, rows: Sequence[int] | None = None) -> np.ndarray:
         self.reads[name, layer] += 1
-        return super().read(name, layer, heads)
+        return super().read(name, layer, rows)
 
 
 @pytest.mark.parametrize("tie", ["qkv", "mixed"])
@@ -69,6 +70,24 @@ def test_a_host_has_two_layers_beside_what_its_devices_hold(monkeypatch: pytest.
     finally:
         tracemalloc.stop()
     np.testing.assert_array_equal(placed, dense.array(name))
+    assert peak < 4 * whole // 16 + 100_000 < whole // 3
+
+
+def test_a_table_is_placed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = tiny_model(vocab_size=4096, hidden_size=512)
+    whole = dense.array("embed_vd").nbytes
+    monkeypatch.setattr(source_module, "TABLE_BYTES", whole // 16)
+    source = Watched(dense)
+    source.reads = Counter()
+    place(source, ["embed_vd"], make_mesh((1, 4, 2)))
+    tracemalloc.start()
+    try:
+        placed = place(source, ["embed_vd"], make_mesh((1, 4, 2)))["embed_vd"]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(placed, dense.array("embed_vd"))
+    assert source.reads["embed_vd", None] == 2 * 16
     assert peak < 4 * whole // 16 + 100_000 < whole // 3
 
 

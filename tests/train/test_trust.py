@@ -4,14 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
-from postshare_run import REFIT, TIED, metrics, recipe
+from postshare_run import ALIGN, REFIT, TIED, metrics, recipe
 
 import headshare_jax as hs
 from headshare_jax import cli, resources
 from headshare_jax.convert import map_file
 from headshare_jax.errors import HeadshareError
+from headshare_jax.plan.footprint import footprint
 from headshare_jax.train import inputs, loop, step
 from headshare_jax.train import recipe as recipes
 from headshare_jax.train.time_left import TimeLeft
@@ -121,6 +123,20 @@ def test_a_run_that_finds_no_room_is_refused_before_anything_is_done(
     monkeypatch.setattr(resources.shutil, "disk_usage", lambda folder: usage._replace(free=10**6))
     with pytest.raises(HeadshareError, match=r"A run with 4 checkpoints of .* MB each needs about .* on the disk of"):
         loop.run(recipe(workplace), tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_change_of_stage_that_finds_no_room_is_refused(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each stage trains one vector; its other parameters are there twice, but for one at a time, when it begins.
+    stages = [stage | {"trainable": "final_norm_d", "distill_weight": 0.0} for stage in (ALIGN, TIED)]
+    small = recipe(workplace, stages=stages)
+    needed = max(stage["beginning"] for stage in footprint(small)["stages"]) * jax.local_device_count()
+    monkeypatch.delattr(inputs, "match")
+    monkeypatch.setattr(resources, "free_memory", lambda: needed - 1)
+    with pytest.raises(HeadshareError, match=r"A run .* needs about .* of memory"):
+        loop.run(small, tmp_path / "run")
     assert not list(tmp_path.iterdir())
 
 
