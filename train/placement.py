@@ -109,7 +109,8 @@ def stage_arrays(contexts: Sequence[StageContext], dtypes: Mapping[str, DTypeLik
         frozen = abstract_params(config, context.model_sharing, mesh, others)
         taught = dtypes if context.stage.distill_weight else {}
         teacher = abstract_params(config, None, mesh, taught)
-        params = {name: ({**frozen, **state.params})[name] for name in parameter_names(config)}
+        every: dict[str, Any] = {**frozen, **state.params}
+        params = {name: every[name] for name in parameter_names(config)}
         beginning = beginning_bytes(before, params, state.opt_state) + bytes_on_device(teacher)
         found.append(StageArrays(state, frozen, teacher, beginning))
         before = params
