@@ -1,6 +1,7 @@
 """A run whose model, text, recipe, cache and output are all in a bucket is the run that a folder would have had."""
 
 import os
+import signal
 import subprocess
 import sys
 import uuid
@@ -11,6 +12,7 @@ import gcs_server
 import numpy as np
 import pytest
 from postshare_run import final_weights, losses, recipe
+from support_processes import ended, started
 
 from headshare_jax.convert import storage
 from headshare_jax.train import recipe as recipes
@@ -54,6 +56,41 @@ def test_a_run_in_a_bucket_is_killed_and_resumed(
         run.kill()
     subprocess.run([*run_it, "--resume"], env=variables, check=True)
     assert_as_in_a_folder(there, finished)
+
+
+@pytest.fixture(scope="module")
+def finished_by_four(workplace: Path) -> Path:
+    """The run of `finished` by four processes, never interrupted."""
+    (workplace / "recipe.yaml").write_text(recipes.to_yaml(recipe(workplace)))
+    assert_done(by_four("--config", workplace / "recipe.yaml", "-o", workplace / "four"))
+    return workplace / "four"
+
+
+def by_four(*arguments: object, **variables: str) -> list[subprocess.Popen[str]]:
+    """Starts a run in four processes that have the devices of one."""
+    return started(arguments, 4, **variables | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2")})
+
+
+def assert_done(processes: list[subprocess.Popen[str]]) -> None:
+    for code, said in ended(processes):
+        assert code == 0, said
+
+
+@pytest.mark.parametrize("scheme", buckets.SCHEMES)
+def test_a_run_of_four_processes_in_a_bucket_is_killed_and_resumed(
+    scheme: str, workplace: Path, finished_by_four: Path, servers: dict[str, buckets.Server]
+) -> None:
+    there, run_it, variables = begin(scheme, workplace, servers[scheme].variables)
+    arguments = run_it[run_it.index("postshare") + 1 :]
+    killed = by_four(*arguments, **variables)
+    assert killed[0].stdout is not None
+    # Behind the checkpoint of step 4.
+    assert any(line.startswith("step 5") for line in killed[0].stdout)
+    for process in killed:
+        process.kill()
+    assert [code for code, _ in ended(killed)] == [-signal.SIGKILL] * 4
+    assert_done(by_four(*arguments, "--resume", **variables))
+    assert_as_in_a_folder(there, finished_by_four)
 
 
 def test_a_bucket_that_breaks_off_ends_a_run_that_goes_on_later(
