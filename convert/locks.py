@@ -77,9 +77,16 @@ def held(folder: Path) -> Iterator[None]:
         with leases.Lease(path) as lease:
             if lease.found is not None:
                 logger.warning(
-                    "The folder %s was left by process %s, which was killed.", folder, lease.found.get("pid")
+                    "The folder %s was left by process %s, which was killed or cut off.",
+                    folder,
+                    lease.found.get("pid"),
                 )
-            yield
+            try:
+                yield
+            except TryAgain:
+                # If it is the bucket that is not reached, giving the lease back would be tried for long, in vain.
+                lease.leave()
+                raise
         return
     try:
         with deferred():

@@ -373,10 +373,10 @@ def refusal(error: BaseException, place: str = "A bucket", bucket: str | None = 
 _LIBRARIES = {"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "requests", "s3fs"}
 
 
-def is_about_buckets(error: BaseException) -> bool:
-    """Whether an error that nobody has put in words comes from a bucket."""
+def refusal_unnamed(error: BaseException) -> HeadshareError | None:
+    """What an error means that nobody has put in words, if it comes from a bucket."""
     own = {type(cause).__module__.partition(".")[0] for cause in _causes(error)}
-    return bool(own & _LIBRARIES) or re.search(r"\b(gs|s3)://", str(error)) is not None
+    return refusal(error) if own & _LIBRARIES or re.search(r"\b(gs|s3)://", str(error)) else None
 
 
 def system_error(error: Exception) -> OSError | None:

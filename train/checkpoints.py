@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from headshare_jax.convert import checkpoint_document, storage, stored_tree
+from headshare_jax.convert import checkpoint_document, seen, storage, stored_tree
 from headshare_jax.convert.checkpoint_document import ARRAYS
 from headshare_jax.convert.stored_tree import Part, StoredTree
 from headshare_jax.errors import HeadshareError, TryAgain
@@ -63,11 +63,15 @@ class RunCheckpoints:
     written last: the recipe, the stage, the map, and whatever else a resumed run needs to know. The parameters that do
     not train in a stage are written once, beside its checkpoints. Used as a context manager, it waits for the last save
     to be complete.
+
+    Attributes:
+      newest: step of the last whole checkpoint; None as long as there is none that this process knows of.
     """
 
     def __init__(self, folder: Path, keep: int):
         """Keeps the last `keep` checkpoints, and the one with the lowest perplexity."""
         self.folder, self.keep = folder, keep
+        self.newest: int | None = None
         # Of every whole checkpoint, its perplexity and where its frozen parameters are.
         self._known: dict[int, dict[str, Any]] = {}
         # The stage whose frozen parameters are written, and what its checkpoints say of them.
@@ -141,7 +145,7 @@ class RunCheckpoints:
 
     def _write(self, job: _Job) -> None:
         """Writes this process's parts of the arrays; returns when all processes have."""
-        with self._undone(job), together("write a checkpoint"), self._explained():
+        with self._undone(job), together("write a checkpoint"), self._explained(job):
             me = jax.process_index()
             stored_tree.write(job.folder / ARRAYS, job.state, me)
             if job.frozen:
@@ -150,7 +154,7 @@ class RunCheckpoints:
     def _commit(self, job: _Job) -> None:
         """The first process writes the document, and removes what need not be kept any longer."""
         stage, frozen = job.document["stage"], self._frozen[1] if self._frozen else {}
-        with self._undone(job), together("complete a checkpoint"), self._explained():
+        with self._undone(job), together("complete a checkpoint"), self._explained(job):
             if jax.process_index() == 0:
                 count = jax.process_count()
                 if job.frozen:
@@ -161,8 +165,9 @@ class RunCheckpoints:
                     "seals": stored_tree.seals(job.folder / ARRAYS, count),
                 }
                 checkpoint_document.write(job.folder, document)
-                self._known[job.step] = document
+                self._known[job.step], self.newest = document, job.step
                 self._prune()
+        self.newest = job.step
         if job.frozen:
             self._frozen = stage, frozen
 
@@ -178,16 +183,15 @@ class RunCheckpoints:
             raise
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explained(self, job: _Job) -> Iterator[None]:
         try:
             yield
+        except TryAgain:
+            raise
         except Exception as error:  # each storage has its own
-            refused = storage.refusal_at(error, self.folder, "it")
-            if isinstance(refused or error, TryAgain):
-                raise TryAgain(
-                    f"A checkpoint in {self.folder} could not be written, as it was not reached; earlier ones are "
-                    "intact. Resume the run when the network and the storage are back."
-                ) from error
+            refused = storage.refusal_at(error, job.folder, "it")
+            if isinstance(refused, TryAgain):
+                raise TryAgain(f"The checkpoint in {job.folder} was not written: {refused}") from error
             raise HeadshareError(
                 f"A checkpoint in {self.folder} could not be written ({refused or _reason(error)}); earlier ones are "
                 "intact."
@@ -247,7 +251,7 @@ class RunCheckpoints:
             if jax.process_index() == 0:
                 self._tidy(reasons)
         if found is not None:
-            document = found[2]
+            self.newest, document = found[0], found[2]
             self._frozen = (document["stage"], document["frozen_in"]) if document.get("frozen_in") else None
         return found
 
@@ -303,7 +307,7 @@ def _frozen_name(job: _Job) -> str:
 
 
 def _entries(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
+    return list(folder.iterdir()) if seen.is_folder(folder) else []
 
 
 def _remove(folder: Path) -> None:

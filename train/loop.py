@@ -78,7 +78,7 @@ def run(
     Raises:
       HeadshareError: the recipe cannot be run, `output` is not a run to be resumed, or too many steps were not finite;
         a checkpoint is then kept.
-      TryAgain: another process is at work on this run.
+      TryAgain: another process is at work on this run, or a bucket is not reached; it names the last checkpoint.
       KeyboardInterrupt: it was stopped by Ctrl-C.
     """
     began, stopping = time.perf_counter(), Stop()
@@ -88,8 +88,10 @@ def run(
     with ExitStack() as stack:
         task = _begun(recipe, output, resume, progress, stack)
         folder = output / run_folder.CHECKPOINTS
-        set_remedy(partial(run_folder.remedy, folder))
-        checkpoints = stack.enter_context(RunCheckpoints(folder, recipe.checkpoints.keep))
+        checkpoints = RunCheckpoints(folder, recipe.checkpoints.keep)
+        set_remedy(lambda: run_folder.remedy(checkpoints.newest))
+        stack.enter_context(run_folder.resumable(lambda: checkpoints.newest))
+        stack.enter_context(checkpoints)
         stack.enter_context(handled(stopping.note))
         trainer = _Trainer(task, checkpoints, stopping, report, progress, began)
         trainer.start(resume)

@@ -17,9 +17,10 @@ import numpy as np
 
 from headshare_jax.chips import published_flops
 from headshare_jax.config import LlamaConfig
+from headshare_jax.convert import seen
 from headshare_jax.convert.atomic import own_file
-from headshare_jax.convert.storage import in_bucket
-from headshare_jax.errors import HeadshareError
+from headshare_jax.convert.storage import in_bucket, reached
+from headshare_jax.errors import HeadshareError, TryAgain
 
 METRICS, PLOT, _WANDB_ID = "metrics.jsonl", "metrics.png", "wandb.txt"
 # Of a line's values, those that depend on the machine.
@@ -51,14 +52,15 @@ class MetricsLog:
         self._board, self._sent_to = None, None
         # Every process has them all, so that all decide alike.
         self._lines: list[str] = []
-        if self.path.is_file():
+        if seen.is_file(self.path):
             # A kill may have left anything in the last line.
-            text = self.path.read_text(encoding="utf-8", errors="replace")
+            with reached(self.path):
+                text = self.path.read_text(encoding="utf-8", errors="replace")
             self._lines = [line for line in text.splitlines() if _step_of(line) <= from_step]
         self._written, self._since = len(self._lines), time.monotonic()
         if not self._writes:
             return
-        if self._lines or self.path.is_file():
+        if self._lines or seen.is_file(self.path):
             with own_file(self.path) as partial:
                 partial.write_text("".join(f"{line}\n" for line in self._lines), encoding="utf-8")
         if find_spec("tensorboardX"):
@@ -101,7 +103,9 @@ class MetricsLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        self.flush()
+        # A bucket that was not reached would be waited for once more; no line of a step after a checkpoint is needed.
+        if kind is None or not issubclass(kind, TryAgain):
+            self.flush()
         if self._board is not None:
             self._board.close()
         if self._sent_to is not None:
@@ -122,7 +126,8 @@ class MetricsLog:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
-            yield
+            with reached(self.path):
+                yield
         except OSError as error:
             raise HeadshareError(
                 f"{self.path} cannot be written ({error.strerror}); make room, and resume the run.", option="resume"

@@ -2,17 +2,16 @@
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import jax
 
-from headshare_jax.convert import checkpoint_document, gguf_writer, run_checkpoint
+from headshare_jax.convert import gguf_writer, run_checkpoint, seen, storage
 from headshare_jax.convert.atomic import check_output, check_place, new_directory
 from headshare_jax.convert.locks import held
-from headshare_jax.convert.storage import in_bucket
-from headshare_jax.errors import HeadshareError
+from headshare_jax.errors import HeadshareError, TryAgain
 from headshare_jax.processes.agreement import from_first, wait_for_all
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.train import recipe as recipes
@@ -29,13 +28,13 @@ def check(output: Path, recipe: recipes.Recipe, resume: bool) -> None:
     """Raises HeadshareError if a run cannot begin in a folder, or a run with this recipe cannot go on there."""
     path = output / CONFIG
     if not resume:
-        if path.is_file():
+        if seen.is_file(path):
             raise HeadshareError(f"{output} holds a run already; resume it, or choose another folder.", option="resume")
         check_place(output, folder=True)
         if output.exists():
             raise HeadshareError(f"{output} exists already; choose another folder.")
         return
-    if not path.is_file():
+    if not seen.is_file(path):
         raise HeadshareError(f"{output} holds no run to resume (no {CONFIG}); leave resume out to begin one there.")
     changed = [line for line in recipes.difference(recipes.load(path), recipe) if not line.startswith(_FREE)]
     if changed:
@@ -100,12 +99,28 @@ def undo(output: Path) -> None:
     if jax.process_index() == 0:
         for name in (CONFIG, MAP):
             (output / name).unlink(missing_ok=True)
-        if not in_bucket(output):
+        if not storage.in_bucket(output):
             output.rmdir()
 
 
-def remedy(checkpoints: Path) -> str:
-    """What to do when another process is gone, as it ends a sentence."""
-    steps = checkpoint_document.whole_steps(checkpoints)
-    last = f"the last checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
-    return f"{last}: start all processes again, and resume the run (--resume)"
+@contextmanager
+def resumable(newest: Callable[[], int | None]) -> Iterator[None]:
+    """Adds how to go on to what ends a run that can be gone on with, as a bucket that is not reached; see `remedy`."""
+    try:
+        yield
+    except Exception as error:
+        refused = error if isinstance(error, HeadshareError) else storage.refusal_unnamed(error)
+        if isinstance(refused, TryAgain):
+            raise TryAgain(f"{str(refused).removesuffix('.')}; {remedy(newest())}.") from error
+        raise
+
+
+def remedy(newest: int | None) -> str:
+    """What to do when a run has broken off, as it ends a sentence.
+
+    Args:
+      newest: step of the last checkpoint, as this process knows it: the storage may be what broke off.
+    """
+    last = "" if newest is None else f"the last checkpoint is of step {newest}: "
+    again = "start all processes again, and " if jax.process_count() > 1 else ""
+    return f"{last}{again}resume the run (--resume)"

@@ -99,7 +99,7 @@ def run(args: list[str] | None = None) -> int:
             return ExitCode.DONE
         if _is_out_of_memory(error):
             return _fail(f"there is not enough memory ({error}); use a smaller batch, length or model.")
-        if storage.is_about_buckets(error) and (refusal := storage.refusal(error)):
+        if refusal := storage.refusal_unnamed(error):
             return _fail(str(refusal), ExitCode.TRY_AGAIN if isinstance(refusal, TryAgain) else ExitCode.REFUSED)
         if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             if not error.filename:

@@ -19,7 +19,6 @@ from headshare_jax.errors import TRY_AGAIN, HeadshareError
 BEAT_SECONDS = 2.0
 # How long the others may still end by themselves when one has said why it ends.
 _GRACE_SECONDS = 10.0
-_REMEDY_SECONDS = 5.0
 _LONGEST = 400
 
 Remedy = Callable[[], str]
@@ -43,7 +42,7 @@ class Watch:
     """The thread of a process that watches over others, and ends the process with code 75 where one is gone.
 
     Attributes:
-      remedy: gives what to do then, as it ends a sentence.
+      remedy: gives what to do then, as it ends a sentence; it must not wait for anything.
     """
 
     def __init__(self, me: int, peers: dict[int, socket.socket], silence: float):
@@ -135,14 +134,9 @@ class Watch:
 
     def _end(self, what: str) -> None:
         self._word.acquire()
-        said = [what]
-        # It may ask a storage that hangs.
-        asking = threading.Thread(target=lambda: said.append(self.remedy()), daemon=True)
-        asking.start()
-        asking.join(_REMEDY_SECONDS)
         with suppress(OSError):
             line = "\n" if os.isatty(2) else ""
-            os.write(2, f"{line}headshare: {'; '.join(said)}.\n".encode())
+            os.write(2, f"{line}headshare: {what}; {self.remedy()}.\n".encode())
         os._exit(TRY_AGAIN)
 
     def _tell(self, message: dict[str, Any], but: int | None = None) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import aiohttp
 import buckets
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from buckets import FORBIDDEN, SCHEMES, Server
 
 import headshare_jax as hs
 from headshare_jax import HeadshareError, cli, convert, parameters
-from headshare_jax.convert import bucket_outputs, leases, storage
+from headshare_jax.convert import bucket_outputs, leases, seen, storage
 from headshare_jax.convert.atomic import new_directory, new_file
 from headshare_jax.convert.journal_folder import JournalFolder
 from headshare_jax.convert.locks import held
@@ -96,6 +97,21 @@ def test_all_of_a_command_in_buckets(
     assert cli.run(["share", *local[1:2], f"{bucket}/small", "--ratio", "0.4", *tiny_cli_model.DIRECT]) == 2
     assert "exists already; choose another name, or overwrite it (--overwrite)" in capsys.readouterr().err
     assert cli.run(["inspect", f"{bucket}/small", "--check"]) == 0
+
+
+def test_what_is_not_reached_is_not_taken_for_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "file").write_text("there")
+    assert seen.is_file(folder / "file")
+    assert seen.is_folder(folder)
+    assert not seen.is_file(folder / "other")
+
+    def broken(*args: object, **options: object) -> None:
+        raise aiohttp.ServerDisconnectedError
+
+    monkeypatch.setattr(folder.fs, "info", broken)  # type: ignore[attr-defined]
+    for looks in (seen.is_file, seen.is_folder):
+        with pytest.raises(TryAgain, match=rf"^{folder} was not reached \(Server disconnected\); try again"):
+            looks(folder)
 
 
 def broken_off(path: Path, monkeypatch: pytest.MonkeyPatch, *, at: str = "") -> None:

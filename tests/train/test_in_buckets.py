@@ -1,6 +1,7 @@
 """A run whose model, text, recipe, cache and output are all in a bucket is the run that a folder would have had."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,6 +36,23 @@ def begin(scheme: str, workplace: Path, variables: dict[str, str]) -> tuple[Path
     return there, arguments, {**os.environ, **variables, "HEADSHARE_CACHE": f"{there}/cache"}
 
 
+def read_until(run: subprocess.Popen[str], begin: str) -> None:
+    """Reads what a run says until a line begins so; a run that ends before fails with its words."""
+    said = []
+    assert run.stderr is not None
+    for line in run.stderr:
+        said.append(line)
+        if line.startswith(begin):
+            return
+    pytest.fail(f"no line began with {begin!r}: {''.join(said)}")
+
+
+def resume(run_it: list[str], variables: dict[str, str]) -> None:
+    """Goes on with a run to its end."""
+    done = subprocess.run([*run_it, "--resume"], env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def assert_as_in_a_folder(there: Path, finished: Path) -> None:
     """Asserts that a run in a bucket came to what the one in a folder did, and left nothing beside it."""
     assert losses(there / "run") == losses(finished)
@@ -50,11 +68,10 @@ def test_a_run_in_a_bucket_is_killed_and_resumed(
 ) -> None:
     there, run_it, variables = begin(scheme, workplace, servers[scheme].variables)
     with subprocess.Popen(run_it, env=variables, stderr=subprocess.PIPE, text=True) as run:
-        assert run.stderr is not None
         # Behind the checkpoint of step 4.
-        assert any(line.startswith("step 5") for line in run.stderr)
+        read_until(run, "step 5")
         run.kill()
-    subprocess.run([*run_it, "--resume"], env=variables, check=True)
+    resume(run_it, variables)
     assert_as_in_a_folder(there, finished)
 
 
@@ -104,14 +121,20 @@ def test_a_bucket_that_breaks_off_ends_a_run_that_goes_on_later(
         monkeypatch.setenv(name, value)
     there, run_it, variables = begin("gs", workplace, found)
     with subprocess.Popen(run_it, env=variables, stderr=subprocess.PIPE, text=True) as run:
-        assert run.stderr is not None
-        assert any(line.startswith("step 3") for line in run.stderr)
+        # Behind the checkpoint of step 2.
+        read_until(run, "step 5")
         server.broken = True
-        said = [line for line in run.stderr if line.startswith("headshare: ")]
-    assert run.returncode == 75
-    assert len(said) == 1
-    assert "not reached" in said[0]
+        assert run.stderr is not None
+        (said,) = [line for line in run.stderr if line.startswith("headshare: ")]
+    assert run.returncode == 75, said
+    told = re.search(
+        rf"{there}/run/\S+ was not (reached|written: it was not reached) \(.+\); try again when the network and the "
+        r"storage are back; the last checkpoint is of step (\d): resume the run \(--resume\)\.$",
+        said,
+    )
+    assert told, said
+    assert f"{there.name}/run/checkpoints/{told[2]}/checkpoint.json" in server.buckets[buckets.BUCKET]
     server.broken = False
-    subprocess.run([*run_it, "--resume"], env=variables, check=True)
+    resume(run_it, variables)
     assert_as_in_a_folder(there, finished)
     server.stop()
