@@ -65,7 +65,7 @@ class Renewal:
 
     def _run(self) -> None:
         while not self._ended.wait(RENEWED):
-            with suppress(OSError):
+            with suppress(OSError, HeadshareError):
                 self._renew()
 
     def end(self, *, wait: bool = True) -> None:

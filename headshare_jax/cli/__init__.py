@@ -194,5 +194,5 @@ def _quieten_libraries() -> None:
     for name in ("absl", "orbax", "jax._src.xla_bridge"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # They show a traceback of what they raise besides.
-    for name in ("gcsfs", "s3fs", "botocore", "aiobotocore", "asyncio"):
+    for name in ("fsspec", "gcsfs", "s3fs", "botocore", "aiobotocore", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

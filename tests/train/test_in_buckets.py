@@ -7,6 +7,7 @@ import subprocess
 import sys
 import uuid
 from pathlib import Path
+from typing import IO
 
 import buckets
 import gcs_server
@@ -36,15 +37,14 @@ def begin(scheme: str, workplace: Path, variables: dict[str, str]) -> tuple[Path
     return there, arguments, {**os.environ, **variables, "HEADSHARE_CACHE": f"{there}/cache"}
 
 
-def read_until(run: subprocess.Popen[str], begin: str) -> None:
-    """Reads what a run says until a line begins so; a run that ends before fails with its words."""
+def read_until(words: IO[str] | None, step: str) -> None:
+    """Reads what a run says until the line of a step; a run that ends before fails with its words."""
     said = []
-    assert run.stderr is not None
-    for line in run.stderr:
+    for line in words or ():
         said.append(line)
-        if line.startswith(begin):
+        if line.startswith(step):
             return
-    pytest.fail(f"no line began with {begin!r}: {''.join(said)}")
+    pytest.fail(f"no line of {step}: {''.join(said)}")
 
 
 def resume(run_it: list[str], variables: dict[str, str]) -> None:
@@ -69,7 +69,7 @@ def test_a_run_in_a_bucket_is_killed_and_resumed(
     there, run_it, variables = begin(scheme, workplace, servers[scheme].variables)
     with subprocess.Popen(run_it, env=variables, stderr=subprocess.PIPE, text=True) as run:
         # Behind the checkpoint of step 4.
-        read_until(run, "step 5")
+        read_until(run.stderr, "step 5")
         run.kill()
     resume(run_it, variables)
     assert_as_in_a_folder(there, finished)
@@ -100,9 +100,8 @@ def test_a_run_of_four_processes_in_a_bucket_is_killed_and_resumed(
     there, run_it, variables = begin(scheme, workplace, servers[scheme].variables)
     arguments = run_it[run_it.index("postshare") + 1 :]
     killed = by_four(*arguments, **variables)
-    assert killed[0].stdout is not None
     # Behind the checkpoint of step 4.
-    assert any(line.startswith("step 5") for line in killed[0].stdout)
+    read_until(killed[0].stdout, "step 5")
     for process in killed:
         process.kill()
     assert [code for code, _ in ended(killed)] == [-signal.SIGKILL] * 4
@@ -122,17 +121,17 @@ def test_a_bucket_that_breaks_off_ends_a_run_that_goes_on_later(
     there, run_it, variables = begin("gs", workplace, found)
     with subprocess.Popen(run_it, env=variables, stderr=subprocess.PIPE, text=True) as run:
         # Behind the checkpoint of step 2.
-        read_until(run, "step 5")
+        read_until(run.stderr, "step 5")
         server.broken = True
         assert run.stderr is not None
-        (said,) = [line for line in run.stderr if line.startswith("headshare: ")]
-    assert run.returncode == 75, said
+        words = [line for line in run.stderr if line.startswith("headshare: ")]
+    assert (run.returncode, len(words)) == (75, 1), words
     told = re.search(
         rf"{there}/run/\S+ was not (reached|written: it was not reached) \(.+\); try again when the network and the "
         r"storage are back; the last checkpoint is of step (\d): resume the run \(--resume\)\.$",
-        said,
+        words[0],
     )
-    assert told, said
+    assert told, words
     assert f"{there.name}/run/checkpoints/{told[2]}/checkpoint.json" in server.buckets[buckets.BUCKET]
     server.broken = False
     resume(run_it, variables)
