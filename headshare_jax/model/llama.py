@@ -238,7 +238,7 @@ class Llama(nnx.Module):
             near_b1s = seen_b1s if window is None else seen_b1s & (slot_t[None, None] > end_b[:, None, None] - window)
             return attend(q_b1nh, k_btkh, v_btkh, near_b1s, in_turns=self._in_turns), (k_btkh, v_btkh)
 
-        layer = reading.layer(self._stacks(), last)
+        layer = reading.layer(self._stacks(self.mesh), last)
         x_b1d, (k_btkh, v_btkh) = attention_block(
             self.config, layer, jnp.concatenate(parts_btd), angles, attention, at_b=end_b
         )
@@ -286,7 +286,7 @@ class Llama(nnx.Module):
 
         x_btd = self._along_weights(self._embed(tokens_bt))
         x_btd, cache = self._run_layers(step, (x_btd, cache), reading, self.config.num_layers)
-        return self._final_norm(x_btd), replace(cache, length=cache.length + length)
+        return self._along_weights(self._final_norm(x_btd)), replace(cache, length=cache.length + length)
 
     def _extend_by_one(self, tokens_bt: jax.Array, cache: KVCache, reading: Reading) -> tuple[jax.Array, KVCache]:
         """`extend`, token after token, where a later one takes a slot that an earlier one still sees."""
@@ -345,7 +345,7 @@ class Llama(nnx.Module):
         """How rows run that no gradient is taken of: on a mesh, all of a device's together."""
         return rows_in_place if self.mesh is None or self.mesh.size == 1 else None
 
-    def _stacks(self) -> Stacks:
+    def _stacks(self, mesh: Mesh | None = None) -> Stacks:
         names = parameter_names(self.config)
         layered = [name for name in names if PARAMETERS[name].layered and PARAMETERS[name].pool is None]
         return Stacks(
@@ -353,13 +353,14 @@ class Llama(nnx.Module):
             | {name: jnp.asarray(kinds_l) for name, kinds_l in layer_kinds(self.config).items()},
             pools={name: self.array(name) for name in names if PARAMETERS[name].pool is not None},
             drops=self.sharing is not None and bool(self.sharing.dropped.any()),
+            mesh=mesh,
         )
 
     def _run_layers(
         self, step: Callable[[Carry, jax.Array, Layer], Carry], carry: Carry, reading: Reading, count: int
     ) -> Carry:
         """What `step(carry, place, layer)` makes of a carry in the first `count` layers."""
-        stacks = self._stacks()
+        stacks = self._stacks(self.mesh)
 
         def body(carry: Carry, place: jax.Array) -> tuple[Carry, None]:
             return step(carry, place, reading.layer(stacks, place)), None

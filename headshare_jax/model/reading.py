@@ -12,6 +12,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from headshare_jax.config import LlamaConfig
 from headshare_jax.model.mesh import nvidia_capability
@@ -88,11 +89,13 @@ class Stacks:
       layered: by name, everything that has a leading layer axis, head indices among it.
       pools: by name, everything that is stored by pool rows.
       drops: whether some heads are dropped, whose index is one past the pool's last row.
+      mesh: where gathered heads are cut over tensor by whoever uses them, while their pools are cut along D.
     """
 
     layered: Mapping[str, jax.Array]
     pools: Mapping[str, jax.Array]
     drops: bool
+    mesh: Mesh | None = None
 
     def slice(self, name: str, place: jax.Array | int) -> jax.Array:
         """One layer's slice of what has a leading layer axis."""
@@ -102,6 +105,31 @@ class Stacks:
         """Rows of a pool; one past the last stands for the last."""
         return self.pools[name].at[index_n].get(mode="clip")
 
+    def _gathered(self, name: str, index_n: jax.Array) -> jax.Array:
+        """A layer's heads; on a mesh each device takes the rows of its part of the pool, and tensor groups join theirs.
+
+        XLA, which wants these heads cut over tensor, finds no way there from a pool but by whole pools or whole heads.
+        """
+        axes, mesh = PARAMETERS[name].axes, self.mesh
+        if mesh is None or "d" not in axes:
+            return self.rows(name, index_n)
+        pool, along = self.pools[name], axes.index("d")
+        if pool.shape[along] % (mesh.shape["fsdp"] * mesh.shape["tensor"]):
+            return self.rows(name, index_n)
+
+        def of_part(part: jax.Array, index_n: jax.Array) -> jax.Array:
+            return jax.lax.all_gather(part.at[index_n].get(mode="clip"), "tensor", axis=along, tiled=True)
+
+        before: tuple[None, ...] = (None,) * along
+        heads: jax.Array = jax.shard_map(
+            of_part,
+            mesh=mesh,
+            in_specs=(PartitionSpec(*before, ("fsdp", "tensor")), PartitionSpec()),
+            out_specs=PartitionSpec(*before, "fsdp"),
+            check_vma=False,
+        )(pool, index_n)
+        return heads
+
     def kept(self, index_n: jax.Array) -> jax.Array | None:
         """bool [N]: heads of the output projection that are stored; None if no head of the model is dropped."""
         return index_n < self.pools[pool_name("o")].shape[0] if self.drops else None
@@ -109,7 +137,7 @@ class Stacks:
     def held(self, slices: Mapping[str, jax.Array]) -> Held:
         """A layer whose heads are gathered, from its slices of everything that has a leading layer axis."""
         index = {projection: slices[index_name(projection)] for projection in PROJECTIONS}
-        heads = {name: self.rows(name, index[str(PARAMETERS[name].pool)]) for name in self.pools}
+        heads = {name: self._gathered(name, index[str(PARAMETERS[name].pool)]) for name in self.pools}
         return Held({**slices, **heads}, self.kept(index["o"]))
 
 

@@ -27,7 +27,7 @@ import headshare_jax
 from headshare_jax import HeadshareError, Llama, Sampling, generate, parameters, share
 from headshare_jax.model import generate as generation
 from headshare_jax.model import reading as readings
-from headshare_jax.model.mesh import make_mesh, parameter_sharding
+from headshare_jax.model.mesh import batch_sharding, make_mesh, parameter_sharding
 from headshare_jax.model.stream import stream
 
 # 20 tokens more go beyond the context of 64, where dynamic scaling begins.
@@ -149,6 +149,21 @@ def test_a_mesh_has_its_part_of_the_cache_on_each_device() -> None:
     cache = spread.empty_cache(8, 64)
     assert cache.k_lbskh.shape == shape
     assert {shard.data.shape for shard in cache.k_lbskh.addressable_shards} == {(3, 2, 64, 1, 16)}
+
+
+def test_reading_prompts_puts_no_pool_and_no_layers_heads_together_on_a_device() -> None:
+    mesh = make_mesh((2, 2, 2))
+    model = tiny_model(num_attention_heads=8, num_key_value_heads=4, attention_bias=True)
+    spread = Llama.of(share(model, sharing_by_hand(model, "qkv", {5: 0})), mesh=mesh)
+    tokens_bt = jax.device_put(np.zeros((4, 64), np.int32), batch_sharding(mesh))
+    cache, key = spread.empty_cache(4, 128), jax.random.key(0)
+    lowered = generation.prefill.lower(spread, tokens_bt, tokens_bt[:, 0] + 9, cache, key, sampling=Sampling())
+    text = lowered.compile().as_text()
+    assert "f32[4,64,8]" in text
+    for name in ("q_pool_pdh", "o_pool_phd"):
+        pool, sizes = spread.array(name).shape[0], ",".join(map(str, spread.array(name).shape[1:]))
+        assert f"f32[8,{sizes}]" not in text
+        assert f"f32[{pool},{sizes}]" not in text
 
 
 def unstacked(model: Llama) -> dict[str, tuple[jax.Array, ...]]:
