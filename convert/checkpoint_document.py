@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from headshare_jax.convert import seen, storage
+from headshare_jax.convert import storage
 from headshare_jax.convert.atomic import own_file
 from headshare_jax.convert.native_document import checksum
 from headshare_jax.errors import HeadshareError
@@ -23,12 +23,12 @@ def write(folder: Path, document: dict[str, Any]) -> None:
 
 def is_whole(folder: Path) -> bool:
     """Whether a folder is a checkpoint that was written to its end."""
-    return seen.is_file(folder / DOCUMENT)
+    return storage.is_file(folder / DOCUMENT)
 
 
 def whole_steps(folder: Path) -> list[int]:
     """Steps of the whole checkpoints in a run's folder of them, ascending; none if it is not there."""
-    entries = folder.iterdir() if seen.is_folder(folder) else ()
+    entries = folder.iterdir() if storage.is_folder(folder) else ()
     return sorted(int(entry.name) for entry in entries if entry.name.isdecimal() and is_whole(entry))
 
 

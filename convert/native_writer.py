@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
 from headshare_jax import parameters
-from headshare_jax.convert import native_array, native_document, storage
+from headshare_jax.convert import bucket_errors, native_array, native_document, storage
 from headshare_jax.convert.native_array import Deferred
 from headshare_jax.convert.partial import temporary_folder
 from headshare_jax.convert.written import Written
@@ -125,7 +125,7 @@ def _store_at(tree: dict[str, Deferred], path: Path, weights: Path, notes: Writt
     except ValueError as error:
         if refusal := storage.refusal_at(error, weights):
             raise refusal from error
-        reason = storage.system_error(error)
+        reason = bucket_errors.system_error(error)
         if reason is None or isinstance(error, HeadshareError):
             raise
         raise reason from error

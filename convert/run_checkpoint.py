@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from headshare_jax.config import LlamaConfig
-from headshare_jax.convert import checkpoint_document, seen
+from headshare_jax.convert import checkpoint_document, storage
 from headshare_jax.convert.checkpoint_document import ARRAYS
 from headshare_jax.convert.stored_tree import StoredTree
 from headshare_jax.errors import HeadshareError
@@ -26,7 +26,9 @@ _CACHE_BYTES = 256 * 2**20
 
 def is_here(path: Path) -> bool:
     """Whether a folder is a run's, or one of its checkpoints."""
-    return checkpoint_document.is_whole(path) or (seen.is_file(path / CONFIG) and seen.is_folder(path / CHECKPOINTS))
+    return checkpoint_document.is_whole(path) or (
+        storage.is_file(path / CONFIG) and storage.is_folder(path / CHECKPOINTS)
+    )
 
 
 def chosen(path: Path, step: int | None = None) -> Path:

@@ -2,14 +2,14 @@
 
 import sys
 
-from headshare_jax.convert import seen, storage
+from headshare_jax.convert import storage
 from headshare_jax.errors import TRY_AGAIN, TryAgain
 from headshare_jax.train.run_folder import CONFIG
 
 
 def option(run: str) -> str:
     """What a command must be given to go on with a run in a folder or a bucket: `--resume`, or nothing if it is new."""
-    return "--resume" if seen.is_file(storage.path(run) / CONFIG) else ""
+    return "--resume" if storage.is_file(storage.path(run) / CONFIG) else ""
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from headshare_jax.convert import checkpoint_document, seen, storage, stored_tree
+from headshare_jax.convert import bucket_errors, checkpoint_document, storage, stored_tree
 from headshare_jax.convert.checkpoint_document import ARRAYS
 from headshare_jax.convert.stored_tree import Part, StoredTree
 from headshare_jax.errors import HeadshareError, TryAgain
@@ -307,7 +307,7 @@ def _frozen_name(job: _Job) -> str:
 
 
 def _entries(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if seen.is_folder(folder) else []
+    return list(folder.iterdir()) if storage.is_folder(folder) else []
 
 
 def _remove(folder: Path) -> None:
@@ -381,5 +381,5 @@ def _load(stored: StoredTree, target: Any) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    known = storage.system_error(error)
+    known = bucket_errors.system_error(error)
     return str(known.strerror) if known else textwrap.shorten(str(error), 160, placeholder=" ...")

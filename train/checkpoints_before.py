@@ -9,14 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from headshare_jax.convert import seen
+from headshare_jax.convert import storage
 from headshare_jax.convert.checkpoint_document import FORMAT
 from headshare_jax.errors import HeadshareError
 
 
 def is_whole(folder: Path) -> bool:
     """Whether a folder is such a checkpoint; one that was not written to its end has another name."""
-    return seen.is_folder(folder / "arrays") and seen.is_file(folder / "_CHECKPOINT_METADATA")
+    return storage.is_folder(folder / "arrays") and storage.is_file(folder / "_CHECKPOINT_METADATA")
 
 
 def read(folder: Path) -> dict[str, Any]:

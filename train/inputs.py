@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from headshare_jax import convert
-from headshare_jax.convert import map_file, seen, storage
+from headshare_jax.convert import map_file, storage
 from headshare_jax.convert.cache import cache_directory
 from headshare_jax.errors import HeadshareError
 from headshare_jax.loading import load_tokenizer, text_tokens
@@ -61,11 +61,11 @@ def prepare(recipe: recipes.Recipe, output: Path, progress: Progress) -> Run:
     mesh = check_devices(recipe)
     source, tokenizer, eval_tokens = open_inputs(recipe)
     stored = output / MAP
-    sharing = map_file.read(stored) if seen.is_file(stored) else pairs_to_plan(recipe, source)
+    sharing = map_file.read(stored) if storage.is_file(stored) else pairs_to_plan(recipe, source)
     check_room(recipe, source, sharing, mesh, output)
     mixture = partial(data.mixture, recipe.data, tokenizer, cache_directory() / "blocks")
     blocks = first_alone("tokenising", mixture, partial(progress, "tokenising"))
-    if not seen.is_file(stored) and _matches(recipe):
+    if not storage.is_file(stored) and _matches(recipe):
         windows_wt = blocks.first(recipe.sharing.refit_windows)
 
         def matched(step: Callable[[int, int], None]) -> str:

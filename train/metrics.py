@@ -17,7 +17,7 @@ import numpy as np
 
 from headshare_jax.chips import published_flops
 from headshare_jax.config import LlamaConfig
-from headshare_jax.convert import seen
+from headshare_jax.convert import storage
 from headshare_jax.convert.atomic import own_file
 from headshare_jax.convert.storage import in_bucket, reached
 from headshare_jax.errors import HeadshareError, TryAgain
@@ -52,7 +52,7 @@ class MetricsLog:
         self._board, self._sent_to = None, None
         # Every process has them all, so that all decide alike.
         self._lines: list[str] = []
-        if seen.is_file(self.path):
+        if storage.is_file(self.path):
             # A kill may have left anything in the last line.
             with reached(self.path):
                 text = self.path.read_text(encoding="utf-8", errors="replace")
@@ -60,7 +60,7 @@ class MetricsLog:
         self._written, self._since = len(self._lines), time.monotonic()
         if not self._writes:
             return
-        if self._lines or seen.is_file(self.path):
+        if self._lines or storage.is_file(self.path):
             with own_file(self.path) as partial:
                 partial.write_text("".join(f"{line}\n" for line in self._lines), encoding="utf-8")
         if find_spec("tensorboardX"):

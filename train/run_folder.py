@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from headshare_jax.convert import gguf_writer, run_checkpoint, seen, storage
+from headshare_jax.convert import bucket_errors, gguf_writer, run_checkpoint, storage
 from headshare_jax.convert.atomic import check_output, check_place, new_directory
 from headshare_jax.convert.locks import held
 from headshare_jax.errors import HeadshareError, TryAgain
@@ -28,13 +28,13 @@ def check(output: Path, recipe: recipes.Recipe, resume: bool) -> None:
     """Raises HeadshareError if a run cannot begin in a folder, or a run with this recipe cannot go on there."""
     path = output / CONFIG
     if not resume:
-        if seen.is_file(path):
+        if storage.is_file(path):
             raise HeadshareError(f"{output} holds a run already; resume it, or choose another folder.", option="resume")
         check_place(output, folder=True)
         if output.exists():
             raise HeadshareError(f"{output} exists already; choose another folder.")
         return
-    if not seen.is_file(path):
+    if not storage.is_file(path):
         raise HeadshareError(f"{output} holds no run to resume (no {CONFIG}); leave resume out to begin one there.")
     changed = [line for line in recipes.difference(recipes.load(path), recipe) if not line.startswith(_FREE)]
     if changed:
@@ -109,7 +109,7 @@ def resumable(newest: Callable[[], int | None]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        refused = error if isinstance(error, HeadshareError) else storage.refusal_unnamed(error)
+        refused = error if isinstance(error, HeadshareError) else bucket_errors.refusal_unnamed(error)
         if isinstance(refused, TryAgain):
             raise TryAgain(f"{str(refused).removesuffix('.')}; {remedy(newest())}.") from error
         raise

@@ -31,7 +31,7 @@ from headshare_jax.cli.plan import Plan
 from headshare_jax.cli.postshare import Postshare
 from headshare_jax.cli.share import Share
 from headshare_jax.cli.sweep import Sweep
-from headshare_jax.convert import storage
+from headshare_jax.convert import bucket_errors
 from headshare_jax.errors import HeadshareError, TryAgain, explained
 from headshare_jax.processes.start import quit_apart
 from headshare_jax.signals import handled
@@ -99,7 +99,7 @@ def run(args: list[str] | None = None) -> int:
             return ExitCode.DONE
         if _is_out_of_memory(error):
             return _fail(f"there is not enough memory ({error}); use a smaller batch, length or model.")
-        if refusal := storage.refusal_unnamed(error):
+        if refusal := bucket_errors.refusal_unnamed(error):
             return _fail(str(refusal), ExitCode.TRY_AGAIN if isinstance(refusal, TryAgain) else ExitCode.REFUSED)
         if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             if not error.filename:

@@ -18,7 +18,7 @@ from buckets import FORBIDDEN, SCHEMES, Server
 
 import headshare_jax as hs
 from headshare_jax import HeadshareError, cli, convert, parameters
-from headshare_jax.convert import bucket_outputs, leases, seen, storage
+from headshare_jax.convert import bucket_outputs, leases, storage
 from headshare_jax.convert.atomic import new_directory, new_file
 from headshare_jax.convert.journal_folder import JournalFolder
 from headshare_jax.convert.locks import held
@@ -101,15 +101,15 @@ def test_all_of_a_command_in_buckets(
 
 def test_what_is_not_reached_is_not_taken_for_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "file").write_text("there")
-    assert seen.is_file(folder / "file")
-    assert seen.is_folder(folder)
-    assert not seen.is_file(folder / "other")
+    assert storage.is_file(folder / "file")
+    assert storage.is_folder(folder)
+    assert not storage.is_file(folder / "other")
 
     def broken(*args: object, **options: object) -> None:
         raise aiohttp.ServerDisconnectedError
 
     monkeypatch.setattr(folder.fs, "info", broken)  # type: ignore[attr-defined]
-    for looks in (seen.is_file, seen.is_folder):
+    for looks in (storage.is_file, storage.is_folder):
         with pytest.raises(TryAgain, match=rf"^{folder} was not reached \(Server disconnected\); try again"):
             looks(folder)
 
