@@ -14,6 +14,7 @@ from headshare_jax.calibration.streams import Weights
 from headshare_jax.config import LlamaConfig
 from headshare_jax.model.layer import rms_norm
 from headshare_jax.model.mesh import batch_sharding, replicated, rows_of
+from headshare_jax.model.place import place
 from headshare_jax.output_head import head_logits, normalized_rows
 from headshare_jax.sharing.source import WeightSource
 
@@ -113,7 +114,7 @@ def attention_gradients(
                 stream[part] = streams.through_layer(config, weights, x_btd, mesh)
             progress(layer + 1, total)
         final_norm_d = jnp.asarray(source.read("final_norm_d"), jnp.float32)
-        head_vd = jax.device_put(output_head(source), replicated(mesh))
+        head_vd = output_head(source, mesh)
         for part in parts:
             keys_bt = _draw_keys(seed, part, seq_len, rows_of(mesh))
             stream[part] = _head_gradient(config, mesh, final_norm_d, head_vd, stream[part], keys_bt)
@@ -125,7 +126,12 @@ def attention_gradients(
         yield states_lwtd
 
 
-def output_head(source: WeightSource) -> jax.Array:
-    """Weights of the output head, float32 [V, D]."""
-    head_vd = jnp.asarray(source.read("embed_vd" if source.config.tie_word_embeddings else "head_vd"), jnp.float32)
-    return normalized_rows(head_vd) if source.config.normalize_head else head_vd
+def output_head(source: WeightSource, mesh: Mesh) -> jax.Array:
+    """Weights of the output head, float32 [V, D], whole on each device of a mesh, all of whose processes call it."""
+    name = "embed_vd" if source.config.tie_word_embeddings else "head_vd"
+    return _whole_head(place(source, [name], mesh, "float32")[name], source.config.normalize_head, mesh)
+
+
+@partial(jax.jit, static_argnames=("normalize", "mesh"))
+def _whole_head(head_vd: jax.Array, normalize: bool, mesh: Mesh) -> jax.Array:
+    return jax.lax.with_sharding_constraint(normalized_rows(head_vd) if normalize else head_vd, replicated(mesh))

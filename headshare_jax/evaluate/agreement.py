@@ -17,7 +17,7 @@ from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluate.perplexity import position_by_position
 from headshare_jax.model.layer import rms_norm
 from headshare_jax.model.llama import Llama
-from headshare_jax.model.mesh import batch_sharding, put, replicated, rows_of
+from headshare_jax.model.mesh import batch_sharding, put, rows_of
 from headshare_jax.output_head import head_logits
 from headshare_jax.sharing.finite import NotFinite
 from headshare_jax.sharing.source import WeightSource
@@ -155,7 +155,7 @@ def _sums_by_layers(
         _final_states(first, windows_wt, parts, mesh, lambda done: progress(done, total)) as one,
         _final_states(second, windows_wt, parts, mesh, lambda done: progress(layers[0] + done, total)) as other,
     ):
-        heads = tuple(jax.device_put(output_head(model), replicated(mesh)) for model in (first, second))
+        heads = tuple(output_head(model, mesh) for model in (first, second))
         sums = []
         for number, part in enumerate(parts, 1):
             targets_bt = streams.cut(np.asarray(windows_wt[part, 1:], np.int32), mesh)
