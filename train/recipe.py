@@ -18,6 +18,8 @@ from headshare_jax.sharing.tie import check_tie
 SHIPPED = {path.stem: path for path in sorted(Path(__file__).with_name("recipes").glob("*.yaml"))}
 # Tokens of a step, which are counted in int32.
 MOST_TOKENS = 2**31 - 1
+# Far more than any memory holds the hidden states of.
+MOST_REFIT_WINDOWS = 10**6
 # Settings of the penalty, which `tied` stages do not have; the next-token loss has weight 1 there.
 _ALIGN_ONLY = ("lm_weight", "sim_weight", "sim_schedule", "penalty")
 
@@ -66,7 +68,7 @@ class Sharing(_Section):
     match: Literal["q", "k", "v", "qk", "qkv", "total", "random", "functional"] = "qk"
     tie: str = "qkv"
     chains: Literal["resolve", "forbid"] = "resolve"
-    refit_windows: Natural = 0
+    refit_windows: Annotated[Natural, Field(le=MOST_REFIT_WINDOWS)] = 0
 
 
 class Source(_Section):

@@ -174,6 +174,7 @@ def with_value(key: str, value: Any) -> dict[str, Any]:
         ("sharing.tie", "kq", "tie must name some of q, k, v, o"),
         ("sharing.ratio", 1.0, "sharing.ratio must be less than 1"),
         ("sharing.refit_windows", -2, "sharing.refit_windows must be greater than or equal to 0, not -2"),
+        ("sharing.refit_windows", 2**32, "sharing.refit_windows must be less than or equal to 1000000, not 4294967296"),
         ("sharing.refit_windows", 1, "sharing.refit_windows must be 0, or at least 2, as one is held out"),
         ("sharing", {"start": "small", "refit_windows": 2}, "shared model already; leave sharing.refit_windows out"),
         ("stage.steps", 0, "stages.0.steps must be greater than or equal to 1, not 0"),
