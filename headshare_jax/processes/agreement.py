@@ -6,7 +6,6 @@ where a collective would hang. A process that is gone is no matter here: `watch`
 
 import json
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -74,13 +73,24 @@ def together(name: str) -> Iterator[dict[str, object]]:
         raise (TryAgain if verdict["again"] else HeadshareError)(verdict["said"])
 
 
-def give_notice() -> None:
-    """Tells all processes that the machines are to be taken away, so that `reached_preemption_sync_point` comes true.
+def say_first(key: str, value: str) -> str:
+    """What a key stands for: this value, unless another process was first to say one."""
+    try:
+        client().key_value_set(key, value)
+    except jax.errors.JaxRuntimeError as error:
+        if "ALREADY_EXISTS" not in str(error):
+            raise
+    return str(client().blocking_key_value_get(key, _DAY_MS))
 
-    JAX gives this notice itself in a handler of SIGTERM, which Python's own takes the place of.
-    """
-    now = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
-    client().key_value_set("RECEIVED_PREEMPTION_NOTICE", now, allow_overwrite=True)
+
+def said(key: str) -> str | None:
+    """What a key stands for now; None if nobody has said it yet."""
+    try:
+        return str(client().key_value_try_get(key))
+    except jax.errors.JaxRuntimeError as error:
+        if "NOT_FOUND" not in str(error):
+            raise
+        return None
 
 
 def _verdict(key: str, mine: Mapping[str, object], milliseconds: int) -> dict[str, Any]:
@@ -88,22 +98,22 @@ def _verdict(key: str, mine: Mapping[str, object], milliseconds: int) -> dict[st
     service, me = client(), jax.process_index()
     service.key_value_set(f"{key}/{me}", json.dumps(mine))
     if me == 0:
-        said = [
+        answers = [
             json.loads(service.blocking_key_value_get(f"{key}/{number}", milliseconds))
             for number in range(jax.process_count())
         ]
-        service.key_value_set(f"{key}/verdict", json.dumps(_judged(said)))
+        service.key_value_set(f"{key}/verdict", json.dumps(_judged(answers)))
     verdict: dict[str, Any] = json.loads(service.blocking_key_value_get(f"{key}/verdict", milliseconds))
     # All have read it before the first process may end.
     service.wait_at_barrier(f"{key}/read", milliseconds)
     return verdict
 
 
-def _judged(said: list[dict[str, Any]]) -> dict[str, Any]:
-    for number, one in enumerate(said):
+def _judged(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    for number, one in enumerate(answers):
         if one["error"] is not None:
-            return {"said": f"Process {number} of {len(said)} stopped: {one['error']}", "again": one["again"]}
-    differences = differing([one["values"] for one in said])
+            return {"said": f"Process {number} of {len(answers)} stopped: {one['error']}", "again": one["again"]}
+    differences = differing([one["values"] for one in answers])
     if differences:
         return {"said": f"The processes do not agree: {'; '.join(differences)}. Give all the same.", "again": False}
     return {}

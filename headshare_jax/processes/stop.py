@@ -5,11 +5,15 @@ import signal
 from types import FrameType
 
 import jax
-from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-from headshare_jax.processes.agreement import give_notice
+from headshare_jax.processes.agreement import said, say_first, unique
 
 logger = logging.getLogger(__name__)
+
+
+# When one process asks about a step, each other one has asked about the step two before: it has begun the step between,
+# whose sums wait for all. So what one says as it asks, all know when they ask about the step two later.
+_STEPS_AHEAD = 2
 
 
 class Stop:
@@ -20,16 +24,19 @@ class Stop:
 
     def __init__(self) -> None:
         self._told: list[int] = []
-        self._published = False
+        # Of several processes: by what they agree, and the step to stop after, as text.
+        self._key: str | None = None
+        self._last: str | None = None
 
     def __call__(self, step: int) -> bool:
-        """Whether to stop after a step; every process asks after each, and all hear the same."""
+        """Whether to stop after a step; every process asks once about each, in order, and all hear the same."""
         if jax.process_count() == 1:
             return bool(self._told)
-        if self._told and not self._published:
-            give_notice()
-            self._published = True
-        return reached_preemption_sync_point(step)
+        if self._key is None:
+            self._key = unique("stop")
+        if self._last is None:
+            self._last = say_first(self._key, str(step + _STEPS_AHEAD)) if self._told else said(self._key)
+        return self._last is not None and step >= int(self._last)
 
     @property
     def interrupted(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import jax
 
 from headshare_jax.errors import HeadshareError, TryAgain
-from headshare_jax.processes.agreement import client, unique
+from headshare_jax.processes.agreement import client, said, unique
 
 T = TypeVar("T")
 Step = Callable[[int, int], None]
@@ -50,13 +50,13 @@ def _work(what: str, work: Callable[[Step], T], progress: Step, told: Callable[[
     """The first process's part: its value, of which the others are told some plain data."""
     if jax.process_count() == 1:
         return work(progress)
-    key, said = unique(what), 0.0
+    key, spoke = unique(what), 0.0
 
     def step(done: int, total: int) -> None:
-        nonlocal said
+        nonlocal spoke
         progress(done, total)
-        if time.monotonic() - said > _SECONDS_TO_SAY:
-            said = time.monotonic()
+        if time.monotonic() - spoke > _SECONDS_TO_SAY:
+            spoke = time.monotonic()
             _say(key, state="working", steps=[done, total])
 
     try:
@@ -72,9 +72,11 @@ def _work(what: str, work: Callable[[Step], T], progress: Step, told: Callable[[
 
 def _wait(what: str, progress: Step) -> Any:
     """What the first process tells the others when it is done."""
-    key, last, since = unique(what), None, time.monotonic()
+    key, since = unique(what), time.monotonic()
+    last: Any = None
     while True:
-        now = _said(key)
+        words = said(key)
+        now = None if words is None else json.loads(words)
         if now and now["state"] == "done":
             return now["told"]
         if now and now["state"] == "failed":
@@ -89,13 +91,3 @@ def _wait(what: str, progress: Step) -> Any:
 
 def _say(key: str, **values: Any) -> None:
     client().key_value_set(key, json.dumps(values), allow_overwrite=True)
-
-
-def _said(key: str) -> Any:
-    """What the first process said last; None if it has said nothing yet."""
-    try:
-        return json.loads(client().key_value_try_get(key))
-    except jax.errors.JaxRuntimeError as error:
-        if "NOT_FOUND" not in str(error):
-            raise
-        return None
