@@ -53,7 +53,8 @@ def unfinished(path: Path, *, folder: bool, key: str | None = None) -> Iterator[
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
     """A folder among the system's temporary files that goes with the block."""
-    place = Path(tempfile.gettempdir(), "headshare")
+    # Named by the process: those of others that run are no concern of its own, and no word is due.
+    place = Path(tempfile.gettempdir(), f"headshare-{os.getpid()}")
     recover(place)
     with unfinished(place, folder=True) as folder:
         folder.chmod(0o700)
