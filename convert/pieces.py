@@ -49,8 +49,7 @@ def write(
     *,
     threads: int = 0,
 ) -> None:
-    """Writes a file; peak memory is one of a tensor's reads, those that threads are ahead, and one piece that is
-    verified.
+    """Writes a file; in memory are one read, those that threads are ahead, and one piece that is verified.
 
     Args:
       path: the file, which may be there as far as a process that was killed had come.

@@ -19,7 +19,6 @@ from headshare_jax.chips import published_flops
 from headshare_jax.config import LlamaConfig
 from headshare_jax.convert import storage
 from headshare_jax.convert.atomic import own_file
-from headshare_jax.convert.storage import in_bucket, reached
 from headshare_jax.errors import HeadshareError, TryAgain
 
 METRICS, PLOT, _WANDB_ID = "metrics.jsonl", "metrics.png", "wandb.txt"
@@ -54,7 +53,7 @@ class MetricsLog:
         self._lines: list[str] = []
         if storage.is_file(self.path):
             # A kill may have left anything in the last line.
-            with reached(self.path):
+            with storage.reached(self.path):
                 text = self.path.read_text(encoding="utf-8", errors="replace")
             self._lines = [line for line in text.splitlines() if _step_of(line) <= from_step]
         self._written, self._since = len(self._lines), time.monotonic()
@@ -77,7 +76,7 @@ class MetricsLog:
         self._lines.append(json.dumps(line | nulls, allow_nan=False))
         if not self._writes:
             return
-        if not in_bucket(self.path) or time.monotonic() - self._since > _SECONDS_KEPT:
+        if not storage.in_bucket(self.path) or time.monotonic() - self._since > _SECONDS_KEPT:
             self.flush()
         with self._writing():
             if self._board is not None:
@@ -92,7 +91,7 @@ class MetricsLog:
         if not self._writes or self._written == len(self._lines):
             return
         with self._writing():
-            if in_bucket(self.path):
+            if storage.in_bucket(self.path):
                 self.path.write_text("".join(f"{line}\n" for line in self._lines), encoding="utf-8")
             else:
                 with self.path.open("a", encoding="utf-8") as file:
@@ -126,7 +125,7 @@ class MetricsLog:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
-            with reached(self.path):
+            with storage.reached(self.path):
                 yield
         except OSError as error:
             raise HeadshareError(
@@ -148,7 +147,7 @@ def _wandb_run(project: str, folder: Path) -> Any:
     name = folder / _WANDB_ID
     if not name.is_file():
         name.write_text(secrets.token_hex(4), encoding="utf-8")
-    local = None if in_bucket(folder) else str(folder)
+    local = None if storage.in_bucket(folder) else str(folder)
     try:
         return wandb.init(project=project, id=name.read_text().strip(), name=folder.name, dir=local, resume="allow")
     except wandb.errors.Error as error:

@@ -10,11 +10,10 @@ import numpy as np
 from headshare_jax.config import LlamaConfig
 from headshare_jax.model.gather import on_host
 from headshare_jax.model.llama import Llama
-from headshare_jax.parameters import PARAMETERS
 from headshare_jax.processes.agreement import from_first
 from headshare_jax.sharing import finite
 from headshare_jax.sharing.map import SharingMap
-from headshare_jax.sharing.source import WeightSource, read_heads
+from headshare_jax.sharing.source import WeightSource, read_held
 from headshare_jax.sharing.view import View, cast
 
 
@@ -75,6 +74,4 @@ class _Lent:
             what = finite.slice_name(name, layer)
             return finite.check_weights(found, what, "the model" if self._dtype is None else f"it, as {self._dtype},")
 
-        if layer is None:
-            return asked(None if rows is None else np.asarray(rows))
-        return asked(layer) if PARAMETERS[name].pool is None else read_heads(self, name, layer, rows, asked)
+        return read_held(self, name, layer, rows, asked)

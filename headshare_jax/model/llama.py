@@ -27,7 +27,7 @@ from headshare_jax.rope import rotary_angles
 from headshare_jax.sharing import finite
 from headshare_jax.sharing.ledger import described
 from headshare_jax.sharing.map import SharingMap
-from headshare_jax.sharing.source import WeightSource, pool_index, read_heads, stored_shape
+from headshare_jax.sharing.source import WeightSource, pool_index, read_held, stored_shape
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 Carry = TypeVar("Carry")
@@ -336,9 +336,7 @@ class Llama(nnx.Module):
             value = on_host(self.array(name), stored)
             return finite.check_weights(value, finite.slice_name(name, layer), "the model")
 
-        if layer is None:
-            return read(None if rows is None else np.asarray(rows))
-        return read(layer) if PARAMETERS[name].pool is None else read_heads(self, name, layer, rows, read)
+        return read_held(self, name, layer, rows, read)
 
     @property
     def _in_turns(self) -> InTurns | None:

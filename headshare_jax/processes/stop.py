@@ -10,7 +10,6 @@ from headshare_jax.processes.agreement import said, say_first, unique
 
 logger = logging.getLogger(__name__)
 
-
 # When one process asks about a step, each other one has asked about the step two before: it has begun the step between,
 # whose sums wait for all. So what one says as it asks, all know when they ask about the step two later.
 _STEPS_AHEAD = 2

@@ -132,6 +132,25 @@ def table_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
     return rows // next((count for count in range(least, 16 * least) if rows % count == 0), 1)
 
 
+def read_held(
+    source: WeightSource,
+    name: str,
+    layer: int | None,
+    rows: Sequence[int] | None,
+    held: Callable[[int | np.ndarray | None], np.ndarray],
+) -> np.ndarray:
+    """What `WeightSource.read` gives, of a model that holds every parameter as `stored_shape` says.
+
+    Args:
+      source: the model.
+      name, layer, rows: as for `WeightSource.read`.
+      held: gives a row of the leading axis, which is then no axis of the result; some of its rows; all for None.
+    """
+    if layer is None:
+        return held(None if rows is None else np.asarray(rows))
+    return held(layer) if PARAMETERS[name].pool is None else read_heads(source, name, layer, rows, held)
+
+
 def stored_rows(source: WeightSource, name: str) -> Iterator[tuple[slice, int | None, Sequence[int] | None]]:
     """Of a parameter, in order: rows of its leading axis, and the layer and rows that they are read as.
 
