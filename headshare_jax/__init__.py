@@ -34,6 +34,7 @@ from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.scores import MatchResult
 from headshare_jax.sharing.source import WeightSource, fingerprint
 from headshare_jax.sharing.view import SharedView
+from headshare_jax.sharing.widths import Widths
 
 __all__ = [
     "Agreement",
@@ -55,6 +56,7 @@ __all__ = [
     "SharedView",
     "SharingMap",
     "WeightSource",
+    "Widths",
     "agreement",
     "budget_map",
     "calibration_windows",

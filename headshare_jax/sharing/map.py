@@ -1,4 +1,4 @@
-"""Sharing maps: who shares whose weights, and who is dropped."""
+"""Sharing maps: who shares whose weights, who is dropped, and who is slim."""
 
 from dataclasses import dataclass
 from typing import Any, Self
@@ -10,18 +10,20 @@ from headshare_jax.errors import HeadshareError
 from headshare_jax.parameters import PROJECTIONS
 from headshare_jax.sharing import map_json
 from headshare_jax.sharing.tie import DROPPED, check_tie
+from headshare_jax.sharing.widths import Widths
 
 __all__ = ["DROPPED", "SharingMap", "check_tie", "shard_of_units"]
 
 
 @dataclass(frozen=True, eq=False)
 class SharingMap:
-    """For every sharing unit, the unit whose weights it uses, or that it is dropped.
+    """For every sharing unit, the unit whose weights it uses, or that it is dropped, or what is kept of it.
 
     Attributes:
       donor: int32 [L, U], flat index (layer * U + unit) of the root donor; a unit's own index where it keeps its
         weights, `DROPPED` where it is dropped.
-      score: float64 [L, U], the score by which a receiver or a dropped unit was chosen; NaN elsewhere.
+      score: float64 [L, U], the score by which a receiver or a dropped unit was chosen, of a slim unit minus what its
+        cut costs; NaN elsewhere.
       heads_per_unit: G, query heads in a unit.
       tie: projections that receivers share, a non-empty subset of `qkvo` in that order.
       unit_tie: str [L, U], what each receiver shares, empty for other units; `tie` for every receiver unless given.
@@ -32,10 +34,12 @@ class SharingMap:
       budget: the part of the attention parameters that was to be kept.
       seed: of the random baseline.
       source: fingerprint of the attention weights the map was made for, or None if unknown.
+      widths: what is kept of each unit; None where nothing of any is cut.
 
     Raises:
       HeadshareError: the donors are no integers, out of range, dropped, or form a chain or a cycle; no unit keeps its
-        weights; a tie is not a subset of `qkvo`; `heads_per_unit` is below 1.
+        weights; a tie is not a subset of `qkvo`; `heads_per_unit` is below 1; the widths are those of other units, or
+        a unit that receives, is a donor or is dropped has some of it cut.
     """
 
     donor: np.ndarray
@@ -50,6 +54,7 @@ class SharingMap:
     budget: float | None = None
     seed: int | None = None
     source: str | None = None
+    widths: Widths | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "donor", _frozen(_whole(self.donor)))
@@ -67,6 +72,26 @@ class SharingMap:
         for tie in np.unique(ties[self.receives]):
             check_tie(str(tie))
         object.__setattr__(self, "unit_tie", _frozen(ties))
+        if self.widths is not None:
+            self._check_widths(self.widths)
+            object.__setattr__(self, "widths", self.widths if self.widths.slim.any() else None)
+
+    def _check_widths(self, widths: Widths) -> None:
+        if widths.rank.shape != self.donor.shape:
+            raise HeadshareError("The widths of a map must have its shape [layers, units].")
+        donates = np.zeros(self.donor.size, bool)
+        donates[self.donor.flat[self.receivers]] = True
+        kinds = {
+            "is dropped": self.dropped,
+            "uses another unit's weights": self.receives,
+            "is another unit's donor": donates.reshape(self.donor.shape),
+        }
+        for what, units in kinds.items():
+            for layer, unit in np.argwhere(widths.slim & units):
+                raise HeadshareError(
+                    f"The map makes unit {layer}.{unit} (layer.unit) slim, which {what}; only a unit that keeps its "
+                    "weights for itself can be slim: leave its widths out, or the other."
+                )
 
     @property
     def receives(self) -> np.ndarray:
@@ -77,6 +102,11 @@ class SharingMap:
     def dropped(self) -> np.ndarray:
         """bool [L, U]: the unit is dropped."""
         return self.donor == DROPPED
+
+    @property
+    def slim(self) -> np.ndarray:
+        """bool [L, U]: some columns of the unit's heads are cut."""
+        return np.zeros(self.donor.shape, bool) if self.widths is None else self.widths.slim
 
     @property
     def receivers(self) -> np.ndarray:
@@ -126,7 +156,7 @@ class SharingMap:
         return self.receives & (donor_shard_lu != shard_u[None, :])
 
     def check_model(self, config: LlamaConfig) -> None:
-        """Raises HeadshareError unless the map has the shape of this model."""
+        """Raises HeadshareError unless the map has the shape of this model, and the model can have its widths."""
         mine = (*self.donor.shape, self.heads_per_unit)
         theirs = (config.num_layers, config.num_kv_heads, config.heads_per_unit)
         if mine != theirs:
@@ -134,20 +164,34 @@ class SharingMap:
                 "The map is for another model: it has {} layers of {} units with {} query heads each, "
                 "the model {} layers of {} units with {}.".format(*mine, *theirs)
             )
+        if self.widths is None:
+            return
+        heads = (self.widths.head_dim, self.widths.rotary_dim), (config.head_dim, config.rotary_dim)
+        if heads[0] != heads[1]:
+            raise HeadshareError(
+                "The map is for another model: its heads have {} columns, {} of which turn, the model's {}, of which "
+                "{} turn.".format(*heads[0], *heads[1])
+            )
+        if config.qk_norm and not self.widths.pairs.all():
+            layer, unit = np.argwhere(~self.widths.pairs.all(axis=2))[0]
+            raise HeadshareError(
+                f"The map cuts pairs of q and k of unit {layer}.{unit} (layer.unit), but this model has norms on its q "
+                "and k heads, which a cut would change; keep all pairs, and cut values alone."
+            )
 
     def summary(self) -> str:
-        """What the map does, e.g. `2 of 6 units use another unit's qkv or qo weights, 3 are dropped`."""
+        """What the map does, e.g. `2 of 6 units use another unit's qkv or qo weights, 3 are dropped, 1 is slim`."""
         assert self.unit_tie is not None
-        units, dropped = self.donor.size, np.count_nonzero(self.dropped)
         ties = " or ".join(np.unique(self.unit_tie[self.receives])) or self.tie
-        shared = f"{len(self.receivers)} of {units} units use another unit's {ties} weights"
-        gone = f"{'is' if dropped == 1 else 'are'} dropped"
-        if not dropped:
-            return shared
-        return f"{shared}, {dropped} {gone}" if self.receives.any() else f"{dropped} of {units} units {gone}"
+        counts = {"dropped": int(self.dropped.sum()), "slim": int(self.slim.sum())}
+        does = [(count, f"{'is' if count == 1 else 'are'} {what}") for what, count in counts.items() if count]
+        if self.receives.any() or not does:
+            does.insert(0, (len(self.receivers), f"use another unit's {ties} weights"))
+        (first, what), *others = does
+        return ", ".join([f"{first} of {self.donor.size} units {what}", *(f"{count} {what}" for count, what in others)])
 
     def to_json(self) -> str:
-        """The map as a JSON document with one receiver or dropped unit a line, so that edits and diffs are readable."""
+        """The map as a JSON document with one unit a line, so that edits and diffs are readable."""
         return map_json.document(self)
 
     @classmethod
@@ -156,7 +200,7 @@ class SharingMap:
 
         Raises:
           HeadshareError: not JSON, not such a document, or a map that cannot be: units out of range or named twice,
-            a receiver that is its own donor, a dropped donor, a chain or a cycle, every unit dropped.
+            a receiver that is its own donor, a dropped donor, a chain or a cycle, every unit dropped, impossible widths.
 
         Examples:
           >>> hs.SharingMap.from_json(sharing.to_json()) == sharing
@@ -168,7 +212,7 @@ class SharingMap:
         assert self.unit_tie is not None
         arrays = (self.donor.tobytes(), self.score.tobytes(), tuple(self.unit_tie.flat))
         settings = (self.heads_per_unit, self.tie, self.method, self.match, self.chains, self.source)
-        return (self.donor.shape, *arrays, *settings, self.ratio, self.budget, self.seed)
+        return (self.donor.shape, *arrays, *settings, self.ratio, self.budget, self.seed, self.widths)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SharingMap) and self._key() == other._key()

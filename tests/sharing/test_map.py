@@ -1,6 +1,7 @@
 """Sharing maps: what they store, their JSON document, and that no document is trusted."""
 
 import json
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from headshare_jax import HeadshareError, LlamaConfig, SharingMap, parameters
 from headshare_jax.sharing.source import stored_shape
 from headshare_jax.sharing.tie import DROPPED
+from headshare_jax.sharing.widths import Widths
 
 TIES = tuple("".join(letters) for size in range(1, 5) for letters in combinations("qkvo", size))
 VALID: dict[str, Any] = {
@@ -30,6 +32,16 @@ VALID: dict[str, Any] = {
         {"layer": 2, "unit": 0, "donor": [0, 1], "tie": "qk", "score": None},
     ],
     "dropped": [{"layer": 2, "unit": 1, "score": 0.5}],
+}
+# Heads of 8 columns, 4 of which turn: pairs 0 and 1 turn, columns 4 to 7 are their pairs 2 to 5.
+SLIM: dict[str, Any] = VALID | {
+    "version": 2,
+    "model": VALID["model"] | {"head_dim": 8, "rotary_dim": 4},
+    "slim": [
+        {"layer": 1, "unit": 0, "rank": 3, "pairs": [1, 2, 5], "score": -0.25},
+        {"layer": 0, "unit": 1, "rank": 8, "pairs": [0]},
+    ],
+    "receivers": VALID["receivers"][:1],
 }
 
 
@@ -57,6 +69,23 @@ def maps(draw: st.DrawFn) -> SharingMap:
         seed=draw(st.none() | st.integers(0, 2**40)),
         source=draw(st.none() | st.text(max_size=5)),
     )
+
+
+@st.composite
+def slim_maps(draw: st.DrawFn) -> SharingMap:
+    """A map as `maps` gives them, of which any units that keep their weights for themselves are slim."""
+    sharing, head_dim = draw(maps()), draw(st.sampled_from([2, 4, 6]))
+    count = head_dim - draw(st.integers(1, head_dim // 2))
+    rank, pairs = np.full(sharing.donor.shape, head_dim), np.ones((*sharing.donor.shape, count), bool)
+    score = sharing.score.copy()
+    donors = set(sharing.donor.flat[sharing.receivers])
+    for flat in np.flatnonzero(~sharing.receives & ~sharing.dropped):
+        place = np.unravel_index(flat, score.shape)
+        if flat not in donors and draw(st.booleans()):
+            rank[place] = draw(st.integers(1, head_dim))
+            pairs[place] = np.isin(np.arange(count), list(draw(st.sets(st.integers(0, count - 1), min_size=1))))
+            score[place] = draw(st.floats(-1, 0)) if rank[place] < head_dim or not pairs[place].all() else np.nan
+    return replace(sharing, widths=Widths(rank, pairs, head_dim), score=score)
 
 
 def config_of(sharing: SharingMap) -> LlamaConfig:
@@ -113,7 +142,7 @@ def test_the_parameter_count_falls_by_what_the_map_says(sharing: SharingMap) -> 
     assert count(None) - count(sharing) == sum(unit[p] for p in gone)
 
 
-@given(maps())
+@given(maps() | slim_maps())
 def test_json_round_trip(sharing: SharingMap) -> None:
     text = sharing.to_json()
     again = SharingMap.from_json(text)
@@ -131,6 +160,31 @@ def test_the_document_has_one_unit_a_line() -> None:
         '{"layer": 1, "unit": 1, "donor": [0, 0], "score": 0.25},',
         '{"layer": 2, "unit": 0, "donor": [0, 1], "tie": "qk", "score": null}',
     ]
+
+
+def test_slim_units_are_a_list_of_what_is_kept() -> None:
+    sharing = SharingMap.from_json(json.dumps(SLIM))
+    assert sharing.widths is not None
+    assert sharing.slim.tolist() == [[False, True], [True, False], [False, False]]
+    assert (sharing.widths.rotary_dim, sharing.widths.rank.tolist()) == (4, [[8, 8], [3, 8], [8, 8]])
+    assert np.flatnonzero(sharing.widths.qk[1, 0]).tolist() == [1, 3, 4, 7]
+    assert np.flatnonzero(sharing.widths.qk[0, 1]).tolist() == [0, 2]
+    assert np.flatnonzero(sharing.widths.kept("o")[1, 0]).tolist() == [0, 1, 2]
+    assert sharing.score[1, 0] == -0.25
+    assert [line.strip() for line in sharing.to_json().splitlines() if '"pairs"' in line] == [
+        '{"layer": 0, "unit": 1, "pairs": [0], "score": null},',
+        '{"layer": 1, "unit": 0, "rank": 3, "pairs": [1, 2, 5], "score": -0.25}',
+    ]
+
+
+def test_widths_that_cut_nothing_are_none() -> None:
+    whole = SharingMap.from_json(json.dumps(VALID))
+    assert replace(whole, widths=Widths(np.full((3, 2), 4), np.ones((3, 2, 2), bool), 4)) == whole
+
+
+def test_the_version_is_the_first_that_can_hold_the_map() -> None:
+    assert json.loads(SharingMap.from_json(json.dumps(SLIM)).to_json())["version"] == 2
+    assert json.loads(SharingMap.from_json(json.dumps(VALID | {"version": 2})).to_json())["version"] == 1
 
 
 def test_a_document_need_not_speak_of_drops_and_ties() -> None:
@@ -151,6 +205,9 @@ def test_a_document_need_not_speak_of_drops_and_ties() -> None:
             "2 of 6 units are dropped",
         ),
         ({"receivers": VALID["receivers"][1:], "dropped": []}, "1 of 6 units use another unit's qk weights"),
+        ({"receivers": [], "dropped": []}, "0 of 6 units use another unit's qkv weights"),
+        (SLIM, "1 of 6 units use another unit's qkv weights, 1 is dropped, 2 are slim"),
+        (SLIM | {"receivers": [], "dropped": []}, "2 of 6 units are slim"),
     ],
 )
 def test_summaries_tell_ties_and_drops(changes: dict[str, Any], summary: str) -> None:
@@ -170,6 +227,11 @@ def test_maps_differ_by_any_of_their_fields() -> None:
     other_values |= {"source": None, "receivers": VALID["receivers"][:1], "dropped": []}
     for name, value in other_values.items():
         assert SharingMap.from_json(json.dumps(VALID | {name: value})) != one
+    slim = SharingMap.from_json(json.dumps(SLIM))
+    assert slim.widths is not None
+    assert slim != SharingMap.from_json(json.dumps(SLIM | {"slim": []}))
+    for pairs in ([0], [1, 2]):
+        assert slim != SharingMap.from_json(json.dumps(SLIM | {"slim": slim_units((1, 0, 3, pairs))}))
     assert one != "a map"
 
 
@@ -183,6 +245,10 @@ def test_arrays_of_a_map_cannot_be_changed() -> None:
 
 
 EVERY_UNIT = [{"layer": layer, "unit": unit} for layer in range(3) for unit in range(2)]
+
+
+def slim_units(*units: tuple[int, int, int, list[Any]]) -> list[dict[str, Any]]:
+    return [{"layer": layer, "unit": unit, "rank": rank, "pairs": pairs} for layer, unit, rank, pairs in units]
 
 
 def receivers(*pairs: tuple[int, int, int, int]) -> dict[str, Any]:
@@ -217,7 +283,7 @@ def receivers(*pairs: tuple[int, int, int, int]) -> dict[str, Any]:
         ({"receivers": [VALID["receivers"][0] | {"tie": ""}]}, "tie must name some of q, k, v, o.*not ''"),
         ({"receivers": [VALID["receivers"][0] | {"tie": None}]}, "tie in the map must be a valid string"),
         ({"receivers": [{"unit": 0, "donor": [0, 0]}]}, r"receivers\.0\.layer in the map is missing"),
-        ({"version": 2}, "version in the map must be 1, not 2"),
+        ({"version": 3}, "version in the map must be 1 or 2, not 3"),
         ({"version": None}, "version"),
         ({"format": "safetensors"}, "format"),
         ({"tie": "vq"}, "tie"),
@@ -268,6 +334,58 @@ def test_an_impossible_map_is_refused_with_its_reason(changes: dict[str, Any], r
         SharingMap.from_json(json.dumps(VALID | changes))
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"slim": slim_units((1, 0, 0, [1]))},
+            r"keeps 0 of the 8 value columns of unit 1\.0 .*1 to 8 of them, or drop the unit",
+        ),
+        ({"slim": slim_units((1, 0, 9, [1]))}, r"keeps 9 of the 8 value columns of unit 1\.0"),
+        ({"slim": slim_units((1, 0, -1, [1]))}, r"slim\.0\.rank in the map must be greater than or equal to 0"),
+        ({"slim": slim_units((1, 0, 3, []))}, r"keeps no pair of q and k of unit 1\.0.*or drop the unit instead"),
+        ({"slim": slim_units((1, 0, 3, [6]))}, r"keeps pair 6 of unit 1\.0 .*pairs 0 to 5"),
+        ({"slim": slim_units((1, 0, 3, [-1]))}, r"keeps pair -1 of unit 1\.0 .*pairs 0 to 5"),
+        ({"slim": slim_units((1, 0, 3, [1, 2, 1]))}, r"names pair 1 of unit 1\.0 \(layer\.unit\) twice"),
+        ({"slim": slim_units((1, 0, 3, [0.5]))}, r"slim\.0\.pairs\.0 in the map must be a valid integer"),
+        ({"slim": slim_units((1, 0, 3, [1])) * 2}, r"names unit 1\.0 \(layer\.unit\) twice"),
+        ({"slim": slim_units((1, 1, 3, [1]))}, r"names unit 1\.1 \(layer\.unit\) twice"),
+        ({"slim": slim_units((2, 1, 3, [1]))}, r"names unit 2\.1 \(layer\.unit\) twice"),
+        ({"slim": slim_units((0, 0, 3, [1]))}, r"makes unit 0\.0 .* slim, which is another unit's donor; only a unit"),
+        ({"slim": slim_units((3, 0, 3, [1]))}, r"names unit 3\.0.*3 layers of 2 units"),
+        ({"slim": slim_units((1, 0, 8, [0, 1, 2, 3, 4, 5]))}, r"cuts nothing of slim unit 1\.0.*leave it out"),
+        ({"slim": [{"layer": 1, "unit": 0}]}, r"cuts nothing of slim unit 1\.0"),
+        ({"slim": [{"layer": 1, "unit": 0, "ranks": 2}]}, r"slim\.0\.ranks in the map.*did you mean rank\?"),
+        ({"version": 1}, 'no place in one of version 1; set "version" to 2'),
+        ({"model": VALID["model"]}, "its model needs head_dim and rotary_dim too"),
+        ({"model": SLIM["model"] | {"rotary_dim": 3}}, "A head of 8 columns, 3 of which turn, cannot be slim"),
+        ({"model": SLIM["model"] | {"rotary_dim": 10}}, "A head of 8 columns, 10 of which turn, cannot be slim"),
+        ({"model": SLIM["model"] | {"head_dim": 10**9}}, "layers of 2 units with heads of 1000000000, more than any"),
+    ],
+)
+def test_impossible_widths_are_refused_with_their_reason(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(HeadshareError, match=reason):
+        SharingMap.from_json(json.dumps(SLIM | changes))
+
+
+@pytest.mark.parametrize(
+    ("rank", "pairs", "reason"),
+    [
+        (np.full((2, 2), 4.0), np.ones((2, 2, 2), bool), "whole numbers as ranks"),
+        (np.full((2, 2), 4), np.ones((2, 2, 2), int), "pairs that are kept"),
+        (np.full((2, 2), 4), np.ones((2, 2), bool), r"pairs \[layers, units, pairs of a head\]"),
+        (np.full((2, 2), 4), np.ones((2, 2, 1), bool), "4 columns, 6 of which turn"),
+        (np.full((3, 2), 4), np.ones((3, 2, 2), bool), r"must have its shape \[layers, units\]"),
+        (np.array([[3, 3], [4, 4]]), np.ones((2, 2, 2), bool), r"0\.1 .* slim, which is dropped"),
+        (np.array([[4, 4], [3, 4]]), np.ones((2, 2, 2), bool), r"1\.0 .* slim, which uses another unit's weights"),
+    ],
+)
+def test_widths_made_by_hand_are_checked(rank: np.ndarray, pairs: np.ndarray, reason: str) -> None:
+    whole = SharingMap(np.array([[0, -1], [3, 3]]), np.zeros((2, 2)), heads_per_unit=1)
+    with pytest.raises(HeadshareError, match=reason):
+        replace(whole, widths=Widths(rank, pairs, 4))
+
+
 @pytest.mark.parametrize("place", ['"tie": "qkv"', '"layer": 1'])
 def test_a_key_that_stands_twice_is_refused(place: str) -> None:
     text = json.dumps(VALID).replace(place, f"{place}, {place.replace('1', '0')}", 1)
@@ -311,10 +429,10 @@ JSON_VALUES = st.recursive(
 
 
 @settings(max_examples=500)
-@given(path=st.sampled_from(places(VALID)), value=JSON_VALUES)
+@given(path=st.sampled_from(places(SLIM)), value=JSON_VALUES)
 def test_a_document_changed_anywhere_is_a_valid_map_or_refused(path: tuple[Any, ...], value: Any) -> None:
     try:
-        sharing = SharingMap.from_json(json.dumps(replaced(VALID, path, value)))
+        sharing = SharingMap.from_json(json.dumps(replaced(SLIM, path, value)))
     except HeadshareError:
         return
     assert SharingMap.from_json(sharing.to_json()) == sharing
@@ -373,3 +491,18 @@ def test_a_map_for_another_model_is_refused(change: dict[str, int]) -> None:
     sharing.check_model(LlamaConfig(**fields, **sizes))
     with pytest.raises(HeadshareError, match="another model"):
         sharing.check_model(LlamaConfig(**fields, **(sizes | change)))
+
+
+def test_widths_for_another_kind_of_head_are_refused() -> None:
+    sharing = SharingMap.from_json(json.dumps(SLIM))
+    sizes: dict[str, Any] = {"num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+    fields: dict[str, Any] = {"vocab_size": 11, "hidden_size": 6, "intermediate_size": 7, **sizes}
+    sharing.check_model(LlamaConfig(**fields, family="phi3", partial_rotary_factor=0.5))
+    with pytest.raises(HeadshareError, match="heads have 8 columns, 4 of which turn, the model's 8, of which 8 turn"):
+        sharing.check_model(LlamaConfig(**fields))
+    all_turn = SLIM | {"model": VALID["model"] | {"head_dim": 8, "rotary_dim": 8}, "slim": slim_units((1, 0, 3, [2]))}
+    normed = LlamaConfig(**fields, family="qwen3", qk_norm=True)
+    with pytest.raises(HeadshareError, match=r"cuts pairs of q and k of unit 1\.0.*norms.*keep all pairs"):
+        SharingMap.from_json(json.dumps(all_turn)).check_model(normed)
+    values_only = all_turn | {"slim": [{"layer": 1, "unit": 0, "rank": 3}]}
+    SharingMap.from_json(json.dumps(values_only)).check_model(normed)
