@@ -8,7 +8,7 @@ import support
 import headshare_jax as hs
 from headshare_jax.compression.effort import Effort
 from headshare_jax.errors import HeadshareError
-from headshare_jax.fit.methods import METHODS
+from headshare_jax.methods.table import METHODS
 
 EFFORT = Effort(
     support.tiny_model().config, METHODS["fitted"], seq_len=32, calibration=8, own=0, measured=16, matches=True
@@ -31,12 +31,12 @@ def test_twice_the_text_takes_twice_the_fit_and_its_files() -> None:
 
 
 def test_steps_of_matching_do_not_all_cost_the_same() -> None:
-    parts = [EFFORT.matched(steps) for steps in (0.0, 1 / 3, 2 / 3, 1.0)]
+    parts = [EFFORT.part("matching", steps) for steps in (0.0, 1 / 3, 2 / 3, 1.0)]
     assert parts[0] == 0
     assert parts[3] == 1
     assert 0 < parts[1] < parts[2] < 1
-    assert EFFORT.matched(1 / 6) == pytest.approx(parts[1] / 2)
-    assert replace(EFFORT, method=METHODS["direct"]).matched(0.4) == 0.4
+    assert EFFORT.part("matching", 1 / 6) == pytest.approx(parts[1] / 2)
+    assert replace(EFFORT, method=METHODS["direct"]).part("matching", 0.4) == 0.4
 
 
 def test_a_model_that_writes_text_is_in_memory_as_a_whole() -> None:

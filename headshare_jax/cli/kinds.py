@@ -11,8 +11,8 @@ from headshare_jax.convert import FORMATS, storage
 from headshare_jax.convert.gguf_writer import check_type
 from headshare_jax.convert.text import check_name
 from headshare_jax.errors import HeadshareError
-from headshare_jax.fit.methods import METHODS
 from headshare_jax.matching.cosine import MATCH_FUNCTIONS
+from headshare_jax.methods.table import METHODS
 from headshare_jax.model.layer import REMAT_POLICIES
 from headshare_jax.model.llama import COMPUTE_DTYPES
 from headshare_jax.plan.estimate import STAGES

@@ -13,7 +13,8 @@ from headshare_jax.cli.command import Command, Destination, MeshSizes, Overwrite
 from headshare_jax.cli.sharing import Calibrate, MatchFunction, MeasuredText, NoEval, Seed, Tie
 from headshare_jax.compression.compress import compress
 from headshare_jax.convert.atomic import check_output, new_file
-from headshare_jax.fit.methods import METHODS, Method
+from headshare_jax.methods.table import METHODS
+from headshare_jax.methods.work import Method
 from headshare_jax.model.mesh import local_mesh
 from headshare_jax.report.map import draw_map
 from headshare_jax.report.picture import check_name

@@ -16,9 +16,9 @@ from headshare_jax.cli.sharing import Calibrate, CalibrateTokens, MatchFunction,
 from headshare_jax.compression.texts import OWN
 from headshare_jax.convert.atomic import check_place
 from headshare_jax.errors import HeadshareError
-from headshare_jax.fit import methods
-from headshare_jax.fit.methods import METHODS, Amount, Method, MethodSettings
 from headshare_jax.loading import calibration_text, text_tokens
+from headshare_jax.methods.table import METHODS, find
+from headshare_jax.methods.work import Amount, Method, MethodSettings
 from headshare_jax.report.progress import progress_with_text
 from headshare_jax.resources import megabytes
 from headshare_jax.sharing.tie import check_tie
@@ -74,7 +74,7 @@ class Sweep(Command):
         if source.sharing is not None:
             raise HeadshareError(f"{self.src} already shares heads; a sweep begins with a dense model.")
         for amount in amounts:
-            methods.check_amount(amount, source.config)
+            amount.check(source.config)
         calibration = None
         if self.calibrate is not None:
             calibration = calibration_text(
@@ -88,7 +88,7 @@ class Sweep(Command):
             with progress_with_text() as show:
                 points = run.points(pairs, show)
             record = run.record(points, model=self.src, text=self.text)
-            run.folder.write_results(record, [run.scored(method) for method in chosen])
+            run.folder.write_results(record, run.scores(chosen))
         return {
             "output": str(self.output),
             "page": str(self.output / PAGE),
@@ -121,7 +121,7 @@ class Sweep(Command):
 
     def _checked_methods(self) -> list[Method]:
         names = list(dict.fromkeys(",".join(self.methods).replace(" ", "").split(",")))
-        chosen = [methods.find(name) for name in names]
+        chosen = [find(name) for name in names]
         for setting, value in self._settings().given.items():
             if setting == "tie":
                 check_tie(value)

@@ -5,7 +5,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from headshare_jax.convert import map_file, storage
 from headshare_jax.convert.journal_folder import JournalFolder
 from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluate.agreement import agreement
-from headshare_jax.fit import methods
-from headshare_jax.fit.methods import METHODS, Amount, Method, MethodSettings, Scoring
 from headshare_jax.loading import AnyTokenizer, Text
+from headshare_jax.methods import table
+from headshare_jax.methods.scored import ScoredMethod
+from headshare_jax.methods.table import METHODS
+from headshare_jax.methods.work import Amount, Method, MethodSettings, Phase, Work, silent
 from headshare_jax.model.llama import Llama
 from headshare_jax.report.progress import course
 from headshare_jax.resources import check_disk, check_memory, peak_memory
@@ -47,8 +49,6 @@ FIT_FILE = "headshare_fit.json"
 _WINDOW = 512
 # Called with what is being done, how much of it is, and the whole.
 Progress = Callable[[str, int, int], None]
-Step = Callable[[int, int], None]
-Phases = Callable[..., AbstractContextManager[Step]]
 
 
 @typed
@@ -86,7 +86,7 @@ def compress(
       budget: instead of a ratio: part of the attention parameters (q, k, v and o weights) to keep, in (0, 1].
       model_budget: instead of a ratio: part of all the model's parameters to keep; only attention gives any up.
       map: instead of a ratio: a sharing map, or the file of one; nothing is matched.
-      method: one of `fit.methods.METHODS`; by default `fitted` for a ratio, `plan` for a budget, and for a map
+      method: one of `methods.table.METHODS`; by default `fitted` for a ratio, `plan` for a budget, and for a map
         `refit`, or `direct` where it changes nothing, since receivers hold their donors' weights already.
       calibrate: text for the methods that need one, like that which the model is to be used on: as for
         `convert.text.open_corpus`, or token ids, int [tokens]; or "own" for one that the model writes (`own_text`),
@@ -104,7 +104,7 @@ def compress(
       overwrite: replace an existing output.
       progress: True for a bar on standard error, False for none, or a function that is called with what is being done,
         the steps done and in all.
-      settings: fields of `fit.methods.MethodSettings`; those not given are left to the method.
+      settings: fields of `methods.work.MethodSettings`; those not given are left to the method.
 
     Returns:
       The record of what was done, with the model.
@@ -162,23 +162,20 @@ def compress(
     )
     check_disk(Path(tempfile.gettempdir()), effort.temporary, "The text's hidden states, in temporary files,")
     journals = None if work is None else _journals(work, dst)
-    report = quality = None
-    with nullcontext() if journals is None else journals.held(), _phases(progress, effort.costs) as phase:
+    quality = None
+    with nullcontext() if journals is None else journals.held(), _phases(progress, effort) as phase:
         if texts.own:
             with phase("writing text") as show:
                 texts = texts.with_own(source, show)
-        if sharing is None:
-            assert amount is not None
-            with phase("matching", effort.matched) as show:
-                scores = chosen.scores(Scoring(source, of_method, texts.windows_wt, journals, show, mesh))
-            sharing = methods.choose(chosen, scores, amount, source.config, of_method)
-        with phase("refitting") if chosen.refits else nullcontext(_silent) as show:
-            model, report = methods.apply(
-                chosen, source, sharing, texts.windows_wt,
-                check_source=map is not None, mesh=mesh, journals=journals, progress=show,
-            )  # fmt: skip
-        record = None if report is None else fit_record(texts.calibration, report)
-        model = cast(model, written)
+        given = Work(source, of_method, texts.windows_wt, journals=journals, fits=journals, phase=phase, mesh=mesh)
+        if amount is not None:
+            made = chosen.make(given, amount)
+        else:
+            assert isinstance(chosen, ScoredMethod)
+            assert sharing is not None
+            made = chosen.apply(given, sharing)
+        record = None if made.fit is None else fit_record(texts.calibration, made.fit)
+        model = cast(made.model, written)
         found: WeightSource = model
         if dst is not None:
             with phase("writing") as show:
@@ -197,8 +194,8 @@ def compress(
         model = Llama.of(model, **source.settings)
     after = None if dst is None else storage.path(dst)
     return Compressed(
-        model=model, map=sharing, ledger=ledger(found, path=after), sizes=sizes(source, path, found, after),
-        fit=report, calibration=texts.calibration, quality=quality, measured_on=texts.measured_on,
+        model=model, map=made.map, ledger=ledger(found, path=after), sizes=sizes(source, path, found, after),
+        fit=made.fit, calibration=texts.calibration, quality=quality, measured_on=texts.measured_on,
         overlap=texts.overlap, seconds=time.monotonic() - started, memory=peak_memory(), path=after,
     )  # fmt: skip
 
@@ -212,7 +209,7 @@ def _wanted(
         return (given if isinstance(given, SharingMap) else map_file.read(storage.path(given))), None
     part = asked["model_budget"]
     amount = Amount(asked["ratio"], asked["budget"] if part is None else attention_budget(source.config, part))
-    methods.check_amount(amount, source.config)
+    amount.check(source.config)
     if settings.within_shards is not None:
         shard_of_units(source.config.num_kv_heads, settings.within_shards)
     return None, amount
@@ -227,7 +224,7 @@ def _checked(name: str | None, settings: MethodSettings, asked: Mapping[str, Any
             "use a map that exists.",
             option=tuple(asked),
         )
-    method = methods.find(_DEFAULTS[given[0]] if name is None else name, settings)
+    method = table.find(_DEFAULTS[given[0]] if name is None else name, settings)
     for option, value in fits.items():
         if value is not None and not method.needs_text:
             users = ", ".join(other.name for other in METHODS.values() if other.needs_text)
@@ -235,6 +232,8 @@ def _checked(name: str | None, settings: MethodSettings, asked: Mapping[str, Any
                 f"The method {method.name} is not calibrated on a text, as others are ({users}); leave {option} out.",
                 option=option,
             )
+    if given == ["ratio"]:
+        method.check_ratio()
     if given == ["map"] and settings.given:
         setting = next(iter(settings.given))
         raise HeadshareError(f"A map has its pairs already; leave {setting} out.", option=setting)
@@ -265,17 +264,13 @@ def _check_text(method: Method, calibrate: Text | None) -> None:
 
 
 @contextmanager
-def _phases(progress: bool | Progress, costs: Mapping[str, float]) -> Iterator[Phases]:
+def _phases(progress: bool | Progress, effort: Effort) -> Iterator[Phase]:
     """Phases as the caller wants to see them: each is called with its steps done and in all."""
     if progress is True:
-        with course(costs) as bar:
-            yield bar.phase
+        with course(effort.costs) as bar:
+            yield lambda label: bar.phase(label, partial(effort.part, label))
     else:
-        yield lambda label, part=None: nullcontext(partial(progress, label) if progress else _silent)
-
-
-def _silent(done: int, total: int) -> None:
-    """Progress that nobody is told of."""
+        yield lambda label: nullcontext(partial(progress, label) if progress else silent)
 
 
 def _journals(work: str | Path, dst: str | Path | None) -> JournalFolder:

@@ -9,8 +9,9 @@ from math import prod
 import numpy as np
 
 from headshare_jax.config import LlamaConfig
-from headshare_jax.fit.methods import Method, functional_scores
 from headshare_jax.matching.functional import FunctionalSettings
+from headshare_jax.methods.scored import ScoredMethod
+from headshare_jax.methods.work import Method
 from headshare_jax.parameters import layered_names, slice_shape
 
 # What phases cost against plain products of matrices, by SmolLM2-135M on two cores: gradients and pairs of matching,
@@ -51,15 +52,15 @@ class Effort:
         costs = {
             "writing text": self.seq_len * self.own * (through + self._head) * _DECODING,
             "matching": sum(self._matching) if self.matches else 0.0,
-            "refitting": tokens * through * _REFITTING if self.method.refits else 0.0,
+            "refitting": tokens * through * _REFITTING if self._refits else 0.0,
             "writing": through * _WRITING,
             "measuring": measured * _MEASURING * (through + self._head),
         }
         return {label: float(cost) for label, cost in costs.items() if cost}
 
-    def matched(self, steps: float) -> float:
-        """The part of matching's cost that a part of its steps is; by function, they do not all cost the same."""
-        if self.method.scores is not functional_scores:
+    def part(self, label: str, steps: float) -> float:
+        """The part of a phase's cost that a part of its steps is; matching's by function do not all cost the same."""
+        if label != "matching" or not self._functional:
             return steps
         layers, costs = self.config.num_layers, self._matching
         forward, head, backward, _ = costs
@@ -69,10 +70,18 @@ class Effort:
         return float(np.interp(steps, ends, done / done[-1]))
 
     @property
+    def _functional(self) -> bool:
+        return isinstance(self.method, ScoredMethod) and self.method.functional
+
+    @property
+    def _refits(self) -> bool:
+        return isinstance(self.method, ScoredMethod) and self.method.refits
+
+    @property
     def _matching(self) -> list[float]:
         """Costs of matching: layers forward, gradients of the head and backward, and pairs; or pairs alone."""
         config, through = self.config, self.config.num_layers * self._layer
-        if self.method.scores is not functional_scores:
+        if not self._functional:
             return [through * config.num_units / 2]
         tokens = self.seq_len * min(self.calibration, FunctionalSettings().windows)
         # Scores of attention, of every donor that is tried.
@@ -86,7 +95,7 @@ class Effort:
         """Bytes: a layer of both models, output heads, sums of products in float64, and a batch's activations."""
         config = self.config
         width, inner = config.hidden_size, config.num_heads * config.head_dim
-        sums = 8 * (3 * inner * inner + 6 * inner * width) if self.method.refits else 0
+        sums = 8 * (3 * inner * inner + 6 * inner * width) if self._refits else 0
         batch = 4 * _BATCH_TOKENS * (8 * width + 2 * config.intermediate_size + 2 * config.num_heads * self.seq_len)
         whole = 4 * (config.num_layers * self._layer + self._head) if self.own else 0
         return 4 * (2 * self._layer + 2 * self._head) + sums + batch + whole
@@ -96,7 +105,7 @@ class Effort:
         """Bytes of hidden states and gradients in temporary files."""
         state = 4 * self.seq_len * self.config.hidden_size
         matched = min(self.calibration, FunctionalSettings().windows)
-        gradients = matched * self.config.num_layers if self.method.scores is functional_scores else 0
+        gradients = matched * self.config.num_layers if self._functional else 0
         return state * max(gradients + matched, 2 * self.calibration, 2 * self.measured)
 
     @property

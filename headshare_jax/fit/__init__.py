@@ -1,4 +1,4 @@
-"""Fitting a shared model to its dense one in closed form, and the table of methods.
+"""Fitting a shared model to its dense one in closed form.
 
-Public: `refit.refit`, `RefitSettings` and `RefitReport`, `methods.METHODS`.
+Public: `refit.refit`, `RefitSettings` and `RefitReport`.
 """

@@ -6,6 +6,7 @@ import math
 import platform
 import shlex
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,9 +19,9 @@ from headshare_jax.calibration.overlap import TextRuns
 from headshare_jax.calibration.windows import tokens_digest
 from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluate.perplexity import perplexity
-from headshare_jax.fit import methods
-from headshare_jax.fit.methods import METHODS, Amount, Method, MethodSettings, Scoring
 from headshare_jax.loading import CalibrationText
+from headshare_jax.methods.table import METHODS
+from headshare_jax.methods.work import Amount, Method, MethodSettings, Step, Unmet, Work
 from headshare_jax.model.llama import Llama
 from headshare_jax.report.progress import Show
 from headshare_jax.sharing.finite import NotFinite
@@ -151,31 +152,32 @@ class Measurements:
             ]
         )
 
-    def scored(self, method: Method, tell: Tell = lambda text: None) -> MatchResult:
-        """The scores of a method, which it may have in common with others."""
-        name = method.scores.__name__
+    def scores(self, chosen: Sequence[Method]) -> list[MatchResult]:
+        """The scores of those methods that make any; some have theirs in common."""
+        work = self._work(lambda text: None)
+        return [scores for method in chosen if (scores := method.scored(work)) is not None]
+
+    def _work(self, tell: Tell) -> Work:
+        """What a method is given. A fit serves one point, which is kept itself."""
+        return Work(
+            self.source, self.settings, self.windows_wt, journals=self.folder.journals, kept=self._kept,
+            phase=lambda label: nullcontext(_counted(tell, label)),
+        )  # fmt: skip
+
+    def _kept(self, name: str, score: Callable[[], MatchResult]) -> MatchResult:
         if name not in self._scores:
-            told = _counted(tell, "matching")
-            work = Scoring(self.source, self.settings, self.windows_wt, self.folder.journals, told)
-            self._scores[name] = self.folder.scores(name, lambda: method.scores(work))
+            self._scores[name] = self.folder.scores(name, score)
         return self._scores[name]
 
     def _point(self, method: Method, amount: Amount, tell: Tell) -> dict[str, Any]:
-        scores = self.scored(method, tell)
         try:
-            sharing = methods.choose(method, scores, amount, self.source.config, self.settings)
-        except HeadshareError as error:
-            return {"perplexity": None, "reason": str(error)}
-        try:
-            model, fit = methods.apply(
-                method, self.source, sharing, self.windows_wt, check_source=False, progress=_counted(tell, "sharing")
-            )
-            measured = self._measured(Llama.of(model), tell)
-        except NotFinite as error:
+            made = method.make(self._work(tell), amount)
+            measured = self._measured(Llama.of(made.model), tell)
+        except (NotFinite, Unmet) as error:
             return {"perplexity": None, "reason": str(error)}
         return measured | {
-            "map": json.loads(sharing.to_json()),
-            "fit": None if fit is None else asdict(fit),
+            "map": json.loads(made.map.to_json()),
+            "fit": None if made.fit is None else asdict(made.fit),
         }
 
     def _measured(self, model: Llama, tell: Tell) -> dict[str, Any]:
@@ -210,5 +212,5 @@ def _told(show: Show, done: int, total: int, name: str) -> Tell:
     return lambda text: show(done, total, f"{name}: {text}")
 
 
-def _counted(tell: Tell, label: str) -> methods.Progress:
+def _counted(tell: Tell, label: str) -> Step:
     return lambda done, total: tell(f"{label} {done}/{total}")

@@ -23,8 +23,8 @@ from selenium.webdriver.support.ui import Select
 import headshare_jax as hs
 from headshare_jax import cli
 from headshare_jax.convert import scores_file
-from headshare_jax.fit import methods
 from headshare_jax.matching.functional import _LayerScorer
+from headshare_jax.methods import scored
 from headshare_jax.sweep.folder import DATA, PAGE, TABLE
 
 CALIBRATION = "The quick brown fox jumps over the lazy dog. " * 40
@@ -108,7 +108,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(
 ) -> None:
     measured: list[float] = []
     matched: list[str] = []
-    perplexity, match = hs.perplexity, methods.match
+    perplexity, match = hs.perplexity, scored.match
 
     def stopping(*args: Any, **kwargs: Any) -> Any:
         if len(measured) == 2:
@@ -120,7 +120,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(
         matched.append(args[1])
         return match(*args, **kwargs)
 
-    monkeypatch.setattr(methods, "match", counting)
+    monkeypatch.setattr(scored, "match", counting)
     monkeypatch.setattr("headshare_jax.sweep.points.perplexity", stopping)
     command = [*arguments(workplace), "-o", str(tmp_path / "report")]
     assert cli.run(command) == 130
@@ -141,12 +141,12 @@ def test_a_stopped_sweep_goes_on_where_it_was(
 def test_matching_that_was_stopped_in_a_sweep_goes_on_where_it_was(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scored: list[int] = []
+    layers: list[int] = []
     layer_costs = _LayerScorer.layer_costs
 
     def counting(scorer: _LayerScorer, ties: Any) -> Any:
-        scored.append(scorer.layer)
-        if scored == [0, 1]:
+        layers.append(scorer.layer)
+        if layers == [0, 1]:
             raise KeyboardInterrupt
         return layer_costs(scorer, ties)
 
@@ -154,20 +154,20 @@ def test_matching_that_was_stopped_in_a_sweep_goes_on_where_it_was(
     command = [*arguments(workplace, methods="fitted"), "-o", str(tmp_path / "report")]
     assert cli.run(command) == 130
     assert cli.run([*command, "--resume"]) == 0
-    assert scored == [0, 1, 1, 2]
+    assert layers == [0, 1, 1, 2]
 
 
 def test_a_finished_sweep_measures_nothing_again_and_takes_further_points(
     workplace: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared: list[str] = []
-    apply = methods.apply
+    apply = scored.ScoredMethod.apply
 
-    def counting(method: methods.Method, *args: Any, **kwargs: Any) -> Any:
+    def counting(method: scored.ScoredMethod, *args: Any, **kwargs: Any) -> Any:
         shared.append(method.name)
         return apply(method, *args, **kwargs)
 
-    monkeypatch.setattr(methods, "apply", counting)
+    monkeypatch.setattr(scored.ScoredMethod, "apply", counting)
     assert cli.run([*arguments(workplace), "-o", str(copy), "--resume"]) == 0
     assert shared == []
     for name in (DATA, TABLE, PAGE):

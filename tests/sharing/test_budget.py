@@ -11,12 +11,20 @@ from hypothesis import strategies as st
 from support import random_tokens, tiny_model
 
 from headshare_jax import HeadshareError, LlamaConfig, MatchResult, ledger, match, match_functional, share
-from headshare_jax.fit.methods import METHODS, Amount, MethodSettings, Scoring, choose
 from headshare_jax.matching.cosine import magnitudes
+from headshare_jax.methods.scored import ScoredMethod
+from headshare_jax.methods.table import METHODS
+from headshare_jax.methods.work import Amount, MethodSettings, Work
 from headshare_jax.sharing.budget import DROP, attention_budget, budget_map, unit_parameters, units_to_save
 from headshare_jax.sharing.choose import drop_map
 
 CONFIG = tiny_model(num_hidden_layers=4).config
+
+
+def named(name: str) -> ScoredMethod:
+    method = METHODS[name]
+    assert isinstance(method, ScoredMethod)
+    return method
 
 
 def scored(config: LlamaConfig, seed: int) -> MatchResult:
@@ -77,7 +85,7 @@ def test_the_stored_parameters_fit_the_budget() -> None:
     dense = sum(row.stored for row in ledger(model).rows if row.part in "qkvo")
     for name, budgets in {"plan": (0.9, 0.7, 0.5), "drop": (0.7, 0.5), "fitted": (0.9, 0.8)}.items():
         for budget in budgets:
-            sharing = choose(METHODS[name], result, Amount(budget=budget), model.config, MethodSettings())
+            sharing = named(name).chosen(result, Amount(budget=budget), model.config, MethodSettings())
             assert (sharing.method, sharing.budget) == (name, budget)
             sizes = ledger(share(model, sharing))
             stored = sum(row.stored for row in sizes.rows if row.part in "qkvo")
@@ -100,8 +108,8 @@ def test_a_budget_for_the_whole_model_is_met_in_attention() -> None:
 def test_weight_scores_meet_a_budget_too() -> None:
     model = tiny_model(num_hidden_layers=4)
     for name in ("direct", "random"):
-        result = METHODS[name].scores(Scoring(model))
-        sharing = choose(METHODS[name], result, Amount(budget=0.8), model.config, MethodSettings(tie="qkv"))
+        result = named(name).scored(Work(model))
+        sharing = named(name).chosen(result, Amount(budget=0.8), model.config, MethodSettings(tie="qkv"))
         assert len(sharing.receivers) == units_to_save(model.config, 0.8, "qkv")
         assert sharing.budget == 0.8
 
@@ -129,6 +137,6 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(HeadshareError, match="functional scores of v"):
         budget_map(result, CONFIG, 0.5, actions=("v",))
     with pytest.raises(HeadshareError, match="needs a budget"):
-        choose(METHODS["plan"], result, Amount(ratio=0.3), CONFIG, MethodSettings())
+        named("plan").chosen(result, Amount(ratio=0.3), CONFIG, MethodSettings())
     with pytest.raises(HeadshareError, match="dropping a unit costs"):
         drop_map(match(tiny_model(), "qk"), 0.3)
