@@ -1,7 +1,8 @@
 """What predictions depend on: gradients by every layer's attention output, layer by layer from a weight source."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -66,6 +67,71 @@ def _draw_keys(seed: int, windows: slice, seq_len: int, rows: int) -> jax.Array:
     return jax.vmap(partial(jax.random.split, num=seq_len))(key_w)
 
 
+@dataclass(frozen=True)
+class LayerGradients:
+    """A layer on the way back through the model.
+
+    Attributes:
+      layer: its index.
+      weights: its parameters, as of `streams.layer_weights`.
+      before: what it reads of the residual stream.
+      gradients: those by its attention's output; both are there until the next layer is asked for.
+    """
+
+    layer: int
+    weights: Weights
+    before: streams.Stream
+    gradients: streams.Stream
+
+
+def layers_backward(
+    source: WeightSource,
+    windows_wt: np.ndarray,
+    parts: Sequence[slice],
+    states_lwtd: np.ndarray,
+    mesh: Mesh,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[LayerGradients]:
+    """The layers from the last to the first, each with the gradients that `attention_gradients` describes.
+
+    Args:
+      source: the model; one layer's parameters are in memory at a time.
+      windows_wt: int32 [W, T].
+      parts: all windows, in the batches that are run at a time.
+      states_lwtd: float32 [L, W, T, D], room for what every layer reads, as of `layer_room`.
+      mesh: devices.
+      seed: of the draws.
+      progress: called with the layers done, forward and backward, and in all.
+
+    Raises:
+      HeadshareError: the disk is full.
+    """
+    config, total = source.config, 2 * source.config.num_layers
+    seq_len, embedded = windows_wt.shape[1], streams.embedded(source, windows_wt, parts, mesh)
+    with embedded as stream, streams.copied(stream) as gradients:
+        layers = [streams.Stream(states_wtd, stream.windows, mesh) for states_wtd in states_lwtd]
+        for layer in range(config.num_layers):
+            weights = streams.layer_weights(source, layer, mesh)
+            for part in parts:
+                layers[layer][part] = x_btd = stream[part]
+                stream[part] = streams.through_layer(config, weights, x_btd, mesh)
+            progress(layer + 1, total)
+        final_norm_d = jnp.asarray(source.read("final_norm_d"), jnp.float32)
+        head_vd = output_head(source, mesh)
+        for part in parts:
+            keys_bt = _draw_keys(seed, part, seq_len, rows_of(mesh))
+            stream[part] = _head_gradient(config, mesh, final_norm_d, head_vd, stream[part], keys_bt)
+        del head_vd
+        for layer in reversed(range(config.num_layers)):
+            weights = streams.layer_weights(source, layer, mesh)
+            for part in parts:
+                gradients[part], stream[part] = _backward(config, weights, layers[layer][part], stream[part], mesh)
+            yield LayerGradients(layer, weights, layers[layer], gradients)
+            progress(total - layer, total)
+
+
 @contextmanager
 def attention_gradients(
     source: WeightSource,
@@ -97,33 +163,28 @@ def attention_gradients(
     Raises:
       HeadshareError: the disk is full.
     """
-    config, total = source.config, 2 * source.config.num_layers
     mesh = mesh or streams.calibration_mesh()
+    parts = streams.batches(slice(0, len(windows_wt)), batch_tokens, windows_wt.shape[1], rows_of(mesh))
+    with layer_room(source.config, windows_wt) as states_lwtd:
+        for each in layers_backward(source, windows_wt, parts, states_lwtd, mesh, seed=seed, progress=progress):
+            # What the layer read is needed no more: its gradients take that place.
+            each.before.states_wtd[:] = each.gradients.states_wtd
+        yield states_lwtd
+
+
+@contextmanager
+def layer_room(config: LlamaConfig, windows_wt: np.ndarray) -> Iterator[np.ndarray]:
+    """Room for hidden states of every layer, float32 [L, W, T, D], in a temporary file that goes with the block.
+
+    Raises:
+      HeadshareError: the disk is full.
+    """
     windows, seq_len = windows_wt.shape
-    parts = streams.batches(slice(0, windows), batch_tokens, seq_len, rows_of(mesh))
     shape = (config.num_layers, windows, seq_len, config.hidden_size)
     # Room is taken at once, so that a full disk is an error here.
-    room = (np.zeros((1, *shape[2:]), np.float32) for _ in range(shape[0] * windows))
-    with streams.on_disk(room, shape[2:]) as states, streams.embedded(source, windows_wt, parts, mesh) as stream:
-        states_lwtd = states.reshape(shape)
-        layers = [streams.Stream(states_wtd, stream.windows, mesh) for states_wtd in states_lwtd]
-        for layer in range(config.num_layers):
-            weights = streams.layer_weights(source, layer, mesh)
-            for part in parts:
-                layers[layer][part] = x_btd = stream[part]
-                stream[part] = streams.through_layer(config, weights, x_btd, mesh)
-            progress(layer + 1, total)
-        final_norm_d = jnp.asarray(source.read("final_norm_d"), jnp.float32)
-        head_vd = output_head(source, mesh)
-        for part in parts:
-            keys_bt = _draw_keys(seed, part, seq_len, rows_of(mesh))
-            stream[part] = _head_gradient(config, mesh, final_norm_d, head_vd, stream[part], keys_bt)
-        for layer in reversed(range(config.num_layers)):
-            weights = streams.layer_weights(source, layer, mesh)
-            for part in parts:
-                layers[layer][part], stream[part] = _backward(config, weights, layers[layer][part], stream[part], mesh)
-            progress(total - layer, total)
-        yield states_lwtd
+    parts = (np.zeros((1, *shape[2:]), np.float32) for _ in range(shape[0] * shape[1]))
+    with streams.on_disk(parts, shape[2:]) as states:
+        yield states.reshape(shape)
 
 
 def output_head(source: WeightSource, mesh: Mesh) -> jax.Array:
