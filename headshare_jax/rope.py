@@ -88,19 +88,33 @@ def rotate(x_btnh: jax.Array, cos_bth: jax.Array, sin_bth: jax.Array, scale: flo
     """Turns each pair (i, i + R // 2) of every head by its angle, and multiplies by a scale; in the input's dtype.
 
     Pairs are half-split, as Hugging Face stores them. Features past the first R do not turn.
+
+    Args:
+      x_btnh: heads, of any width of at least R.
+      cos_bth, sin_bth: of every position and pair, [B or 1, T, R // 2]; or [B or 1, T, K, R // 2] where heads' pairs
+        differ, each for N // K heads side by side.
+      scale: what all features are multiplied by.
     """
     turning = 2 * cos_bth.shape[-1]
     if scale != 1:
         cos_bth, sin_bth = cos_bth * scale, sin_bth * scale
     x_f32 = x_btnh.astype(jnp.float32)
     first_btnh, second_btnh = jnp.split(x_f32[..., :turning], 2, axis=-1)
-    cos_btnh, sin_btnh = cos_bth[:, :, None, :], sin_bth[:, :, None, :]
+    cos_btnh, sin_btnh = (_by_head(angle, x_btnh.shape[2]) for angle in (cos_bth, sin_bth))
     turned = [first_btnh * cos_btnh - second_btnh * sin_btnh, second_btnh * cos_btnh + first_btnh * sin_btnh]
     if turning < x_btnh.shape[-1]:
         turned.append(x_f32[..., turning:] * scale)
     return jnp.concatenate(turned, axis=-1).astype(x_btnh.dtype)
 
 
-def rotate_queries(q_btnh: jax.Array, cos_bth: jax.Array, sin_bth: jax.Array) -> jax.Array:
-    """`rotate`, and divides by the square root of H: here that costs nothing, on the scores a pass over them."""
-    return rotate(q_btnh, cos_bth, sin_bth, q_btnh.shape[-1] ** -0.5)
+def rotate_queries(q_btnh: jax.Array, cos_bth: jax.Array, sin_bth: jax.Array, head_dim: int) -> jax.Array:
+    """`rotate`, and divides by the square root of H: here that costs nothing, on the scores a pass over them.
+
+    H is that of the whole heads, of which `q_btnh` may have some features only.
+    """
+    return rotate(q_btnh, cos_bth, sin_bth, head_dim**-0.5)
+
+
+def _by_head(angle: jax.Array, heads: int) -> jax.Array:
+    """Angles [B, T, N or 1, R // 2] of heads, from those that `rotate` takes."""
+    return angle[:, :, None] if angle.ndim == 3 else jnp.repeat(angle, heads // max(1, angle.shape[2]), axis=2)

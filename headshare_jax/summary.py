@@ -2,17 +2,16 @@
 
 import shlex
 from dataclasses import asdict, dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from headshare_jax import convert
 from headshare_jax.evaluate.agreement import Agreement
-from headshare_jax.model.cache import cache_slots
 from headshare_jax.parameters import PROJECTIONS
 from headshare_jax.report.progress import spoken
 from headshare_jax.resources import gigabytes
 from headshare_jax.sharing.ledger import disk_bytes, ledger
+from headshare_jax.sharing.shapes import cache_size, head_shapes
 from headshare_jax.sharing.source import WeightSource
 from headshare_jax.sharing.view import cast
 
@@ -28,7 +27,7 @@ class Sizes:
       files: on disk; None where there are none.
       weights: all parameters, before and after in the type of the output.
       attention: the q, k, v and o projections among them.
-      cache: keys and values of 4,096 positions in 16 bits, before and after the same.
+      cache: keys and values of 4,096 positions in 16 bits.
       type: of the output's parameters in memory.
       quantised: the types in which both are quantised on disk; None for plain floats.
     """
@@ -36,7 +35,7 @@ class Sizes:
     files: tuple[int | None, int | None]
     weights: tuple[int, int]
     attention: tuple[int, int]
-    cache: int
+    cache: tuple[int, int]
     type: str
     quantised: tuple[str | None, str | None] = (None, None)
 
@@ -60,7 +59,9 @@ class Sizes:
             del told[0]
         told[-1] += f" in {self.type}"
         told.append(f"attention {_pair(*self.attention)}")
-        told.append(f"key/value cache {gigabytes(self.cache)} as before")
+        before, after = self.cache
+        cache = f"{gigabytes(after)} as before" if after == before else _pair(before, after)
+        told.append(f"key/value cache {cache}")
         return ", ".join(told) + (f" ({self.note})" if self.note else "")
 
 
@@ -132,12 +133,13 @@ def sizes(source: WeightSource, before: Path | None, model: WeightSource, after:
     """
     config, dtype = model.config, model.dtype("embed_vd")
     alike = source if source.dtype("embed_vd") == dtype else cast(source, str(dtype))
-    slots = cache_slots(config, CACHE_LENGTH)
+    shapes = head_shapes(config, source.sharing), head_shapes(config, model.sharing)
+    was, now = (2 * cache_size(config, each, CACHE_LENGTH) for each in shapes)
     return Sizes(
         files=(_on_disk(source, before), _on_disk(model, after)),
         weights=(ledger(alike).stored_bytes, ledger(model).stored_bytes),
         attention=(_attention_bytes(alike), _attention_bytes(model)),
-        cache=2 * 2 * prod((config.num_layers, slots, config.num_kv_heads, config.head_dim)),
+        cache=(was, now),
         type=str(dtype),
         quantised=(convert.quantised_as(source), convert.quantised_as(model)),
     )

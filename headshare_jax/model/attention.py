@@ -44,11 +44,11 @@ def attend(
     window: Window = None,
     in_turns: InTurns | None = None,
 ) -> jax.Array:
-    """Head outputs [B, T, N, H].
+    """Head outputs [B, T, N, H], as wide as the values.
 
     Args:
       q_btnh: queries, divided by the square root of H, as `rotate_queries` does.
-      k_bskh, v_bskh: keys and values.
+      k_bskh, v_bskh: keys, as wide as the queries, and values, whose width may be another.
       mask_bts: bool [B or 1, T, S], what each query sees; at least one key. None: all that is not later.
       causal: with a mask, that it lets query t see no key after t: blocks of queries then need only the keys before
         their end.
@@ -56,7 +56,9 @@ def attend(
         the keys of their windows if it is a number; one that is given masks those before.
       in_turns: how a CPU runs row after row, whose scores then stay in its cache; None runs all rows together.
     """
-    batch, length = q_btnh.shape[:2]
+    batch, length, heads, _ = q_btnh.shape
+    if heads == 0:
+        return jnp.zeros((batch, length, 0, v_bskh.shape[-1]), q_btnh.dtype)
     causal = causal or mask_bts is None or window is not None
     of_row = partial(_attend_row, causal=causal, window=window)
     rows: Rows = (q_btnh, k_bskh, v_bskh)
@@ -75,8 +77,11 @@ def rows_apart(of_row: Callable[..., jax.Array], rows: Rows) -> jax.Array:
 
 
 def rows_in_place(of_row: Callable[..., jax.Array], rows: Rows) -> jax.Array:
-    """Row after row, outputs in place of the queries: not for training, which needs these again."""
-    queries, *others = rows
+    """Row after row, outputs in place of queries as wide as they: not for training, which needs these again."""
+    queries, _, values, *_ = rows
+    if queries.shape[-1] != values.shape[-1]:
+        return rows_apart(of_row, rows)
+    others = rows[1:]
 
     def of_next(row: jax.Array, out_btnh: jax.Array) -> jax.Array:
         return out_btnh.at[row].set(of_row(out_btnh[row], *(each[row] for each in others)))
@@ -93,7 +98,7 @@ def _attend_row(
     causal: bool,
     window: Window,
 ) -> jax.Array:
-    """Head outputs [T, N, H] of one row."""
+    """Head outputs [T, N, H] of one row, as wide as the values."""
     length, heads, width = q_tnh.shape
     slots, groups = k_skh.shape[:2]
     q_ktgh = q_tnh.reshape(length, groups, heads // groups, width).swapaxes(0, 1)
@@ -112,14 +117,14 @@ def _attend_row(
             near_ts = (back_ts >= 0) & (back_ts < window)
             mask_tm = near_ts if mask_ts is None else mask_tm & near_ts
         blocks.append(_attend_block(q_ktgh[:, begin:end], k_ksh[:, seen], v_ksh[:, seen], mask_tm))
-    return jnp.concatenate(blocks, axis=1).swapaxes(0, 1).reshape(q_tnh.shape)
+    return jnp.concatenate(blocks, axis=1).swapaxes(0, 1).reshape(length, heads, v_skh.shape[-1])
 
 
 @jax.checkpoint
 def _attend_block(q_ktgh: jax.Array, k_ksh: jax.Array, v_ksh: jax.Array, mask_tm: jax.Array) -> jax.Array:
     """Outputs [K, T, G, H] of a block of queries, each of which sees all keys but those of the last M that it masks.
 
-    Scores are computed again in the backward pass.
+    They are as wide as the values. Scores are computed again in the backward pass.
     """
     groups, length, heads, width = q_ktgh.shape
     # A group's heads have their keys in common: they are rows of one product.
@@ -133,7 +138,7 @@ def _attend_block(q_ktgh: jax.Array, k_ksh: jax.Array, v_ksh: jax.Array, mask_tm
     weights_ktgs = jnp.exp(scores_ktgs - top_ktgs)
     weights_kms = weights_ktgs.astype(v_ksh.dtype).reshape(scores_kms.shape)
     out_kmh = jnp.einsum("kms,ksh->kmh", weights_kms, v_ksh, preferred_element_type=jnp.float32)
-    out_ktgh = out_kmh.reshape(q_ktgh.shape) / jnp.sum(weights_ktgs, axis=-1)[..., None]
+    out_ktgh = out_kmh.reshape(groups, length, heads, v_ksh.shape[-1]) / jnp.sum(weights_ktgs, axis=-1)[..., None]
     return out_ktgh.astype(q_ktgh.dtype)
 
 
@@ -153,7 +158,7 @@ def among_tokens(
     divides = mesh is not None and batch % rows_of(mesh) == 0
     if mesh is not None and divides and has_kernel(mesh, length, config.head_dim, dtype):
         document_bt = jnp.zeros_like(tokens_bt) if segments_bt is None else segments_bt
-        flash = partial(flash_attention, segments_bt=document_bt, mesh=mesh)
+        flash = partial(flash_attention, segments_bt=document_bt, mesh=mesh, width=config.head_dim)
 
         def by_kernel(
             q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, window: Window
@@ -194,9 +199,10 @@ def flash_attention(
     mesh: Mesh,
     *,
     window: int | None = None,
+    width: int = 0,
     kernel: Callable[..., jax.Array] | None = None,
 ) -> jax.Array:
-    """Head outputs [B, T, N, H] of causal attention within segments.
+    """Head outputs [B, T, N, H] of causal attention within segments, as wide as the values.
 
     The batch is cut over the mesh's data and fsdp axes, heads over tensor where it divides them: no device needs
     another's part.
@@ -206,6 +212,7 @@ def flash_attention(
       segments_bt: int32 [B, T], document of every token.
       mesh: where they lie.
       window: how many tokens a token sees, itself among them; None: all earlier ones.
+      width: heads that are less wide, than this or than others of them, are given to the kernel with zeros behind them.
       kernel: `splash` of `kernels.splash` or `cudnn` of `kernels.cudnn`; by default that of the mesh's devices.
     """
     if kernel is None:
@@ -220,8 +227,14 @@ def flash_attention(
         out_specs=placed,
         check_vma=False,
     )
-    out_btnh: jax.Array = local(q_btnh, k_btkh, v_btkh, segments_bt)
-    return out_btnh
+    width = max(width, q_btnh.shape[-1], v_btkh.shape[-1])
+    out_btnh: jax.Array = local(*(_widened(each, width) for each in (q_btnh, k_btkh, v_btkh)), segments_bt)
+    return out_btnh[..., : v_btkh.shape[-1]]
+
+
+def _widened(x_btnh: jax.Array, width: int) -> jax.Array:
+    missing = width - x_btnh.shape[-1]
+    return jnp.pad(x_btnh, [(0, 0)] * 3 + [(0, missing)]) if missing else x_btnh
 
 
 def _kernel_of(mesh: Mesh) -> Callable[..., jax.Array]:

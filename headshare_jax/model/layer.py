@@ -79,7 +79,7 @@ def head_outputs(
 
     Args:
       config: the architecture.
-      layer: the layer; N and K are those of its weights.
+      layer: the layer; N, K and the widths of its heads are those of its weights.
       x_btd: the residual stream.
       angles: of the stream's positions, [B or 1, T, H / 2] each.
       attend: the attention.
@@ -91,9 +91,9 @@ def head_outputs(
     k_btkh = checkpoint_name(rotate(k_btkh, *angles), "key")
     v_btkh = checkpoint_name(layer.heads_in("v", normed_btd), "value")
     normed_btd = _at(normed_btd, at_b)
-    cos_bth, sin_bth = angles if at_b is None else (angle_1th[0][at_b[:, None]] for angle_1th in angles)
+    cos_bth, sin_bth = angles if at_b is None else (angle[0][at_b[:, None]] for angle in angles)
     q_btnh = _normed_heads(config, layer, "q_norm_lh", layer.heads_in("q", normed_btd))
-    q_btnh = checkpoint_name(rotate_queries(q_btnh, cos_bth, sin_bth), "query")
+    q_btnh = checkpoint_name(rotate_queries(q_btnh, cos_bth, sin_bth, config.head_dim), "query")
     window_l = layer.vector("window_l")
     return attend(q_btnh, k_btkh, v_btkh, config.windows[0] if window_l is None else window_l)
 
@@ -140,8 +140,13 @@ def rms_norm(x_btd: jax.Array, scale_d: jax.Array, eps: float) -> jax.Array:
 
 
 def _angles(layer: Layer, angles: Angles) -> Angles:
-    """The angles by which a layer turns its queries and keys: none in a layer without rotary embedding."""
-    rotates = layer.vector("rotates_l")
+    """The angles by which a layer turns its queries and keys: none in a layer without rotary embedding.
+
+    Of key heads that keep some rotary pairs only, the pairs' own, [B or 1, T, K, P].
+    """
+    rotates, pair_kp = layer.vector("rotates_l"), layer.vector("pair_lkp")
+    if pair_kp is not None:
+        angles = angles[0][..., pair_kp], angles[1][..., pair_kp]
     if rotates is None:
         return angles
     cos_bth, sin_bth = angles

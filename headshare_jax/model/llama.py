@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Self, TypeVar
 
 import jax
@@ -17,7 +18,7 @@ from headshare_jax.model.cache import KVCache, RingCache, empty_cache
 from headshare_jax.model.embedding import look_up
 from headshare_jax.model.gather import on_host
 from headshare_jax.model.layer import REMAT_POLICIES, attention_block, layer_kinds, mlp_block, rms_norm
-from headshare_jax.model.mesh import batch_sharding, rows_of
+from headshare_jax.model.mesh import batch_sharding, cut_along_weights, rows_of
 from headshare_jax.model.place import place
 from headshare_jax.model.reading import PER_HEAD_TOKENS, Gathered, Layer, OneByOne, Reading, Stacks
 from headshare_jax.model.tokens import check_tokens, positions
@@ -27,6 +28,7 @@ from headshare_jax.rope import rotary_angles
 from headshare_jax.sharing import finite
 from headshare_jax.sharing.ledger import described
 from headshare_jax.sharing.map import SharingMap
+from headshare_jax.sharing.shapes import HeadShape, head_shapes, running_heads
 from headshare_jax.sharing.source import WeightSource, pool_index, read_held, stored_shape
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -220,7 +222,7 @@ class Llama(nnx.Module):
         ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             return attend(q_btnh, k_btkh, v_btkh, window=window, in_turns=self._in_turns), (k_btkh, v_btkh)
 
-        def step(carry: tuple[Parts, KVCache], place: jax.Array, layer: Layer) -> tuple[Parts, KVCache]:
+        def step(carry: tuple[Parts, KVCache], place: jax.Array | int, layer: Layer) -> tuple[Parts, KVCache]:
             parts_btd, cache = carry
             run = [attention_block(self.config, layer, x_btd, angles, attend_and_keep) for x_btd in parts_btd]
             parts_btd = tuple(mlp_block(self.config, layer, x_btd) for x_btd, _ in run)
@@ -238,7 +240,7 @@ class Llama(nnx.Module):
             near_b1s = seen_b1s if window is None else seen_b1s & (slot_t[None, None] > end_b[:, None, None] - window)
             return attend(q_b1nh, k_btkh, v_btkh, near_b1s, in_turns=self._in_turns), (k_btkh, v_btkh)
 
-        layer = reading.layer(self._stacks(self.mesh), last)
+        layer = reading.layer(self._running(), last)
         x_b1d, (k_btkh, v_btkh) = attention_block(
             self.config, layer, jnp.concatenate(parts_btd), angles, attention, at_b=end_b
         )
@@ -265,9 +267,9 @@ class Llama(nnx.Module):
             return self._extend_by_one(tokens_bt, cache, reading)
         slot_t = cache.length + jnp.arange(length, dtype=jnp.int32)
         angles = rotary_angles(self.config, cache.positions(slot_t))
-        seen_bts = cache.seen_by(slot_t)
+        seen_bts, cut = cache.seen_by(slot_t), partial(cut_along_weights, mesh=self.mesh)
 
-        def step(carry: tuple[jax.Array, KVCache], place: jax.Array, layer: Layer) -> tuple[jax.Array, KVCache]:
+        def step(carry: tuple[jax.Array, KVCache], place: jax.Array | int, layer: Layer) -> tuple[jax.Array, KVCache]:
             x_btd, cache = carry
 
             def attention(
@@ -282,11 +284,11 @@ class Llama(nnx.Module):
                 return attend(q_btnh, *keys_values, near_bts, in_turns=self._in_turns), grown
 
             x_btd, cache = attention_block(self.config, layer, x_btd, angles, attention)
-            return self._along_weights(mlp_block(self.config, layer, self._along_weights(x_btd))), cache
+            return cut(mlp_block(self.config, layer, cut(x_btd))), cache
 
-        x_btd = self._along_weights(self._embed(tokens_bt))
+        x_btd = cut(self._embed(tokens_bt))
         x_btd, cache = self._run_layers(step, (x_btd, cache), reading, self.config.num_layers)
-        return self._along_weights(self._final_norm(x_btd)), replace(cache, length=cache.length + length)
+        return cut(self._final_norm(x_btd)), replace(cache, length=cache.length + length)
 
     def _extend_by_one(self, tokens_bt: jax.Array, cache: KVCache, reading: Reading) -> tuple[jax.Array, KVCache]:
         """`extend`, token after token, where a later one takes a slot that an earlier one still sees."""
@@ -298,9 +300,14 @@ class Llama(nnx.Module):
         cache, x_tbd = jax.lax.scan(step, cache, tokens_bt.T)
         return x_tbd.swapaxes(0, 1), cache
 
+    @property
+    def head_shapes(self) -> tuple[HeadShape, ...]:
+        """The heads of every layer, as they run where no gradient is taken."""
+        return head_shapes(self.config, self.sharing, 1 if self.mesh is None else self.mesh.shape["tensor"])
+
     def empty_cache(self, batch: int, slots: int) -> KVCache:
         """A cache with room for `slots` positions of every row; of windows, no more than the last ones."""
-        return empty_cache(self.config, self.compute_dtype, batch, slots, self.mesh)
+        return empty_cache(self.config, self.compute_dtype, batch, slots, self.head_shapes, self.mesh)
 
     def logits(self, features_btd: jax.Array) -> jax.Array:
         """Output head on the features of `features` or `extend`: float32 [..., V]."""
@@ -343,7 +350,7 @@ class Llama(nnx.Module):
         """How rows run that no gradient is taken of: on a mesh, all of a device's together."""
         return rows_in_place if self.mesh is None or self.mesh.size == 1 else None
 
-    def _stacks(self, mesh: Mesh | None = None) -> Stacks:
+    def _stacks(self) -> Stacks:
         names = parameter_names(self.config)
         layered = [name for name in names if PARAMETERS[name].layered and PARAMETERS[name].pool is None]
         return Stacks(
@@ -351,14 +358,24 @@ class Llama(nnx.Module):
             | {name: jnp.asarray(kinds_l) for name, kinds_l in layer_kinds(self.config).items()},
             pools={name: self.array(name) for name in names if PARAMETERS[name].pool is not None},
             drops=self.sharing is not None and bool(self.sharing.dropped.any()),
-            mesh=mesh,
         )
 
+    def _running(self) -> Stacks:
+        """What runs where no gradient is taken: nothing of dropped heads."""
+        stacks, shapes = replace(self._stacks(), mesh=self.mesh), self.head_shapes
+        if self.sharing is None or shapes == head_shapes(self.config):
+            return stacks
+        return stacks.of_heads({p: running_heads(self.sharing, p, shapes) for p in PROJECTIONS})
+
     def _run_layers(
-        self, step: Callable[[Carry, jax.Array, Layer], Carry], carry: Carry, reading: Reading, count: int
+        self, step: Callable[[Carry, jax.Array | int, Layer], Carry], carry: Carry, reading: Reading, count: int
     ) -> Carry:
         """What `step(carry, place, layer)` makes of a carry in the first `count` layers."""
-        stacks = self._stacks(self.mesh)
+        stacks = self._running()
+        if stacks.apart is not None:
+            for place in range(count):
+                carry = step(carry, place, reading.layer(stacks, place))
+            return carry
 
         def body(carry: Carry, place: jax.Array) -> tuple[Carry, None]:
             return step(carry, place, reading.layer(stacks, place)), None
@@ -371,13 +388,6 @@ class Llama(nnx.Module):
         if self.batch_sharding is None or len(x_btd) % rows_of(self.batch_sharding.mesh):
             return x_btd
         return jax.lax.with_sharding_constraint(x_btd, self.batch_sharding)
-
-    def _along_weights(self, x_btd: jax.Array) -> jax.Array:
-        """Activations of few tokens, cut along D as the weights are: these then stay, and sums of the tokens move."""
-        mesh = self.mesh
-        if mesh is None or mesh.shape["fsdp"] == 1 or len(x_btd) % mesh.shape["data"]:
-            return x_btd
-        return jax.lax.with_sharding_constraint(x_btd, NamedSharding(mesh, PartitionSpec("data", None, "fsdp")))
 
     def _embed(self, tokens_bt: jax.Array) -> jax.Array:
         return look_up(self.array("embed_vd"), tokens_bt, self.compute_dtype, self.batch_sharding)

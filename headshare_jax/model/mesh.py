@@ -141,6 +141,13 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH))
 
 
+def cut_along_weights(x_btd: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Activations of few tokens, cut along D as the weights are: these then stay, and sums of the tokens move."""
+    if mesh is None or mesh.shape["fsdp"] == 1 or len(x_btd) % mesh.shape["data"]:
+        return x_btd
+    return jax.lax.with_sharding_constraint(x_btd, NamedSharding(mesh, PartitionSpec("data", None, "fsdp")))
+
+
 def rows_of(mesh: Mesh | AbstractMesh | None) -> int:
     """Parts in which a batch is cut over a mesh; 1 without one."""
     return 1 if mesh is None else prod(mesh.shape[axis] for axis in BATCH)

@@ -4,8 +4,8 @@ The blocks of `layer` know a layer only as a `Layer`, something that multiplies 
 what a model stores; `choose` picks it, once, for the device and the number of tokens.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -29,13 +29,18 @@ KERNEL_TOKENS, KERNEL_SIDE, _KERNEL_CAPABILITY = 4, 16, 8.0
 STACKED_MATRICES = ("gate_ldf", "up_ldf", "down_lfd")
 
 
+# Pool rows of heads, int32 [n]: an array that a program is given, or one that it is made for.
+Index = jax.Array | np.ndarray
+
+
 class Layer(Protocol):
     """One layer's weights, as the blocks use them."""
 
     def vector(self, name: str) -> jax.Array | None:
         """A norm's or a bias's values, [D], [F] or [H]; None where the architecture has no such parameter.
 
-        What a layer is beside its weights (`layer.layer_kinds`) is read likewise, [].
+        What a layer is beside its weights (`layer.layer_kinds`) is read likewise, []. `pair_lkp`, int32 [K, P], names
+        the rotary pairs that its key heads and their queries keep, where that is not all of them in their order.
         """
 
     def heads_in(self, projection: str, x_btd: jax.Array) -> jax.Array:
@@ -74,8 +79,8 @@ class Held:
         heads_btnh = _kept(heads_btnh, self.kept_n)
         rows_nhd = self.weights[pool_name("o")].astype(heads_btnh.dtype)
         batch, length, count, width = heads_btnh.shape
-        out_md = heads_btnh.reshape(-1, count * width) @ rows_nhd.reshape(count * width, -1)
-        return out_md.reshape(batch, length, -1)
+        out_md = heads_btnh.reshape(batch * length, count * width) @ rows_nhd.reshape(count * width, rows_nhd.shape[-1])
+        return out_md.reshape(batch, length, rows_nhd.shape[-1])
 
     def product(self, name: str, x_mi: jax.Array) -> jax.Array:
         return _times(self.weights[name], x_mi)
@@ -90,22 +95,36 @@ class Stacks:
       pools: by name, everything that is stored by pool rows.
       drops: whether some heads are dropped, whose index is one past the pool's last row.
       mesh: where gathered heads are cut over tensor by whoever uses them, while their pools are cut along D.
+      apart: by projection and layer, head indices, int32 [n], where layers have unequal numbers of heads; a place is
+        then a number that the program is made for. None where all have as many.
     """
 
     layered: Mapping[str, jax.Array]
     pools: Mapping[str, jax.Array]
     drops: bool
     mesh: Mesh | None = None
+    apart: Mapping[str, tuple[np.ndarray, ...]] | None = None
 
     def slice(self, name: str, place: jax.Array | int) -> jax.Array:
         """One layer's slice of what has a leading layer axis."""
         return jax.lax.dynamic_index_in_dim(self.layered[name], place, keepdims=False)
 
-    def rows(self, name: str, index_n: jax.Array) -> jax.Array:
+    def index(self, projection: str, place: jax.Array | int) -> Index:
+        """Pool rows of a layer's heads."""
+        if self.apart is None:
+            return self.slice(index_name(projection), place)
+        assert isinstance(place, int)
+        return self.apart[projection][place]
+
+    def has_heads(self, place: jax.Array | int) -> bool:
+        """Whether some head of a layer is kept."""
+        return self.apart is None or len(self.index("q", place)) > 0
+
+    def rows(self, name: str, index_n: Index) -> jax.Array:
         """Rows of a pool; one past the last stands for the last."""
         return self.pools[name].at[index_n].get(mode="clip")
 
-    def _gathered(self, name: str, index_n: jax.Array) -> jax.Array:
+    def _gathered(self, name: str, index_n: Index) -> jax.Array:
         """A layer's heads; on a mesh each device takes the rows of its part of the pool, and tensor groups join theirs.
 
         XLA, which wants these heads cut over tensor, finds no way there from a pool but by whole pools or whole heads.
@@ -117,7 +136,7 @@ class Stacks:
         if pool.shape[along] % (mesh.shape["fsdp"] * mesh.shape["tensor"]):
             return self.rows(name, index_n)
 
-        def of_part(part: jax.Array, index_n: jax.Array) -> jax.Array:
+        def of_part(part: jax.Array, index_n: Index) -> jax.Array:
             return jax.lax.all_gather(part.at[index_n].get(mode="clip"), "tensor", axis=along, tiled=True)
 
         before: tuple[None, ...] = (None,) * along
@@ -130,9 +149,18 @@ class Stacks:
         )(pool, index_n)
         return heads
 
-    def kept(self, index_n: jax.Array) -> jax.Array | None:
+    def of_heads(self, heads: Mapping[str, Sequence[np.ndarray]]) -> "Stacks":
+        """What is read of some heads alone: by projection, those of every layer, int32 [n]."""
+        counts = {len(index_n) for index_n in heads["k"]}
+        drops = any((index_n >= len(self.pools[pool_name("o")])).any() for index_n in heads["o"])
+        if len(counts) > 1:
+            return replace(self, drops=drops, apart={name: tuple(each) for name, each in heads.items()})
+        alike = {index_name(name): jnp.asarray(np.stack(each)) for name, each in heads.items()}
+        return replace(self, drops=drops, layered={**self.layered, **alike})
+
+    def kept(self, index_n: Index) -> jax.Array | None:
         """bool [N]: heads of the output projection that are stored; None if no head of the model is dropped."""
-        return index_n < self.pools[pool_name("o")].shape[0] if self.drops else None
+        return jnp.asarray(index_n < self.pools[pool_name("o")].shape[0]) if self.drops else None
 
     def held(self, slices: Mapping[str, jax.Array]) -> Held:
         """A layer whose heads are gathered, from its slices of everything that has a leading layer axis."""
@@ -164,7 +192,8 @@ class Gathered:
     parts: int = 1
 
     def layer(self, stacks: Stacks, place: jax.Array | int) -> Layer:
-        return stacks.held({name: stacks.slice(name, place) for name in stacks.layered})
+        index = {index_name(projection): jnp.asarray(stacks.index(projection, place)) for projection in PROJECTIONS}
+        return stacks.held({name: stacks.slice(name, place) for name in stacks.layered} | index)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=())
@@ -175,7 +204,7 @@ class OneByOne:
     parts = 1
 
     def layer(self, stacks: Stacks, place: jax.Array | int) -> Layer:
-        return _HeadByHead(stacks, place)
+        return _HeadByHead(stacks, place) if stacks.has_heads(place) else Gathered().layer(stacks, place)
 
 
 @jax.tree_util.register_dataclass
@@ -207,7 +236,7 @@ class ByKernel:
     parts = 1
 
     def layer(self, stacks: Stacks, place: jax.Array | int) -> Layer:
-        return _InStack(stacks, place)
+        return _InStack(stacks, place) if stacks.has_heads(place) else Gathered().layer(stacks, place)
 
 
 @dataclass(frozen=True)
@@ -220,8 +249,8 @@ class _Stacked:
     def vector(self, name: str) -> jax.Array | None:
         return self.stacks.slice(name, self.place) if name in self.stacks.layered else None
 
-    def index(self, projection: str) -> jax.Array:
-        return self.stacks.slice(index_name(projection), self.place)
+    def index(self, projection: str) -> Index:
+        return self.stacks.index(projection, self.place)
 
     def bias(self, projection: str) -> jax.Array | None:
         name = bias_name(projection)
@@ -264,6 +293,8 @@ class _OwnMatrices:
         return self.heads.heads_out(heads_btnh)
 
     def product(self, name: str, x_mi: jax.Array) -> jax.Array:
+        if isinstance(self.place, int):
+            return _times(self.matrices[name][self.place], x_mi)
         branches = [partial(_times, matrix) for matrix in self.matrices[name]]
         out_mj: jax.Array = jax.lax.switch(self.place, branches, x_mi)
         return out_mj
@@ -287,12 +318,12 @@ class _InStack(_Stacked):
     def product(self, name: str, x_mi: jax.Array) -> jax.Array:
         return self._times(name, jnp.asarray(self.place)[None], x_mi, side_by_side=True)
 
-    def _times(self, name: str, index_n: jax.Array, x_mi: jax.Array, *, side_by_side: bool) -> jax.Array:
+    def _times(self, name: str, index_n: Index, x_mi: jax.Array, *, side_by_side: bool) -> jax.Array:
         # The kernel's language is deprecated in JAX: whoever does not run it must not depend on it.
         from headshare_jax.model.kernels.stack import times_in_stack
 
         stack_sij = self.stacks.pools[name] if name in self.stacks.pools else self.stacks.layered[name]
-        return times_in_stack(x_mi, stack_sij, index_n, side_by_side=side_by_side)
+        return times_in_stack(x_mi, stack_sij, jnp.asarray(index_n), side_by_side=side_by_side)
 
 
 def choose(config: LlamaConfig, device: jax.Device | None, batch: int) -> Reading:
@@ -332,7 +363,7 @@ def _kept(heads_btnh: jax.Array, kept_n: jax.Array | None) -> jax.Array:
     return heads_btnh if kept_n is None else heads_btnh * kept_n.astype(heads_btnh.dtype)[None, None, :, None]
 
 
-def _row(pool: jax.Array, row: jax.Array) -> jax.Array:
+def _row(pool: jax.Array, row: jax.Array | int) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(pool, row, keepdims=False)
 
 

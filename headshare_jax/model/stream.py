@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from headshare_jax.config import LlamaConfig
-from headshare_jax.model.cache import KVCache, cache_slots
+from headshare_jax.model.cache import KVCache
 from headshare_jax.model.generate import (
     Sampling,
     before_long_factors,
@@ -25,6 +25,7 @@ from headshare_jax.model.generate import (
     reading_to_decode,
 )
 from headshare_jax.model.llama import Llama
+from headshare_jax.sharing.shapes import cache_slots
 
 # Twice as many tokens are decoded at a time as long as this takes less than so many seconds, up to so many tokens.
 PIECE_SECONDS, PIECE_TOKENS = 0.1, 16
@@ -137,12 +138,7 @@ class Conversation:
             return self.model.empty_cache(1, slots), 0
         pairs = zip(self._tokens, prompt[:-1], strict=False)
         held = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        more = max(0, slots - cache.k_lbskh.shape[2])
-        k_lbskh, v_lbskh = (
-            jnp.pad(each, [(0, 0), (0, 0), (0, more), (0, 0), (0, 0)]) if more else each
-            for each in (cache.k_lbskh, cache.v_lbskh)
-        )
-        return replace(cache, k_lbskh=k_lbskh, v_lbskh=v_lbskh, length=jnp.int32(held)), held
+        return replace(cache.with_slots(slots), length=jnp.int32(held)), held
 
     def _keep(self, said: list[int], cache: KVCache) -> None:
         self._cache, self._tokens = cache, said[: int(cache.length)]

@@ -8,12 +8,12 @@ from jax.sharding import AbstractMesh
 from headshare_jax.chips import Chip
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
-from headshare_jax.model.cache import cache_slots
 from headshare_jax.model.layer import REMAT_POLICIES
 from headshare_jax.model.mesh import AXES
 from headshare_jax.parameters import parameter_names
 from headshare_jax.plan.costs import Costs
 from headshare_jax.sharing.map import SharingMap
+from headshare_jax.sharing.shapes import HeadShape, cache_size, cache_slots, head_shapes
 from headshare_jax.train.losses import HEAD_TOKENS
 from headshare_jax.train.placement import abstract_params, bytes_on_device
 
@@ -125,7 +125,8 @@ def estimated(workload: Workload, layout: Layout, chip: Chip, *, shared: bool) -
     stored, local = _parameters(workload, layout, shared=shared)
     used, _ = _parameters(workload, layout, shared=False)
     tokens = workload.tokens // layout.batch_parts
-    cache, kept = (0, activation_bytes(workload, layout)) if train else (cache_bytes(workload, layout), 0)
+    shapes = head_shapes(config, workload.sharing if shared else None, tensor)
+    cache, kept = (0, activation_bytes(workload, layout)) if train else (cache_bytes(workload, layout, shapes), 0)
     held = {
         "parameter_bytes": local * (4 if train else 2),
         "optimizer_bytes": local * 8 if train else 0,
@@ -154,11 +155,11 @@ def estimated(workload: Workload, layout: Layout, chip: Chip, *, shared: bool) -
     }
 
 
-def cache_bytes(workload: Workload, layout: Layout) -> int:
-    """Bytes of the key/value cache on a chip, where nothing is trained."""
-    config, rows = workload.config, workload.batch // layout.batch_parts
-    heads = config.num_kv_heads // (layout.mesh[2] if config.num_kv_heads % layout.mesh[2] == 0 else 1)
-    return 2 * 2 * config.num_layers * rows * cache_slots(config, workload.length) * heads * config.head_dim
+def cache_bytes(workload: Workload, layout: Layout, shapes: tuple[HeadShape, ...]) -> int:
+    """Bytes of the key/value cache of layers of some heads on a chip, where nothing is trained."""
+    config, rows, tensor = workload.config, workload.batch // layout.batch_parts, layout.mesh[2]
+    parts = tensor if config.num_kv_heads % tensor == 0 else 1
+    return 2 * rows * cache_size(config, shapes, workload.length) // parts
 
 
 def activation_bytes(workload: Workload, layout: Layout) -> int:

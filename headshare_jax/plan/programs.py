@@ -65,10 +65,14 @@ def serving(workload: Workload, layout: Layout, mesh: Mesh, *, shared: bool) -> 
     """A run over prompts, or the loop that decodes, and the bytes of what it is given on a chip."""
     config, array = workload.config, partial(_array, mesh)
     model, params = _model(config, workload.sharing if shared else None, mesh, STORED)
-    axes: dict[int, tuple[Any, ...]] = {5: (*cache_sharding(config, mesh, workload.batch).spec,), 1: (BATCH,), 0: ()}
     row_b = array((workload.batch,), jnp.int32, BATCH)
     cache = jax.eval_shape(lambda: model.empty_cache(workload.batch, workload.length))
-    cache = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype, *axes[leaf.ndim]), cache)
+
+    def placed(leaf: Any) -> Any:
+        axes = cache_sharding(mesh, leaf.shape).spec if leaf.ndim > 1 else (BATCH,) * leaf.ndim
+        return array(leaf.shape, leaf.dtype, *axes)
+
+    cache = jax.tree.map(placed, cache)
     key = array((), jax.eval_shape(lambda: jax.random.key(0)).dtype)
     held = {"parameter_bytes": params, "cache_bytes": bytes_on_device(cache)}
     greedy = generation.Sampling()

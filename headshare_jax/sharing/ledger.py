@@ -11,8 +11,8 @@ from headshare_jax.parameters import PARAMETERS, PROJECTIONS, parameter_names, s
 from headshare_jax.sharing.source import WeightSource, path_of, stored_shape
 
 NOT_SAVED = (
-    "The key/value cache and the FLOPs per token are those of the dense model: a map saves weights only. "
-    "(llama.cpp leaves dropped heads out of both.)"
+    "A unit that shares has keys, values and products of its own: sharing saves weights only. A dropped unit has no "
+    "key/value cache and no FLOPs where this library or llama.cpp generates; in transformers it has both."
 )
 
 

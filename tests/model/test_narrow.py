@@ -1,0 +1,133 @@
+"""What is cut from heads, and units that are dropped, cost nothing when a model runs, and change no token."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import random_tokens, tiny_model
+
+from headshare_jax import Conversation, Llama, SharingMap, generate, share, unshare
+from headshare_jax.model import attention
+from headshare_jax.model.kernels.cudnn import cudnn
+from headshare_jax.model.kernels.splash import splash
+from headshare_jax.model.mesh import make_mesh
+from headshare_jax.rope import rotary_angles, rotate, rotate_queries
+from headshare_jax.sharing.tie import DROPPED
+
+LENGTH = 40
+PROMPTS = [random_tokens((n,), seed=n).tolist() for n in (5, 17, 30)]
+KERNELS = {"splash": partial(splash, interpret=True), "cudnn": partial(cudnn, implementation="xla")}
+
+
+def cut(x: jax.Array, kept: list[int]) -> tuple[jax.Array, jax.Array]:
+    """Heads without some features, and with zeros in their place."""
+    return x[..., jnp.array(kept)], jnp.zeros_like(x).at[..., jnp.array(kept)].set(x[..., jnp.array(kept)])
+
+
+kept_features = st.sets(st.integers(0, 15), min_size=1).map(sorted)
+
+
+@settings(max_examples=6, deadline=None)
+@given(qk=kept_features, vo=kept_features, groups=st.sampled_from([1, 2, 4]), in_turns=st.sampled_from([None, *"ap"]))
+def test_narrow_heads_attend_as_those_with_zeros(qk: list[int], vo: list[int], groups: int, in_turns: str) -> None:
+    rng = np.random.default_rng(len(qk) + 31 * len(vo))
+    q, k, v = (jnp.asarray(rng.normal(size=(2, LENGTH, n, 16)), jnp.float32) for n in (4, groups, groups))
+    (q_cut, q), (k_cut, k), (v_cut, v) = cut(q, qk), cut(k, qk), cut(v, vo)
+    run = {"a": attention.rows_apart, "p": attention.rows_in_place}.get(in_turns)
+    narrow = attention.attend(q_cut, k_cut, v_cut, in_turns=run)
+    np.testing.assert_allclose(narrow, attention.attend(q, k, v)[..., jnp.array(vo)], atol=2e-6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels_take_heads_of_two_widths(kernel: str) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 128, n, width)), jnp.float32) for n, width in ((4, 24), (2, 24), (2, 8)))
+    mesh, segments = make_mesh((2, 1, 2), jax.devices()[:4]), jnp.zeros((2, 128), jnp.int32)
+    got = attention.flash_attention(q, k, v, segments, mesh, width=32, kernel=KERNELS[kernel])
+    np.testing.assert_allclose(got, attention.attend(q, k, v), atol=3e-6)
+
+
+@settings(max_examples=8, deadline=None)
+@given(data=st.data(), part=st.sampled_from([0.75, 1]))
+def test_heads_of_some_pairs_score_as_those_with_zeros(data: st.DataObject, part: float) -> None:
+    rotary = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": part}
+    config = tiny_model(model_type="phi3", pad_token_id=None, rope_parameters=rotary).config
+    turning, width = config.rotary_dim // 2, config.head_dim
+    pairs_kp = np.array([data.draw(st.permutations(range(turning)))[:3] for _ in range(2)])
+    still = np.broadcast_to(np.arange(2 * turning, width), (2, width - 2 * turning))
+    columns_kh = np.concatenate([pairs_kp, turning + pairs_kp, still], axis=1)
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.normal(size=(2, 9, n, width)), jnp.float32) for n in (4, 2))
+    cos_sin = rotary_angles(config, jnp.arange(9, dtype=jnp.int32)[None])
+    own = [angle[..., pairs_kp] for angle in cos_sin]
+
+    def columns_of(x: jax.Array) -> np.ndarray:
+        return np.repeat(columns_kh, x.shape[2] // 2, axis=0)[None, None]
+
+    def zeros_elsewhere(x: jax.Array) -> jax.Array:
+        mask = np.zeros((1, 1, *x.shape[2:]), np.float32)
+        np.put_along_axis(mask, columns_of(x), 1, axis=-1)
+        return x * mask
+
+    def scores(q: jax.Array, k: jax.Array, angles: Any) -> jax.Array:
+        turned = rotate_queries(q, *angles, head_dim=width), jnp.repeat(rotate(k, *angles), 2, axis=2)
+        return jnp.einsum("btnh,bsnh->bnts", *turned)
+
+    narrow = scores(*(jnp.take_along_axis(x, columns_of(x), axis=-1) for x in (q, k)), own)
+    np.testing.assert_allclose(narrow, scores(zeros_elsewhere(q), zeros_elsewhere(k), cos_sin), atol=1e-5)
+
+
+def dropped(model: Llama, units: dict[int, list[int]]) -> Llama:
+    """A model without some units of some layers."""
+    shape = model.config.num_layers, model.config.num_kv_heads
+    donor = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
+    for layer, of in units.items():
+        donor[layer, of] = DROPPED
+    score = np.where(donor == DROPPED, 0.5, np.nan)
+    return share(model, SharingMap(donor=donor, score=score, heads_per_unit=model.config.heads_per_unit))
+
+
+# By layer, the units that go: unequal, as many of each layer, and all of one.
+DROPS = {"uneven": {0: [1, 2], 2: [0]}, "even": {0: [1], 1: [3], 2: [0]}, "a whole layer": {1: [0, 1, 2, 3], 2: [2]}}
+
+
+@pytest.fixture(scope="module")
+def dense() -> Llama:
+    return tiny_model(num_key_value_heads=4, num_attention_heads=8, head_dim=8, attention_bias=True)
+
+
+@pytest.mark.parametrize("drops", DROPS)
+def test_a_dropped_unit_has_no_cache_and_changes_no_token(dense: Llama, drops: str) -> None:
+    model = dropped(dense, DROPS[drops])
+    whole = unshare(model)
+    expected = generate(whole, PROMPTS, max_new_tokens=20)
+    assert generate(model, PROMPTS, max_new_tokens=20) == expected
+    assert [*Conversation(model).answer(PROMPTS[1], max_new_tokens=20)] == expected[1]
+    kept = 12 - sum(map(len, DROPS[drops].values()))
+    assert 12 * model.empty_cache(2, 64).nbytes == kept * whole.empty_cache(2, 64).nbytes
+
+
+@pytest.mark.parametrize(("drops", "sizes"), [("uneven", (2, 2, 2)), ("even", (1, 2, 4)), ("a whole layer", (2, 1, 4))])
+def test_meshes_run_layers_of_unequal_heads(dense: Llama, drops: str, sizes: tuple[int, int, int]) -> None:
+    model = dropped(dense, DROPS[drops])
+    spread = Llama.of(model, mesh=make_mesh(sizes))
+    assert generate(spread, PROMPTS, max_new_tokens=8) == generate(model, PROMPTS, max_new_tokens=8)
+    for leaf in jax.tree.leaves(spread.empty_cache(8, 64).k_lbskh):
+        assert leaf.addressable_shards[0].data.shape[-2] * sizes[2] == leaf.shape[-2]
+
+
+def test_a_dropped_unit_costs_a_decoded_token_nothing(dense: Llama) -> None:
+    def flops(model: Llama) -> float:
+        arguments = (model, jnp.zeros((1, 1), jnp.int32), model.empty_cache(1, slots=256))
+        analysis: Any = jax.jit(Llama.extend).lower(*arguments).compile().cost_analysis()
+        return float(analysis["flops"])
+
+    # Unrolled both: what XLA counts of a loop's body it counts once.
+    one, more = flops(dropped(dense, {0: [1], 1: [1, 2]})), flops(dropped(dense, {0: [1, 2], 1: [1, 2, 3]}))
+    unit = 2 * 64 * 8 * (2 + 2 + 2) + 2 * 2 * 2 * 256 * 8
+    assert one - more > 2 * unit
