@@ -119,10 +119,23 @@ def _history(provenance: Mapping[str, Any]) -> list[str]:
     trained = post_trained(provenance)
     told = [] if trained is None else [f"{trained}, for the heads to share."]
     match provenance.get("calibration"):
+        case {"texts": [*texts], "digest": str(digest), "windows": [int(windows), int(seq_len)]}:
+            amount = f"{windows} windows of {seq_len} tokens"
+            told.append(f"Calibrated on {amount} from the starts of {_shares(texts)}, in turns ({digest}).")
         case {"name": str(name), "digest": str(digest), "windows": [int(windows), int(seq_len)]}:
             amount = f"{windows} windows of {seq_len} tokens"
             told.append(f"Calibrated on {amount} from the start of `{public_name(name)}` ({digest}).")
     return told
+
+
+def _shares(texts: list[Any]) -> str:
+    """What was taken of each of several texts, as far as it was told."""
+    told = []
+    for text in texts:
+        match text:
+            case {"name": str(name), "digest": str(digest), "windows": int(windows)}:
+                told.append(f"`{public_name(name)}` ({windows} windows; {digest})")
+    return " and ".join(told) or "several texts"
 
 
 def post_trained(provenance: Mapping[str, Any]) -> str | None:

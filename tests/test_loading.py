@@ -9,6 +9,7 @@ from support import random_tokens, tiny_model
 
 import headshare_jax as hs
 from headshare_jax import HeadshareError, loading, parameters
+from headshare_jax.calibration.windows import turns
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 10
 
@@ -79,3 +80,63 @@ def test_what_is_no_text_is_refused(folder: Path) -> None:
         loading.calibration_text(folder / "text.txt", None, 64, 32, 160)
     with pytest.raises(HeadshareError, match=r"no-text\.txt"):
         loading.text_tokens(folder / "no-text.txt", folder / "model")
+
+
+def test_several_texts_take_turns_by_their_weights(folder: Path) -> None:
+    tokenizer = hs.load_tokenizer(folder / "model")
+    (folder / "other.txt").write_text("A slow green turtle creeps under the busy cat. " * 10)
+    names = [str(folder / "text.txt"), str(folder / "other.txt")]
+    fox, turtle = (np.asarray(tokenizer(Path(name).read_text()).input_ids, np.int32) for name in names)
+    fox_wt, turtle_wt = (each[: 12 * 32].reshape(12, 32) for each in (fox, turtle))
+    text = loading.calibration_text(
+        [(names[0], 1), (names[1], 3.0)], tokenizer, 8 * 32, 32, tokenizer.vocab_size, held_out=4
+    )
+    expected = [fox_wt[:2], turtle_wt[:6]]
+    for part, windows_wt, held_out_wt in zip(text.parts, expected, [fox_wt[2:3], turtle_wt[6:9]], strict=True):
+        np.testing.assert_array_equal(part.windows_wt, windows_wt, strict=True)
+        np.testing.assert_array_equal(part.held_out_wt, held_out_wt, strict=True)
+    order = turns([1, 3], 12)
+    for found_wt, whose, parts in (
+        (text.windows_wt, order[:8], expected),
+        (text.held_out_wt, order[8:], [fox_wt[2:3], turtle_wt[6:9]]),
+    ):
+        for place, part_wt in enumerate(parts):
+            np.testing.assert_array_equal(found_wt[whose == place], part_wt)
+    assert text.name == " and ".join(names)
+    told = text.to_json()
+    assert told["windows"] == [8, 32]
+    assert [(each["name"], each["weight"], each["windows"]) for each in told["texts"]] == [
+        (names[0], 1.0, 2), (names[1], 3.0, 6),
+    ]  # fmt: skip
+    # Which of them a text was in is told by name.
+    seen = text.overlap(fox[: 2 * 32], 32)
+    assert (seen.seen, seen.texts) == (2, (names[0],))
+    assert f"({names[0]})" in seen.sentence()
+    assert text.overlap(np.zeros(64, np.int32), 32).texts == ()
+
+
+def test_what_is_held_out_ends_where_one_of_the_texts_does() -> None:
+    long, short = random_tokens((40 * 32,)), random_tokens((6 * 32,))
+    text = loading.calibration_text([(long, 1), (short, 1)], None, 8 * 32, 32, 160, held_out=16)
+    assert [len(part.windows_wt) for part in text.parts] == [4, 4]
+    assert [len(part.held_out_wt) for part in text.parts] == [3, 2]
+    np.testing.assert_array_equal(text.held_out_wt[1::2], short[4 * 32 :].reshape(2, 32))
+
+
+def test_texts_that_cannot_be_mixed_are_refused_by_name(folder: Path) -> None:
+    tokens, name = random_tokens((6 * 32,)), str(folder / "text.txt")
+    cases: list[tuple[object, str]] = [
+        ([(tokens, 1), (tokens, 0)], "weight of token ids must be finite and above 0, not 0"),
+        ([(tokens, 1), (name, -2)], r"weight of .*text\.txt must be finite and above 0, not -2"),
+        ([(tokens, 1), (name, float("nan"))], r"weight of .*text\.txt must be finite"),
+        ([(tokens, 1), (name, "much")], "pairs of a text and its weight"),
+        ([name, name], "pairs of a text and its weight"),
+        ([(name, 1), (name, 2)], r"text\.txt twice; give it once"),
+        ([], "names no text"),
+        ([(tokens, 3), (name, 1)], "Of 12 windows of 32 tokens 9 are to come from token ids .* which has 6"),
+        ([(name, 1), (tokens[:32], 1e-6)], r"None of 12 windows comes from token ids"),
+    ]
+    for texts, said in cases:
+        with pytest.raises(HeadshareError, match=said) as refused:
+            loading.calibration_text(texts, folder / "model", 12 * 32, 32, 300)  # type: ignore[arg-type]
+        assert refused.value.options[0] == "calibrate"

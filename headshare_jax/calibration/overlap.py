@@ -23,14 +23,18 @@ class Overlap:
       windows: of the text.
       seen: of them, those that were in the other text by half or more; estimated, where only a sample of that is kept.
       share: part of all runs of 32 tokens that were in the other text, in [0, 1].
+      texts: where the other is several, the names of those that some of it was in.
     """
 
     windows: int
     seen: int
     share: float
+    texts: tuple[str, ...] = ()
 
     def sentence(self, other: str = "the text that the model was fitted to") -> str:
         """What a reader has to know of it."""
+        if self.texts:
+            other = f"{other} ({' and '.join(self.texts)})"
         if not self.share:
             return f"None of the {self.windows} windows was in {other}."
         runs = f"{_percent(self.share)} of all runs of {RUN} tokens"
@@ -50,9 +54,9 @@ class TextRuns:
     hashes: np.ndarray
 
     @classmethod
-    def of(cls, tokens: np.ndarray) -> Self:
-        """Of a text's token ids, int [...]; windows count as one text in their order."""
-        return cls(np.unique(_hashes(np.ravel(tokens)))[:_KEPT])
+    def of(cls, *texts: np.ndarray) -> Self:
+        """Of one text's token ids, int [...], or of several; windows count as one text in their order."""
+        return cls(np.unique(np.concatenate([_hashes(np.ravel(tokens)) for tokens in texts]))[:_KEPT])
 
     @classmethod
     def from_json(cls, text: object) -> Self | None:

@@ -55,6 +55,21 @@ def spread_windows(tokens: Sequence[int] | np.ndarray, most: int, seq_len: int, 
     return there[np.linspace(0, len(there) - 1, min(most, len(there))).astype(int)]
 
 
+def turns(weights: Sequence[float], count: int) -> np.ndarray:
+    """Which of several texts each window is of, int64 [count]: in turns, each as often as its weight says.
+
+    Of the first windows, however many, each text has its part, rounded up or down.
+    """
+    taken, part = np.zeros(len(weights)), np.asarray(weights) / np.sum(weights)
+    order = np.empty(count, np.int64)
+    for place in range(count):
+        # Of those whose part is not there yet, the one that is due first.
+        due = np.where(taken < part * (place + 1), (taken + 1) / part, np.inf)
+        order[place] = np.argmin(due)
+        taken[order[place]] += 1
+    return order
+
+
 def tokens_digest(tokens: np.ndarray) -> str:
     """SHA-256 of token ids, int32 [...], as a model reads them: of how they are cut, too."""
     return f"sha256:{hashlib.sha256(json.dumps(tokens.shape).encode() + tokens.tobytes()).hexdigest()}"

@@ -105,6 +105,26 @@ class Passing:
         return value
 
 
+class Weighted:
+    """The name of a text, perhaps with its weight before it: `2@wiki.txt`."""
+
+    def checked(self, value: str, name: str) -> str:
+        text, weight = weighted(value)
+        if not 0 < weight < math.inf:
+            raise HeadshareError(f"The weight of {text[:200]} must be finite and above 0, not {weight:g} ({name}).")
+        Passing(check_name).checked(text, name)
+        return value
+
+
+def weighted(value: str) -> tuple[str, float]:
+    """A text's name and its weight, 1 if none is given; a name that begins so itself needs one before it."""
+    number, at, text = value.partition("@")
+    try:
+        return (text, float(number)) if at and text else (value, 1.0)
+    except ValueError:
+        return value, 1.0
+
+
 _LARGEST = 2**31 - 1
 Count = Annotated[int, Within(1, _LARGEST)]
 Natural = Annotated[int, Within(0, _LARGEST)]
@@ -126,6 +146,7 @@ GgufType = Annotated[str, Passing(check_type)]
 Dtype = Annotated[str, OneOf(*DTYPES)]
 ComputeDtype = Annotated[str, OneOf(*COMPUTE_DTYPES)]
 TextName = Annotated[str, Passing(check_name)]
+WeightedText = Annotated[str, Weighted()]
 InputFile = Annotated[Path, _Readable()]
 
 

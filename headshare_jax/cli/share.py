@@ -10,7 +10,7 @@ from rich.console import RenderableType
 
 from headshare_jax.cli import kinds
 from headshare_jax.cli.command import Command, Destination, MeshSizes, Overwrite, Source, StoredDtype
-from headshare_jax.cli.sharing import Calibrate, MatchFunction, MeasuredText, NoEval, Seed, Tie
+from headshare_jax.cli.sharing import Calibrate, MatchFunction, MeasuredText, NoEval, Seed, Tie, calibration
 from headshare_jax.compression.compress import compress
 from headshare_jax.convert.atomic import check_output, new_file
 from headshare_jax.methods.table import METHODS
@@ -20,7 +20,7 @@ from headshare_jax.report.map import draw_map
 from headshare_jax.report.picture import check_name
 
 # Options that are not arguments of `compress`, as all others are.
-_OWN = ("json", "save_map", "plot", "text", "no_eval", "mesh")
+_OWN = ("json", "save_map", "plot", "text", "no_eval", "mesh", "calibrate")
 
 
 def _time(method: Method) -> str:
@@ -64,10 +64,10 @@ class Share(Command):
             + ". Times are of two CPU cores, for a billion parameters and 49,152 tokens."
         ),
     ] = None
-    calibrate: Calibrate = None
+    calibrate: Calibrate = ()
     calibrate_tokens: Annotated[
         kinds.Count | None,
-        tyro.conf.arg(help="Tokens of that text to use, from its start; 49,152, or all of a shorter one."),
+        tyro.conf.arg(help="Tokens of these texts to use, from their starts; 49,152, or all of a single shorter one."),
     ] = None
     seq_len: Annotated[
         kinds.WindowLength | None, tyro.conf.arg(help="Tokens in a window of text; 512, or what a shorter context has.")
@@ -96,7 +96,12 @@ class Share(Command):
         if self.plot is not None:
             check_name(self.plot)
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _OWN}
-        done = compress(**given, mesh=local_mesh(self.mesh), evaluate=self.text or not self.no_eval)
+        done = compress(
+            **given,
+            calibrate=calibration(self.calibrate),
+            mesh=local_mesh(self.mesh),
+            evaluate=self.text or not self.no_eval,
+        )
         if self.save_map is not None:
             with new_file(self.save_map, overwrite=self.overwrite) as path:
                 path.write_text(done.map.to_json())

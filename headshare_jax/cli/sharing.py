@@ -5,16 +5,18 @@ from typing import Annotated
 import tyro
 
 from headshare_jax.cli import kinds
+from headshare_jax.loading import Texts
 
 Calibrate = Annotated[
-    kinds.TextName | None,
+    tyro.conf.UseAppendAction[tuple[kinds.WeightedText, ...]],
     tyro.conf.arg(
-        help="Text to choose donors and fit on, like that which the model is to be used on: text, JSONL or parquet "
-        "file, or data set name[:config[:split]]; of its train split. own: text that the "
-        "model writes, which serves less well."
+        metavar="TEXT",
+        help="Text to choose and fit on, like that which the model is to be used on: text, JSONL or parquet file, or "
+        "data set name[:config[:split]]; of its train split. Give it again for several texts, each perhaps with its "
+        "weight: --calibrate 2@wiki.txt --calibrate code.txt. own: text that the model writes, which serves less well.",
     ),
 ]
-CalibrateTokens = Annotated[kinds.Count, tyro.conf.arg(help="Tokens of that text to use, from its start.")]
+CalibrateTokens = Annotated[kinds.Count, tyro.conf.arg(help="Tokens of these texts to use, from their starts.")]
 SeqLen = Annotated[kinds.WindowLength, tyro.conf.arg(help="Tokens in a window of text.")]
 MeasuredText = Annotated[
     kinds.TextName | None,
@@ -32,3 +34,10 @@ Tie = Annotated[
     kinds.Tie | None, tyro.conf.arg(help="Projections to share: some of q, k, v, o, in that order; qkv by default.")
 ]
 Seed = Annotated[kinds.Seed | None, tyro.conf.arg(help="Seed of random scores; 0 by default.")]
+
+
+def calibration(given: tuple[str, ...]) -> Texts | None:
+    """What the library takes for the texts that were given."""
+    if len(given) < 2:
+        return kinds.weighted(given[0])[0] if given else None
+    return [kinds.weighted(each) for each in given]

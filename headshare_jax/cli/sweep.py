@@ -12,7 +12,7 @@ from rich.table import Table
 from headshare_jax import convert
 from headshare_jax.cli import kinds
 from headshare_jax.cli.command import Command, Source
-from headshare_jax.cli.sharing import Calibrate, CalibrateTokens, MatchFunction, Seed, SeqLen, Tie
+from headshare_jax.cli.sharing import Calibrate, CalibrateTokens, MatchFunction, Seed, SeqLen, Tie, calibration
 from headshare_jax.compression.texts import OWN
 from headshare_jax.convert.atomic import check_place
 from headshare_jax.errors import HeadshareError
@@ -52,7 +52,7 @@ class Sweep(Command):
         tuple[str, ...],
         tyro.conf.arg(metavar="NAME,...", help=f"Methods, with commas between: {', '.join(METHODS)}; all by default."),
     ] = tuple(METHODS)
-    calibrate: Calibrate = None
+    calibrate: Calibrate = ()
     calibrate_tokens: CalibrateTokens = 12288
     seq_len: SeqLen = 512
     max_windows: kinds.Count | None = None
@@ -75,13 +75,14 @@ class Sweep(Command):
             raise HeadshareError(f"{self.src} already shares heads; a sweep begins with a dense model.")
         for amount in amounts:
             amount.check(source.config)
-        calibration = None
-        if self.calibrate is not None:
-            calibration = calibration_text(
-                self.calibrate, path, self.calibrate_tokens, self.seq_len, source.config.vocab_size
+        fitted_to = calibration(self.calibrate)
+        calibrated = None
+        if fitted_to is not None:
+            calibrated = calibration_text(
+                fitted_to, path, self.calibrate_tokens, self.seq_len, source.config.vocab_size
             )
         run = Measurements(
-            self.output, source, calibration, text_tokens(self.text, path), self._settings(),
+            self.output, source, calibrated, text_tokens(self.text, path), self._settings(),
             seq_len=self.seq_len, max_windows=self.max_windows,
         )  # fmt: skip
         with run.folder.held():
@@ -130,10 +131,10 @@ class Sweep(Command):
         budgeted = [method.name for method in chosen if method.by_budget]
         if budgeted and not self.budgets and self.methods != tuple(METHODS):
             raise HeadshareError(f"The method {budgeted[0]} needs a budget, not a ratio: give --budgets.")
-        if self.calibrate == OWN:
+        if OWN in self.calibrate:
             raise HeadshareError(f"A sweep takes a text that is there; --calibrate {OWN} is for share.")
         needy = [method.name for method in chosen if method.needs_text]
-        if needy and self.calibrate is None:
+        if needy and not self.calibrate:
             raise HeadshareError(f"The methods {', '.join(needy)} need a text: --calibrate TEXT.")
         return chosen
 

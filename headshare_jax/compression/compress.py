@@ -16,13 +16,13 @@ from headshare_jax import convert
 from headshare_jax.calibration.own_text import context
 from headshare_jax.compression.effort import Effort
 from headshare_jax.compression.record import Compressed, fit_record
-from headshare_jax.compression.texts import OWN
+from headshare_jax.compression.texts import OWN, check_calibration
 from headshare_jax.compression.texts import read as read_texts
 from headshare_jax.convert import map_file, storage
 from headshare_jax.convert.journal_folder import JournalFolder
 from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluate.agreement import agreement
-from headshare_jax.loading import AnyTokenizer, Text
+from headshare_jax.loading import AnyTokenizer, Text, Texts
 from headshare_jax.methods import table
 from headshare_jax.methods.scored import ScoredMethod
 from headshare_jax.methods.table import METHODS
@@ -61,7 +61,7 @@ def compress(
     model_budget: float | None = None,
     map: SharingMap | str | Path | None = None,
     method: str | None = None,
-    calibrate: Text | None = None,
+    calibrate: Texts | None = None,
     calibrate_tokens: int | None = None,
     seq_len: int | None = None,
     evaluate: Text | bool = True,
@@ -89,9 +89,10 @@ def compress(
       method: one of `methods.table.METHODS`; by default `fitted` for a ratio, `plan` for a budget, and for a map
         `refit`, or `direct` where it changes nothing, since receivers hold their donors' weights already.
       calibrate: text for the methods that need one, like that which the model is to be used on: as for
-        `convert.text.open_corpus`, or token ids, int [tokens]; or "own" for one that the model writes (`own_text`),
-        which serves less well.
-      calibrate_tokens: tokens of that text to use, from its start; by default 49,152, or what a shorter text has.
+        `convert.text.open_corpus`, or token ids, int [tokens]; or several of these, each with its weight, as in
+        `[("wiki.txt", 2), ("code.txt", 1)]`, whose windows take turns; or "own" for one that the model writes
+        (`own_text`), which serves less well.
+      calibrate_tokens: tokens to use, from the start of the text; by default 49,152, or what a single shorter one has.
       seq_len: tokens in a window; by default 512, or what a shorter context has.
       evaluate: text to measure both models on, likewise; True for what is left of the calibration text; False for none.
       to, quantize: format of the output, and type of a GGUF file's matrices, as for `save`.
@@ -232,6 +233,8 @@ def _checked(name: str | None, settings: MethodSettings, asked: Mapping[str, Any
                 f"The method {method.name} is not calibrated on a text, as others are ({users}); leave {option} out.",
                 option=option,
             )
+    if fits["calibrate"] is not None:
+        check_calibration(fits["calibrate"])
     if given == ["ratio"]:
         method.check_ratio()
     if given == ["map"] and settings.given:
@@ -253,7 +256,7 @@ def _checked(name: str | None, settings: MethodSettings, asked: Mapping[str, Any
     return method
 
 
-def _check_text(method: Method, calibrate: Text | None) -> None:
+def _check_text(method: Method, calibrate: Texts | None) -> None:
     """Raises HeadshareError if a method has no text to be calibrated on."""
     if method.needs_text and calibrate is None:
         raise HeadshareError(

@@ -29,7 +29,7 @@ class Compressed:
       ledger: what the model stores, and what it stored before, in parameters.
       sizes: bytes before and after.
       fit: what the refit did, if the method refits.
-      calibration: the text that the method was calibrated on.
+      calibration: the text that the method was calibrated on, or the texts.
       quality: the model's predictions against the dense model's; None if they were not measured.
       measured_on: the text that they were measured on, or why not.
       overlap: what of that text was in the one that the method was calibrated on; None where there were not both.
@@ -89,5 +89,6 @@ class Compressed:
 
 
 def fit_record(calibration: CalibrationText | None, report: RefitReport) -> dict[str, Any]:
-    """A fit as plain data, with the name of its text."""
-    return {"calibrate": None if calibration is None else public_name(calibration.name), **asdict(report)}
+    """A fit as plain data, with the name of its text, or the names of several."""
+    names = [] if calibration is None else [public_name(part.name) for part in calibration.parts]
+    return {"calibrate": " and ".join(names) or None, **asdict(report)}

@@ -5,20 +5,24 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from headshare_jax.calibration.overlap import Overlap, TextRuns
+from headshare_jax.calibration.overlap import Overlap
 from headshare_jax.calibration.own_text import check_window, own_text
 from headshare_jax.calibration.windows import tokens_digest
 from headshare_jax.config import LlamaConfig
 from headshare_jax.convert import storage
+from headshare_jax.errors import HeadshareError
 from headshare_jax.loading import (
     CALIBRATION_TOKENS,
     MEASURED_WINDOWS,
     AnyTokenizer,
     CalibrationText,
     Text,
+    TextPart,
+    Texts,
     calibration_text,
     measured_windows,
     to_decode,
+    weighted,
 )
 from headshare_jax.sharing.source import WeightSource
 
@@ -29,7 +33,7 @@ _NO_TEXT_LEFT = "not measured, for all of the text was fitted to; name another t
 
 
 @dataclass(frozen=True)
-class Texts:
+class ReadTexts:
     """Windows of text, or how many of them the model is still to write.
 
     Attributes:
@@ -66,33 +70,44 @@ class Texts:
     @property
     def overlap(self) -> Overlap | None:
         """What of the text that is measured on is calibrated on too."""
-        if self.windows_wt is None or self.measured_wt is None:
+        if self.calibration is None or self.measured_wt is None:
             return None
-        return TextRuns.of(self.windows_wt).overlap(self.measured_wt.ravel(), self.seq_len)
+        return self.calibration.overlap(self.measured_wt.ravel(), self.seq_len)
 
-    def with_own(self, source: WeightSource, progress: Callable[[int, int], None]) -> "Texts":
+    def with_own(self, source: WeightSource, progress: Callable[[int, int], None]) -> "ReadTexts":
         """The texts with what the model now writes, for which it is in memory as a whole."""
         windows_wt = own_text(to_decode(source), self.own, self.seq_len, progress=progress)
         fitted_wt, left_wt = windows_wt[: self.own_calibration], windows_wt[self.own_calibration :]
         texts = replace(self, own=0, own_calibration=0)
         if len(fitted_wt):
-            texts = replace(texts, calibration=CalibrationText(OWN_TEXT, tokens_digest(fitted_wt), fitted_wt, left_wt))
+            part = TextPart(OWN_TEXT, tokens_digest(fitted_wt), fitted_wt, left_wt)
+            texts = replace(texts, calibration=CalibrationText((part,)))
         return replace(texts, measured_wt=left_wt, measured_on=OWN_TEXT) if len(left_wt) else texts
 
 
+def check_calibration(calibrate: Texts) -> None:
+    """Raises HeadshareError unless it is a text, or several with weights, of which the model writes none."""
+    texts = weighted(calibrate)
+    if len(texts) > 1 and any(isinstance(text, str) and text == OWN for text, _ in texts):
+        raise HeadshareError(
+            f'"{OWN}" stands for text that the model writes, which is not mixed with others; give it alone, or not.',
+            option="calibrate",
+        )
+
+
 def read(
-    calibrate: Text | None,
+    calibrate: Texts | None,
     evaluate: Text | bool,
     tokenizer: AnyTokenizer | None,
     config: LlamaConfig,
     *,
     count: int | None,
     seq_len: int,
-) -> Texts:
+) -> ReadTexts:
     """Reads the texts that are given, and says what the model is to write.
 
     Args:
-      calibrate: a text to calibrate on, if one is given; "own" for what the model is to write.
+      calibrate: what to calibrate on, if anything is given; "own" for what the model is to write.
       evaluate: a text to measure on; True for what is left of the other, or more of the model's own; False for none.
       tokenizer: of the model.
       config: of the model.
@@ -118,4 +133,4 @@ def read(
         measured_on = _NO_TEXT_LEFT
         if len(calibration.held_out_wt):
             measured_wt, measured_on = calibration.held_out_wt, f"what was not fitted to of {calibration.name}"
-    return Texts(seq_len, calibration, measured_wt, measured_on, own_calibration + own_measured, own_calibration)
+    return ReadTexts(seq_len, calibration, measured_wt, measured_on, own_calibration + own_measured, own_calibration)

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from headshare_jax import convert
-from headshare_jax.calibration.overlap import TextRuns
 from headshare_jax.calibration.windows import tokens_digest
 from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluate.perplexity import perplexity
@@ -126,31 +125,25 @@ class Measurements:
 
     def _overlap(self) -> dict[str, Any] | None:
         """What of the held-out text was in the calibration text."""
-        if self.windows_wt is None:
+        if self.calibration is None:
             return None
-        found = TextRuns.of(self.windows_wt).overlap(self.held_out, **self.held_out_windows)
+        found = self.calibration.overlap(self.held_out, **self.held_out_windows)
         return asdict(found) | {"sentence": found.sentence("the text that methods were calibrated on")}
 
     def _command(self, point: dict[str, Any], model: str) -> str:
         """What makes the model of a point."""
         method, amount = METHODS[point["method"]], "ratio" if point["budget"] is None else "budget"
-        options = {"method": method.name, amount: f"{point[amount]:g}"}
-        options |= {name: str(value) for name, value in self.settings.given.items() if name in method.uses}
+        options = [("method", method.name), (amount, f"{point[amount]:g}")]
+        options += [(name, str(value)) for name, value in self.settings.given.items() if name in method.uses]
         if method.needs_text and self.calibration is not None:
             windows, seq_len = self.calibration.windows_wt.shape
-            options |= {
-                "calibrate": self.calibration.name, "calibrate-tokens": str(windows * seq_len), "seq-len": str(seq_len)
-            }  # fmt: skip
-        words = [word for name, value in options.items() for word in (f"--{name}", value)]
-        return shlex.join(
-            [
-                "headshare",
-                "share",
-                model,
-                f"{_name(model).removesuffix('.gguf')}-{method.name}-{point[amount]:g}",
-                *words,
-            ]
-        )
+            several = len(self.calibration.parts) > 1
+            for part in self.calibration.parts:
+                options.append(("calibrate", f"{part.weight:.15g}@{part.name}" if several else part.name))
+            options += [("calibrate-tokens", str(windows * seq_len)), ("seq-len", str(seq_len))]
+        output = f"{_name(model).removesuffix('.gguf')}-{method.name}-{point[amount]:g}"
+        words = [word for name, value in options for word in (f"--{name}", value)]
+        return shlex.join(["headshare", "share", model, output, *words])
 
     def scores(self, chosen: Sequence[Method]) -> list[MatchResult]:
         """The scores of those methods that make any; some have theirs in common."""

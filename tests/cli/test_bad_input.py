@@ -17,6 +17,8 @@ def test_bad_input_is_refused_in_one_sentence(refused: Any, model: Path, tmp_pat
     (tmp_path / "empty").mkdir()
     (tmp_path / "nothing.txt").write_text(" \n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    short = tmp_path / "short.txt"
+    short.write_text("A slow green turtle creeps under the busy cat. " * 3)
     out, taken = tmp_path / "out", tmp_path / "empty"
     share = ("share", model, out, "--ratio", 0.3)
     direct = (*share, "--method", "direct")
@@ -72,6 +74,14 @@ def test_bad_input_is_refused_in_one_sentence(refused: Any, model: Path, tmp_pat
         ((*fitted[:3], "--map", text, *fitted[5:]), "leave the map out"),
         ((*fitted, "--chains", "resolve"), "forbid"),
         ((*refit, "--calibrate", text, "--calibrate-tokens", 9999), "need 9984"),
+        ((*refit, "--calibrate", f"0@{text}"), f"weight of {text} must be finite and above 0, not 0 (--calibrate)."),
+        ((*refit, "--calibrate", text, f"--calibrate=-2@{text}"), "above 0, not -2 (--calibrate)."),
+        ((*refit, "--calibrate", text, "--calibrate", f"inf@{text}"), "must be finite"),
+        ((*refit, "--calibrate", text, "--calibrate", f"much@{text}"), f"There is no file much@{text}"),
+        ((*refit, "--calibrate", text, "--calibrate", f"2@{text}"), f"names {text} twice"),
+        ((*refit, "--calibrate", text, "--calibrate", "own"), "is not mixed with others"),
+        ((*refit, "--calibrate", text, "--calibrate", f"3@{short}", "--calibrate-tokens", 512),
+         f"Of 8 windows of 64 tokens 6 are to come from {short} by its weight of 3, which has 2"),
         ((*refit, "--calibrate", text, "--calibrate-tokens", 100), "more tokens"),
         ((*refit, "--calibrate", text, "--calibrate-tokens", 100, "--seq-len", 1), "--seq-len must be at least 2"),
         ((*refit, "--calibrate", text, "--calibrate-tokens", 100, "--seq-len", 100), "two windows"),

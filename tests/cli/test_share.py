@@ -167,3 +167,31 @@ def test_shared_model_exported_plain_has_its_map_beside_it(headshare: Any, model
     assert small.sharing == sharing
     for name in hs.parameters.parameter_names(small.config):
         assert np.array_equal(getattr(small, name)[...], getattr(shared, name)[...]), name
+
+
+def test_several_texts_are_fitted_to_and_told_of(headshare: Any, model: Path, text: Path, tmp_path: Path) -> None:
+    other = tmp_path / "2@other.txt"
+    other.write_text("A slow green turtle creeps under the busy cat. " * 40)
+    args = ("--method", "refit", "--ratio", 0.4, "--calibrate-tokens", 384, "--seq-len", 64)
+    mixed = ("--calibrate", f"2@{text}", "--calibrate", f"1@{other}")
+    for to in ("native", "hf"):
+        result = headshare("share", model, tmp_path / to, *args, *mixed, "--to", to, "--json")
+    assert result["fit"]["calibrate"] == "text.txt and 2@other.txt"
+    told = hs.open_checkpoint(tmp_path / "native").provenance["calibration"]  # type: ignore[union-attr]
+    assert [(each["name"], each["weight"], each["windows"]) for each in told["texts"]] == [
+        (str(text), 2.0, 4), (str(other), 1.0, 2),
+    ]  # fmt: skip
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "6 windows of 64 tokens from the starts of `text.txt` (4 windows; text " in card
+    assert str(tmp_path) not in card
+    tokens = [hs.load_tokenizer(model)(each.read_text()).input_ids for each in (text, other)]
+    same = hs.compress(
+        model, ratio=0.4, method="refit", calibrate=[(np.asarray(tokens[0]), 2), (np.asarray(tokens[1]), 1)],
+        calibrate_tokens=384, seq_len=64, evaluate=False, progress=False,
+    )  # fmt: skip
+    for layer in range(3):
+        written = hs.open_checkpoint(tmp_path / "native").read("o_pool_phd", layer)
+        assert np.array_equal(written, same.model.read("o_pool_phd", layer))
+    # Measured on one of them, which is named.
+    result = headshare("share", model, tmp_path / "seen", *args, *mixed, "--text", other, "--json")
+    assert f"were in the text that it was fitted to ({other})" in result["lines"][2]
