@@ -97,7 +97,7 @@ class NativeCheckpoint:
         for name in parameters.parameter_names(self.config):
             problems += self._mismatch(name, stored_shape(self.config, name, self.sharing), FLOATS)
         for projection in PROJECTIONS:
-            shape = (self.config.num_layers, parameters.heads_per_layer(self.config, projection))
+            shape = pool_index(self.config, projection, self.sharing).shape
             problems += self._mismatch(index_name(projection), shape, ("int32",))
         if problems:
             raise HeadshareError(f"The arrays in {self.path} do not fit {DOCUMENT}: {'; '.join(problems)}.")

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from headshare_jax import Llama, LlamaConfig, SharingMap, parameters
 from headshare_jax.model.cache import KVCache
 from headshare_jax.sharing.source import stored_shape
 from headshare_jax.sharing.tie import DROPPED
+from headshare_jax.sharing.widths import Widths
 
 TINY: dict[str, Any] = {
     "vocab_size": 160,
@@ -264,8 +266,26 @@ def mixed_sharing(model: Llama) -> SharingMap:
     return SharingMap(donor, score, config.heads_per_unit, unit_tie=unit_tie)
 
 
+def slim_sharing(model: Llama, seed: int = 0) -> SharingMap:
+    """Of three layers: a receiver, a dropped unit, and slim ones of random widths: in q and k, in v and o, or in all.
+
+    Units of models with norms on q and k heads are slim in v and o alone.
+    """
+    config, rng = model.config, np.random.default_rng(seed)
+    units = config.num_kv_heads
+    sharing = sharing_by_hand(model, "qkv", {2 * units: 0}, [3 * units - 1])
+    widths = Widths.full(config)
+    rank, pairs = widths.rank.copy(), widths.pairs.copy()
+    for turn, place in enumerate(divmod(unit, units) for unit in range(1, 2 * units)):
+        if turn % 3 != 1:
+            rank[place] = rng.integers(1, config.head_dim)
+        if turn % 3 != 2 and not config.qk_norm:
+            pairs[place] = rng.permutation(pairs.shape[2]) < rng.integers(1, pairs.shape[2])
+    return replace(sharing, widths=Widths(rank, pairs, config.head_dim))
+
+
 def tied_by_hand(model: Any, sharing: SharingMap) -> Any:
-    """A transformers model with receivers' weights overwritten by their donors', and dropped units' by zeros."""
+    """A transformers model with receivers' weights overwritten by their donors', what is dropped or cut by zeros."""
     torch, config = torch_or_skip(), model.config
     heads = {"q": config.num_attention_heads, "o": config.num_attention_heads}
     assert sharing.unit_tie is not None
@@ -284,6 +304,16 @@ def tied_by_hand(model: Any, sharing: SharingMap) -> Any:
                 mine.weight[to] = 0 if donor == DROPPED else theirs.weight[source]
                 if mine.bias is not None:
                     mine.bias[to] = 0 if donor == DROPPED else theirs.bias[source]
+        for layer, unit in np.argwhere(sharing.slim):
+            assert sharing.widths is not None
+            for p in "qkvo":
+                linear = getattr(model.model.layers[layer].self_attn, f"{p}_proj")
+                group = heads.get(p, config.num_key_value_heads) // config.num_key_value_heads
+                cut = np.tile(~(sharing.widths.qk if p in "qk" else sharing.widths.vo)[layer, unit], group)
+                at = np.flatnonzero(cut) + unit * group * config.head_dim
+                linear.weight[(slice(None), at) if p == "o" else at] = 0
+                if p != "o" and linear.bias is not None:
+                    linear.bias[at] = 0
     return model
 
 

@@ -24,11 +24,12 @@ from headshare_jax.fit.walk import FIT, WEIGHT, Step, Walk
 from headshare_jax.model.llama import Llama
 from headshare_jax.model.mesh import batch_sharding
 from headshare_jax.model.spread import slice_sharding
-from headshare_jax.parameters import layered_names, parameter_names
+from headshare_jax.parameters import PARAMETERS, layered_names, parameter_names
 from headshare_jax.sharing import finite
 from headshare_jax.sharing.map import SharingMap
-from headshare_jax.sharing.source import WeightSource, pool_index, stored_shape
+from headshare_jax.sharing.source import WeightSource, pool_index, slots_per_head, stored_shape
 from headshare_jax.sharing.view import ReplacedView, SharedView, View
+from headshare_jax.sharing.widths import Widths
 from headshare_jax.typed import check_fields, typed
 
 SCOPES = ("receivers", "attention", "all")
@@ -39,7 +40,7 @@ class RefitSettings:
     """How output weights are fitted.
 
     Attributes:
-      scope: which output weights: `receivers`, those of attention in layers with receivers or dropped units;
+      scope: which output weights: `receivers`, those of attention in layers with receivers, dropped or slim units;
         `attention`, those of attention in the first such layer and all above it; `all`, those of its MLPs too.
       ridges: lambda, of which each block takes what is best on held-out text; times the mean square of a feature.
       drifts: beta, likewise: the part of the distance between the streams that a block is to make good.
@@ -175,6 +176,7 @@ def refit(
         types={name: str(shared.dtype(name)) for name in OUTPUT.values()},
         donor=shared.sharing.donor.tolist(),
         tie=shared.sharing.unit_tie.tolist(),
+        **_told(shared.sharing.widths),
     )
     fitted: dict[tuple[str, int], Any] = {}
     blocks: list[BlockFit] = []
@@ -182,7 +184,7 @@ def refit(
         mesh = mesh or streams.calibration_mesh()
         walk = Walk(dense, windows_wt, settings.held_out, settings.batch_tokens, mesh, files)
         for layer in range(dense.config.num_layers):
-            changed = bool((shared.sharing.receives | shared.sharing.dropped)[layer].any())
+            changed = bool((shared.sharing.receives | shared.sharing.dropped | shared.sharing.slim)[layer].any())
             walk.enter(layer, streams.layer_weights(shared, layer, walk.mesh) if changed or walk.parted else None)
             for block in BLOCKS:
                 if walk.parted and _in_scope(settings.scope, block, changed):
@@ -209,6 +211,11 @@ def refit(
     return Llama.of(view, **shared.settings) if isinstance(shared, Llama) else view, report
 
 
+def _told(widths: Widths | None) -> dict[str, Any]:
+    """Widths as a journal tells a refit by them."""
+    return {} if widths is None else {"rank": widths.rank.tolist(), "pairs": widths.pairs.astype(int).tolist()}
+
+
 def _with_fitted(shared: WeightSource, fitted: Mapping[tuple[str, int], jax.Array], mesh: Mesh) -> Llama:
     """The refitted model of several processes on their mesh; what is there already and is not fitted is not copied."""
     base = shared
@@ -229,7 +236,11 @@ def _check_origin(dense: WeightSource, shared: WeightSource, sharing: SharingMap
             continue
         for layer in range(dense.config.num_layers) if name in layered else (None,):
             found = shared.read(name, layer)
-            if not np.array_equal(found, expected.read(name, layer).astype(found.dtype), equal_nan=True):
+            made = expected.read(name, layer).astype(found.dtype)
+            if PARAMETERS[name].pool == "v" and layer is not None:
+                # The values of slim units are written anew.
+                found, made = found[~sharing.slim[layer]], made[~sharing.slim[layer]]
+            if not np.array_equal(found, made, equal_nan=True):
                 raise HeadshareError(
                     f"The shared model was not made of this dense model: they differ in {name}"
                     f"{'' if layer is None else f' of layer {layer}'}; give the one that it was made of."
@@ -311,5 +322,5 @@ def _free_rows(shared: WeightSource, layer: int, block: str) -> np.ndarray:
     index_ln = pool_index(config, "o", shared.sharing)
     users = np.bincount(index_ln.ravel())
     stored_n = index_ln[layer] < stored_shape(config, OUTPUT[block], shared.sharing)[0]
-    heads = np.flatnonzero((users[index_ln[layer]] == 1) & stored_n)
-    return (heads[:, None] * config.head_dim + np.arange(config.head_dim)).ravel()
+    free_n = (users[index_ln[layer]] == 1) & stored_n
+    return np.flatnonzero(np.repeat(free_n, config.head_dim // slots_per_head(shared.sharing)))

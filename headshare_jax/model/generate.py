@@ -25,6 +25,7 @@ from headshare_jax.model.reading import (
     unstacked,
 )
 from headshare_jax.sharing import finite
+from headshare_jax.sharing.source import slots_per_head
 from headshare_jax.typed import check_fields, typed
 
 # Prompts and answers are padded to multiples of this, so that nearby lengths share one compilation.
@@ -214,7 +215,7 @@ def before_long_factors(config: LlamaConfig, length: int) -> int:
 
 def reading_to_decode(model: Llama, batch: int) -> Reading:
     """How weights are best read where tokens are added one at a time to a batch of rows."""
-    reading, device = choose(model.config, model.device, batch), model.device
+    reading, device = choose(model.config, model.device, batch, slots_per_head(model.sharing)), model.device
     if device is None or device.platform != "cpu":
         return reading
     # XLA's CPU backend copies what it slices from a stack.

@@ -29,7 +29,7 @@ from headshare_jax.sharing import finite
 from headshare_jax.sharing.ledger import described
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.shapes import HeadShape, head_shapes, running_heads
-from headshare_jax.sharing.source import WeightSource, pool_index, read_held, stored_shape
+from headshare_jax.sharing.source import WeightSource, pool_index, read_held, slots_per_head, stored_shape
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 Carry = TypeVar("Carry")
@@ -56,7 +56,8 @@ class Llama(nnx.Module):
         again, `dots` also the attention, `full` everything.
       batch_sharding: where activations lie on a mesh of devices, by their first axis, if it divides; None leaves it to
         the compiler.
-      q_index_ln: pool row of every query head; P, one past the last, of a dropped one.
+      q_index_ln: pool row of every query head; P, one past the last, of a dropped one. Where some unit is slim, row of
+        every column of every head, [L, N * H], P of what is cut.
       k_index_lk: of every key head, likewise.
       v_index_lk: of every value head.
       o_index_ln: of every query head's rows of the output projection.
@@ -358,6 +359,7 @@ class Llama(nnx.Module):
             | {name: jnp.asarray(kinds_l) for name, kinds_l in layer_kinds(self.config).items()},
             pools={name: self.array(name) for name in names if PARAMETERS[name].pool is not None},
             drops=self.sharing is not None and bool(self.sharing.dropped.any()),
+            slots=slots_per_head(self.sharing),
         )
 
     def _running(self) -> Stacks:

@@ -129,7 +129,9 @@ def parameter_sharding(
 ) -> NamedSharding:
     """Where a parameter lies; an axis that its part of the mesh does not divide is not cut."""
     parameter, spec = PARAMETERS[name], []
-    for letter, size in zip(parameter.axes, shape, strict=True):
+    # A row of a pool may be a column of a head.
+    axes = parameter.axes if len(shape) == len(parameter.axes) else parameter.axes.replace("h", "")
+    for letter, size in zip(axes, shape, strict=True):
         placed = parameter.cuts.get(letter)
         names = (placed,) if isinstance(placed, str) else placed or ()
         spec.append(placed if names and size % prod(mesh.shape[axis] for axis in names) == 0 else None)

@@ -11,7 +11,9 @@ from jax.sharding import Mesh, NamedSharding
 from headshare_jax.model.mesh import parameter_sharding
 from headshare_jax.model.spread import read_layer_onto, read_onto, slice_sharding
 from headshare_jax.parameters import PARAMETERS
-from headshare_jax.sharing.source import WeightSource, assemble, pool_index, stored_shape
+from headshare_jax.sharing.columns import columns_at, over_heads, to_columns, to_heads
+from headshare_jax.sharing.map import SharingMap
+from headshare_jax.sharing.source import WeightSource, assemble, pool_index, slots_per_head, stored_shape
 from headshare_jax.sharing.tie import DROPPED
 from headshare_jax.sharing.view import CastView, DenseView, ReplacedView, SharedView
 
@@ -73,11 +75,22 @@ def _held(source: WeightSource, name: str) -> jax.Array | None:
         return None
     if isinstance(source, ReplacedView):
         return _with_slices(source, name, base)
-    if isinstance(source, SharedView) and projection is not None and projection in source.sharing.pooled:
-        return rows_of_pool(base, source.sharing.stored_slots(projection))
+    if isinstance(source, SharedView) and projection is not None:
+        return _shared_pool(source.sharing, name, base)
     if isinstance(source, DenseView) and projection is not None and source.base.sharing is not None:
-        return rows_of_pool(base, source.base.sharing.pool_index(projection).ravel())
+        shared = source.base.sharing
+        return to_heads(name, rows_of_pool(base, shared.pool_index(projection).ravel()), shared.slots_per_head)
     return base
+
+
+def _shared_pool(sharing: SharingMap, name: str, pool: jax.Array) -> jax.Array:
+    """What a map keeps of a dense model's pool, which is the same array where it keeps all."""
+    projection = PARAMETERS[name].pool
+    assert projection is not None
+    stored = sharing.stored_slots(projection)
+    if sharing.widths is not None:
+        return columns_at(name, pool, stored, sharing.widths.head_dim)
+    return rows_of_pool(pool, stored) if projection in sharing.pooled else pool
 
 
 def place_layer(source: WeightSource, names: Sequence[str], layer: int, mesh: Mesh) -> dict[str, jax.Array]:
@@ -105,14 +118,25 @@ def _held_slice(source: WeightSource, name: str, layer: int) -> jax.Array | None
         return None if base is None else base.astype(source.dtype(name))
     if isinstance(source, SharedView) and projection is not None:
         pool = _held(source.base, name)
-        donor_n = source.sharing.slot_donor(projection)[layer]
-        return None if pool is None else rows_of_pool(pool, np.where(donor_n == DROPPED, len(pool), donor_n))
+        return None if pool is None else _shared_slice(source.sharing, name, pool, layer)
     if isinstance(source, SharedView | DenseView | ReplacedView):
         return _held_slice(source.base, name, layer)
     array = _held(source, name)
     if array is None or projection is None:
         return None if array is None else array[layer]
-    return rows_of_pool(array, pool_index(source.config, projection, source.sharing)[layer])
+    rows = rows_of_pool(array, pool_index(source.config, projection, source.sharing)[layer])
+    return to_heads(name, rows, slots_per_head(source.sharing))
+
+
+def _shared_slice(sharing: SharingMap, name: str, pool: jax.Array, layer: int) -> jax.Array:
+    """A layer's heads as a map shares them, of a dense model's pool."""
+    projection = PARAMETERS[name].pool
+    assert projection is not None
+    donor_n = sharing.head_donor(projection)[layer]
+    heads = rows_of_pool(pool, np.where(donor_n == DROPPED, len(pool), donor_n))
+    if sharing.widths is None:
+        return heads
+    return jnp.where(over_heads(name, sharing.kept_columns(projection)[layer]), heads, heads.dtype.type(0))
 
 
 def _with_slices(source: ReplacedView, name: str, base: jax.Array) -> jax.Array | None:
@@ -122,10 +146,12 @@ def _with_slices(source: ReplacedView, name: str, base: jax.Array) -> jax.Array 
         return None
     projection = PARAMETERS[name].pool
     index = None if projection is None else pool_index(source.config, projection, source.sharing)
+    by_columns = projection is not None and slots_per_head(source.sharing) > 1
     for layer, value in values.items():
         # A row that several heads use is not replaced by anything else; a dropped head's is outside the pool.
         rows = layer if index is None else index[layer]
-        base = base.at[rows].set(jnp.asarray(value, base.dtype), mode="drop")
+        value = jnp.asarray(value, base.dtype)
+        base = base.at[rows].set(to_columns(name, value) if by_columns else value, mode="drop")
     return base
 
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from headshare_jax.config import LlamaConfig
 from headshare_jax.model.mesh import nvidia_capability
 from headshare_jax.parameters import PARAMETERS, PROJECTIONS, bias_name, index_name, pool_name
+from headshare_jax.sharing.columns import to_heads
 
 # Up to this many tokens a projection reads its heads one by one, which costs no bytes beyond the weights; above it,
 # one gather of the layer's heads is shared by all tokens. A GPU gathers, unless its kernel reads the heads: starting a
@@ -94,6 +95,7 @@ class Stacks:
       layered: by name, everything that has a leading layer axis, head indices among it.
       pools: by name, everything that is stored by pool rows.
       drops: whether some heads are dropped, whose index is one past the pool's last row.
+      slots: pool rows that a whole head takes: 1, or H where pools hold columns; of these, one past the last is zeros.
       mesh: where gathered heads are cut over tensor by whoever uses them, while their pools are cut along D.
       apart: by projection and layer, head indices, int32 [n], where layers have unequal numbers of heads; a place is
         then a number that the program is made for. None where all have as many.
@@ -102,6 +104,7 @@ class Stacks:
     layered: Mapping[str, jax.Array]
     pools: Mapping[str, jax.Array]
     drops: bool
+    slots: int = 1
     mesh: Mesh | None = None
     apart: Mapping[str, tuple[np.ndarray, ...]] | None = None
 
@@ -120,9 +123,14 @@ class Stacks:
         """Whether some head of a layer is kept."""
         return self.apart is None or len(self.index("q", place)) > 0
 
-    def rows(self, name: str, index_n: Index) -> jax.Array:
-        """Rows of a pool; one past the last stands for the last."""
-        return self.pools[name].at[index_n].get(mode="clip")
+    def heads(self, name: str, index_n: Index) -> jax.Array:
+        """Heads of a pool whose rows' index is given; one past the last row stands for the last, or for zeros."""
+        return to_heads(name, self._rows(self.pools[name], index_n), self.slots)
+
+    def _rows(self, pool: jax.Array, index_n: Index) -> jax.Array:
+        if self.slots == 1:
+            return pool.at[index_n].get(mode="clip")
+        return pool.at[index_n].get(mode="fill", fill_value=0)
 
     def _gathered(self, name: str, index_n: Index) -> jax.Array:
         """A layer's heads; on a mesh each device takes the rows of its part of the pool, and tensor groups join theirs.
@@ -131,23 +139,23 @@ class Stacks:
         """
         axes, mesh = PARAMETERS[name].axes, self.mesh
         if mesh is None or "d" not in axes:
-            return self.rows(name, index_n)
-        pool, along = self.pools[name], axes.index("d")
+            return self.heads(name, index_n)
+        pool, along = self.pools[name], axes.index("d") if self.slots == 1 else 1
         if pool.shape[along] % (mesh.shape["fsdp"] * mesh.shape["tensor"]):
-            return self.rows(name, index_n)
+            return self.heads(name, index_n)
 
         def of_part(part: jax.Array, index_n: Index) -> jax.Array:
-            return jax.lax.all_gather(part.at[index_n].get(mode="clip"), "tensor", axis=along, tiled=True)
+            return jax.lax.all_gather(self._rows(part, index_n), "tensor", axis=along, tiled=True)
 
         before: tuple[None, ...] = (None,) * along
-        heads: jax.Array = jax.shard_map(
+        rows: jax.Array = jax.shard_map(
             of_part,
             mesh=mesh,
             in_specs=(PartitionSpec(*before, ("fsdp", "tensor")), PartitionSpec()),
             out_specs=PartitionSpec(*before, "fsdp"),
             check_vma=False,
         )(pool, index_n)
-        return heads
+        return to_heads(name, rows, self.slots)
 
     def of_heads(self, heads: Mapping[str, Sequence[np.ndarray]]) -> "Stacks":
         """What is read of some heads alone: by projection, those of every layer, int32 [n]."""
@@ -159,8 +167,10 @@ class Stacks:
         return replace(self, drops=drops, layered={**self.layered, **alike})
 
     def kept(self, index_n: Index) -> jax.Array | None:
-        """bool [N]: heads of the output projection that are stored; None if no head of the model is dropped."""
-        return jnp.asarray(index_n < self.pools[pool_name("o")].shape[0]) if self.drops else None
+        """bool [N]: heads of the output projection that are stored; None if what is not is zeros, or there is none."""
+        if not self.drops or self.slots > 1:
+            return None
+        return jnp.asarray(index_n < self.pools[pool_name("o")].shape[0])
 
     def held(self, slices: Mapping[str, jax.Array]) -> Held:
         """A layer whose heads are gathered, from its slices of everything that has a leading layer axis."""
@@ -199,12 +209,13 @@ class Gathered:
 @partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=())
 @dataclass(frozen=True)
 class OneByOne:
-    """Heads are read one by one from their pools."""
+    """Heads are read one by one from their pools; those that lie there by columns are gathered."""
 
     parts = 1
 
     def layer(self, stacks: Stacks, place: jax.Array | int) -> Layer:
-        return _HeadByHead(stacks, place) if stacks.has_heads(place) else Gathered().layer(stacks, place)
+        one_by_one = stacks.slots == 1 and stacks.has_heads(place)
+        return _HeadByHead(stacks, place) if one_by_one else Gathered().layer(stacks, place)
 
 
 @jax.tree_util.register_dataclass
@@ -254,7 +265,7 @@ class _Stacked:
 
     def bias(self, projection: str) -> jax.Array | None:
         name = bias_name(projection)
-        return self.stacks.rows(name, self.index(projection)) if name in self.stacks.pools else None
+        return self.stacks.heads(name, self.index(projection)) if name in self.stacks.pools else None
 
 
 @dataclass(frozen=True)
@@ -326,17 +337,18 @@ class _InStack(_Stacked):
         return times_in_stack(x_mi, stack_sij, jnp.asarray(index_n), side_by_side=side_by_side)
 
 
-def choose(config: LlamaConfig, device: jax.Device | None, batch: int) -> Reading:
+def choose(config: LlamaConfig, device: jax.Device | None, batch: int, slots: int = 1) -> Reading:
     """How to read heads and matrices to add a token to each of some rows.
 
     Args:
       config: the model's architecture.
       device: the one that holds the model; None if there are several.
       batch: rows, each with one token.
+      slots: as of `Stacks`.
     """
     # The kernel cuts a model's matrices into tiles.
     sides = (config.hidden_size, config.intermediate_size, config.head_dim)
-    suits = batch <= KERNEL_TOKENS and all(side % KERNEL_SIDE == 0 for side in sides)
+    suits = batch <= KERNEL_TOKENS and slots == 1 and all(side % KERNEL_SIDE == 0 for side in sides)
     if device is not None and suits and nvidia_capability(device) >= _KERNEL_CAPABILITY:
         return ByKernel()
     gpu = device is not None and device.platform == "gpu"

@@ -39,7 +39,8 @@ class Ledger:
 
     Attributes:
       rows: every part of the model.
-      nominal_saving: parameters that the map says are saved: what receivers share, and all of dropped units.
+      nominal_saving: parameters that the map says are saved: what receivers share, all of dropped units, and what is
+        cut of slim ones.
       live_bytes: bytes of the parameter arrays on the devices; None for a checkpoint on disk.
       disk_bytes: bytes of the checkpoint's files; None for a model in memory.
     """
@@ -106,8 +107,10 @@ def ledger(source: WeightSource, *, path: Path | None = None) -> Ledger:
         row[0] += prod(stored_shape(config, name))
         row[1] += prod(stored_shape(config, name, sharing))
         if sharing is not None and pool is not None:
-            gone = int(np.count_nonzero(sharing.tied(pool) | sharing.dropped))
-            saving += gone * prod(slice_shape(config, name)) // config.num_kv_heads
+            of_unit = prod(slice_shape(config, name)) // config.num_kv_heads
+            saving += int(np.count_nonzero(sharing.tied(pool) | sharing.dropped)) * of_unit
+            if sharing.widths is not None:
+                saving += int(np.count_nonzero(~sharing.widths.kept(pool))) * (of_unit // config.head_dim)
     return Ledger(
         rows=tuple(LedgerRow(part, *row) for part, row in counts.items()),
         nominal_saving=saving,
@@ -133,6 +136,7 @@ def described(source: WeightSource) -> str:
     ]
     if sharing is not None:
         counts = {"shared": len(sharing.receivers), "dropped": int(sharing.dropped.sum())}
+        counts["slim"] = int(sharing.slim.sum())
         told = " and ".join(f"{count} {what}" for what, count in counts.items() if count) or "none shared"
         parts.append(f"of {config.num_units} units {told}")
     return ", ".join(parts)

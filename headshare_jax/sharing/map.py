@@ -1,6 +1,7 @@
 """Sharing maps: who shares whose weights, who is dropped, and who is slim."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -123,27 +124,58 @@ class SharingMap:
         """Projections of which some unit does not store its own weights, in the order q, k, v, o."""
         return "".join(projection for projection in PROJECTIONS if not self.owns_weights(projection).all())
 
-    def slot_donor(self, projection: str) -> np.ndarray:
-        """Flat head slot whose weights each head uses, int64 [L, N] for q and o, [L, K] for k and v; -1: dropped."""
+    @property
+    def slots_per_head(self) -> int:
+        """Pool rows that a whole head takes: 1, or H where some unit is slim; pools then hold columns of heads."""
+        return 1 if self.widths is None else self.widths.head_dim
+
+    def kept_columns(self, projection: str) -> np.ndarray:
+        """bool [L, N, H] for q and o, [L, K, H] for k and v: columns of heads that a map with widths does not cut."""
+        assert self.widths is not None
+        return np.repeat(self.widths.kept(projection), self.heads_per_unit if projection in "qo" else 1, axis=1)
+
+    def head_donor(self, projection: str) -> np.ndarray:
+        """Flat head whose weights each head uses, int64 [L, N] for q and o, [L, K] for k and v; -1: dropped."""
         num_layers, units = self.donor.shape
         group = self.heads_per_unit if projection in "qo" else 1
         unit_lu = np.where(self.tied(projection), self.donor, _identity(self.donor)).astype(np.int64)
-        slot_lug = np.where(self.dropped[:, :, None], DROPPED, unit_lu[:, :, None] * group + np.arange(group))
-        return slot_lug.reshape(num_layers, units * group)
+        head_lug = np.where(self.dropped[:, :, None], DROPPED, unit_lu[:, :, None] * group + np.arange(group))
+        return head_lug.reshape(num_layers, units * group)
+
+    def slot_donor(self, projection: str) -> np.ndarray:
+        """Flat slot whose weights each slot uses, int64 [L, N] for q and o, [L, K] for k and v; -1: dropped.
+
+        Slots are heads; in a map with widths columns of heads, [L, N * H] or [L, K * H], and -1 is also what is cut.
+        """
+        return self._layouts[projection].donor
 
     def owns_weights(self, projection: str) -> np.ndarray:
-        """bool, shaped like `slot_donor`: the head's own weights are stored."""
+        """bool, shaped like `slot_donor`: the slot's own weights are stored."""
         slot = self.slot_donor(projection)
         return slot == _identity(slot)
 
     def stored_slots(self, projection: str) -> np.ndarray:
-        """int64 [P], the flat head slot that each pool row holds, ascending."""
-        return np.flatnonzero(self.owns_weights(projection))
+        """int64 [P], the flat slot that each pool row holds, ascending."""
+        return self._layouts[projection].stored
 
     def pool_index(self, projection: str) -> np.ndarray:
-        """Pool row of every head, int32, shaped like `slot_donor`; P, one past the last row, for a dropped head."""
-        stored, slot = self.stored_slots(projection), self.slot_donor(projection)
-        return np.where(slot == DROPPED, len(stored), np.searchsorted(stored, slot)).astype(np.int32)
+        """Pool row of every slot, int32, shaped like `slot_donor`; P, one past the last row, for what is not stored."""
+        return self._layouts[projection].index
+
+    @cached_property
+    def _layouts(self) -> dict[str, "_Layout"]:
+        """By projection; every slice that is read asks for them."""
+        return {projection: self._layout(projection) for projection in PROJECTIONS}
+
+    def _layout(self, projection: str) -> "_Layout":
+        donor = self.head_donor(projection)
+        if self.widths is not None:
+            column_lnh = donor[:, :, None] * self.slots_per_head + np.arange(self.slots_per_head)
+            kept_lnh = self.kept_columns(projection) & (donor != DROPPED)[:, :, None]
+            donor = np.where(kept_lnh, column_lnh, DROPPED).reshape(len(donor), -1)
+        stored = np.flatnonzero(donor == _identity(donor))
+        index = np.where(donor == DROPPED, len(stored), np.searchsorted(stored, donor)).astype(np.int32)
+        return _Layout(_frozen(donor), _frozen(stored), _frozen(index))
 
     def crossing(self, shards: int) -> np.ndarray:
         """bool [L, U]: the receiver's donor lies in another shard, where each layer's units are cut into `shards`.
@@ -200,7 +232,7 @@ class SharingMap:
 
         Raises:
           HeadshareError: not JSON, not such a document, or a map that cannot be: units out of range or named twice,
-            a receiver that is its own donor, a dropped donor, a chain or a cycle, every unit dropped, impossible widths.
+            a receiver that is its own donor, a dropped donor, a chain or cycle, every unit dropped, impossible widths.
 
         Examples:
           >>> hs.SharingMap.from_json(sharing.to_json()) == sharing
@@ -219,6 +251,15 @@ class SharingMap:
 
     def __hash__(self) -> int:
         return hash(self._key())
+
+
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """How a projection is stored: `SharingMap.slot_donor`, `stored_slots` and `pool_index`."""
+
+    donor: np.ndarray
+    stored: np.ndarray
+    index: np.ndarray
 
 
 def _whole(donor: np.ndarray) -> np.ndarray:

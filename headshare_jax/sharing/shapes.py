@@ -42,12 +42,15 @@ def head_shapes(config: LlamaConfig, sharing: SharingMap | None = None, parts: i
 
 
 def running_heads(sharing: SharingMap, projection: str, shapes: Sequence[HeadShape]) -> list[np.ndarray]:
-    """Pool rows of the heads that each layer runs, int32 [n]: of its kept units, and P for each head of zeros."""
-    stored, index_ln = len(sharing.stored_slots(projection)), sharing.pool_index(projection)
-    group = index_ln.shape[1] // sharing.donor.shape[1]
-    kept = [index_n[index_n < stored] for index_n in index_ln]
+    """Pool rows of the heads that each layer runs, int32 [n]: of its kept units, and P for each head of zeros.
+
+    Of a map with widths [n * H]: of each column of these heads, P for what is cut.
+    """
+    stored = len(sharing.stored_slots(projection))
+    index_lus = sharing.pool_index(projection).reshape(*sharing.donor.shape, -1)
+    kept = [index_us[~dropped_u].ravel() for index_us, dropped_u in zip(index_lus, sharing.dropped, strict=True)]
     return [
-        np.pad(index_n, (0, shape.units * group - len(index_n)), constant_values=stored)
+        np.pad(index_n, (0, shape.units * index_lus.shape[2] - len(index_n)), constant_values=stored)
         for index_n, shape in zip(kept, shapes, strict=True)
     ]
 

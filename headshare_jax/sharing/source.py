@@ -21,6 +21,7 @@ from headshare_jax.parameters import (
     pool_name,
     slice_shape,
 )
+from headshare_jax.sharing.columns import to_columns, to_heads
 from headshare_jax.sharing.map import SharingMap
 
 # Bytes; XLA's CPU buffers begin at multiples of it.
@@ -57,23 +58,34 @@ class WeightSource(Protocol):
 
 
 def stored_shape(config: LlamaConfig, name: str, sharing: SharingMap | None = None) -> tuple[int, ...]:
-    """Shape of a parameter as a model holds it: layers stacked, pools with one row per stored head."""
+    """Shape of a parameter as a model holds it: layers stacked, pools with one row per stored head.
+
+    A map with widths has them with one row per stored column: [C, D], biases [C].
+    """
     shape, parameter = slice_shape(config, name), PARAMETERS[name]
+    if parameter.pool is not None and sharing is not None:
+        row = shape[1:] if sharing.widths is None else (config.hidden_size,) * ("d" in parameter.axes)
+        return (len(sharing.stored_slots(parameter.pool)), *row)
     if parameter.pool is not None:
-        rows = config.num_layers * shape[0] if sharing is None else len(sharing.stored_slots(parameter.pool))
-        return (rows, *shape[1:])
+        return (config.num_layers * shape[0], *shape[1:])
     return (config.num_layers, *shape) if parameter.layered else shape
 
 
 def pool_index(config: LlamaConfig, projection: str, sharing: SharingMap | None = None) -> np.ndarray:
     """Pool row of every head, int32 [L, N] for q and o, [L, K] for k and v; the identity for a dense model.
 
-    A dropped head's is P, one past the last row.
+    A dropped head's is P, one past the last row. A map with widths has one for every column of each head, [L, N * H] or
+    [L, K * H], P also for one that is cut.
     """
     if sharing is not None:
         return sharing.pool_index(projection)
     heads = heads_per_layer(config, projection)
     return np.arange(config.num_layers * heads, dtype=np.int32).reshape(config.num_layers, heads)
+
+
+def slots_per_head(sharing: SharingMap | None) -> int:
+    """Pool rows that a whole head takes: 1, or H for a map with widths."""
+    return 1 if sharing is None else sharing.slots_per_head
 
 
 def read_heads(
@@ -94,15 +106,16 @@ def read_heads(
     """
     projection = PARAMETERS[name].pool
     assert projection is not None
+    stored, slots = stored_shape(source.config, name, source.sharing), slots_per_head(source.sharing)
     index = pool_index(source.config, projection, source.sharing)[layer]
-    index = index if heads is None else index[list(heads)]
-    kept = index < stored_shape(source.config, name, source.sharing)[0]
+    index = index if heads is None else index.reshape(-1, slots)[list(heads)].ravel()
+    kept = index < stored[0]
     if kept.all() and len(index):
-        return read_rows(index)
-    values = np.zeros((len(index), *slice_shape(source.config, name)[1:]), source.dtype(name))
+        return to_heads(name, read_rows(index), slots)
+    values = np.zeros((len(index), *stored[1:]), source.dtype(name))
     if kept.any():
         values[kept] = read_rows(index[kept])
-    return values
+    return to_heads(name, values, slots)
 
 
 def runs(starts: np.ndarray, width: int = 1) -> list[slice]:
@@ -152,10 +165,10 @@ def read_held(
 
 
 def stored_rows(source: WeightSource, name: str) -> Iterator[tuple[slice, int | None, Sequence[int] | None]]:
-    """Of a parameter, in order: rows of its leading axis, and the layer and rows that they are read as.
+    """Of a parameter, in order: rows of its leading axis, and the layer and rows that `read_rows` is to give them by.
 
-    A layer is one row, of a pool those that the layer stores. Layers of which nothing is stored are left out. What has
-    no layers comes in pieces (`piece_shape`).
+    A layer is one row, of a pool those that the layer stores: heads of it, or columns of heads. Layers of which nothing
+    is stored are left out. What has no layers comes in pieces (`piece_shape`).
     """
     if not PARAMETERS[name].layered:
         count = slice_shape(source.config, name)[0]
@@ -167,17 +180,24 @@ def stored_rows(source: WeightSource, name: str) -> Iterator[tuple[slice, int | 
     projection, start = PARAMETERS[name].pool, 0
     owns = None if source.sharing is None or projection is None else source.sharing.owns_weights(projection)
     for layer in range(source.config.num_layers):
-        heads = None if owns is None or owns[layer].all() else np.flatnonzero(owns[layer]).tolist()
-        if heads != []:
-            count = 1 if projection is None else slice_shape(source.config, name)[0] if heads is None else len(heads)
+        count, heads = 1 if projection is None else slice_shape(source.config, name)[0], None
+        if owns is not None:
+            owns_nh = owns[layer].reshape(count, -1)
+            stored_n = owns_nh.any(axis=1)
+            heads = None if stored_n.all() else np.flatnonzero(stored_n).tolist()
+            count = int(owns_nh.sum())
+        if count:
             yield slice(start, start + count), layer, heads
             start += count
 
 
 def read_rows(source: WeightSource, name: str, layer: int | None, rows: Sequence[int] | None) -> np.ndarray:
     """Rows of a stored parameter, as `stored_rows` names them."""
-    values = source.read(name, layer, rows)
-    return values if layer is None or PARAMETERS[name].pool is not None else values[None]
+    values, projection = source.read(name, layer, rows), PARAMETERS[name].pool
+    if layer is None or source.sharing is None or source.sharing.widths is None or projection is None:
+        return values if layer is None or projection is not None else values[None]
+    owns_nh = source.sharing.owns_weights(projection)[layer].reshape(-1, source.sharing.slots_per_head)
+    return to_columns(name, values)[(owns_nh if rows is None else owns_nh[list(rows)]).ravel()]
 
 
 def stored_layers(source: WeightSource, name: str) -> Iterator[tuple[slice, np.ndarray]]:

@@ -11,6 +11,7 @@ from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.parameters import PARAMETERS, layered_names, parameter_names, slice_shape
 from headshare_jax.sharing import finite
+from headshare_jax.sharing.columns import over_heads
 from headshare_jax.sharing.ledger import described
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.source import WeightSource, fingerprint
@@ -58,7 +59,7 @@ class View:
 
 
 class SharedView(View):
-    """A dense source as a map shares it: receivers read their donors' weights, dropped units zeros.
+    """A dense source as a map shares it: receivers read their donors' weights, dropped units and what is cut zeros.
 
     Examples:
       >>> view = hs.SharedView(hs.open_checkpoint("my-llama"), sharing)
@@ -100,16 +101,25 @@ class SharedView(View):
         projection = PARAMETERS[name].pool
         if layer is None or projection is None:
             return self.base.read(name, layer, rows)
-        slot_n = self.sharing.slot_donor(projection)[layer]
-        per_layer = len(slot_n)
-        slot_n = slot_n if rows is None else slot_n[list(rows)]
-        layer_n = np.where(slot_n == DROPPED, DROPPED, slot_n // per_layer)
-        if (layer_n == layer).all() and rows is None and len(np.unique(slot_n)) == per_layer:
+        values = self._read_heads(name, projection, layer, rows)
+        if self.sharing.widths is None:
+            return values
+        kept_nh = self.sharing.kept_columns(projection)[layer]
+        kept_nh = kept_nh if rows is None else kept_nh[list(rows)]
+        return values if kept_nh.all() else np.where(over_heads(name, kept_nh), values, values.dtype.type(0))
+
+    def _read_heads(self, name: str, projection: str, layer: int, rows: Sequence[int] | None) -> np.ndarray:
+        """Heads as `read` gives them, with all of their columns."""
+        head_n = self.sharing.head_donor(projection)[layer]
+        per_layer = len(head_n)
+        head_n = head_n if rows is None else head_n[list(rows)]
+        layer_n = np.where(head_n == DROPPED, DROPPED, head_n // per_layer)
+        if (layer_n == layer).all() and rows is None and len(np.unique(head_n)) == per_layer:
             return self.base.read(name, layer)
-        values = np.zeros((len(slot_n), *slice_shape(self.config, name)[1:]), self.dtype(name))
+        values = np.zeros((len(head_n), *slice_shape(self.config, name)[1:]), self.dtype(name))
         for donor_layer in np.unique(layer_n[layer_n != DROPPED]):
             mine = layer_n == donor_layer
-            wanted, place = np.unique(slot_n[mine] % per_layer, return_inverse=True)
+            wanted, place = np.unique(head_n[mine] % per_layer, return_inverse=True)
             values[mine] = self.base.read(name, int(donor_layer), wanted.tolist())[place]
         return values
 

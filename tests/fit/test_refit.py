@@ -1,6 +1,7 @@
 """Refit: against least squares on what transformers computes, and what holds for any map and any text."""
 
 import tempfile
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from support import (
 )
 
 import headshare_jax
-from headshare_jax import HeadshareError, Llama, parameters, share
+from headshare_jax import HeadshareError, Llama, Widths, parameters, share
 from headshare_jax.calibration.streams import BLOCKS, advance, layer_weights, on_disk
 from headshare_jax.calibration.windows import calibration_windows
 from headshare_jax.fit.moments import solve_ridge
@@ -71,17 +72,31 @@ def captured(hf: Any, tokens: np.ndarray, layer: int) -> tuple[np.ndarray, np.nd
 
 
 @pytest.mark.parametrize(
-    ("overrides", "drops"),
-    [({}, False), (VARIANTS["mha"], False), (VARIANTS["mha"], True), ({"attention_bias": True}, True)],
-    ids=["gqa, shared", "mha, shared", "mha, dropped", "bias, dropped"],
+    ("overrides", "drops", "slim"),
+    [
+        ({}, False, False),
+        (VARIANTS["mha"], False, False),
+        (VARIANTS["mha"], True, False),
+        ({"attention_bias": True}, True, False),
+        ({"attention_bias": True}, True, True),
+    ],
+    ids=["gqa, shared", "mha, shared", "mha, dropped", "bias, dropped", "bias, slim"],
 )
-def test_refit_is_the_least_squares_solution(overrides: dict[str, Any], drops: bool) -> None:
+def test_refit_is_the_least_squares_solution(overrides: dict[str, Any], drops: bool, slim: bool) -> None:
     hf, torch = tiny_hf_model(**overrides), torch_or_skip()
     dense = model_of(hf)
     units = dense.config.num_kv_heads
     # With drops, the last layer has dropped units only.
     pairs, dropped = ({units: 0}, [2 * units - 1, 2 * units]) if drops else ({units: 0, 2 * units: 1}, [])
     sharing = sharing_by_hand(dense, "qkv", pairs, dropped)
+    cut = np.zeros((3, dense.config.num_heads, dense.config.head_dim), bool)
+    if slim:
+        widths = Widths.full(dense.config)
+        rank, pairs_kept = widths.rank.copy(), widths.pairs.copy()
+        # In layer 1 the receiver stays whole; in layer 2 what is not dropped is slim.
+        rank[2, 1], pairs_kept[2, 1, 3:] = 5, False
+        cut[2, 2:, 5:] = True
+        sharing = replace(sharing, widths=Widths(rank, pairs_kept, dense.config.head_dim))
     fitted, report = refit(
         dense, share(dense, sharing), WINDOWS, RefitSettings(scope="receivers", ridges=(1.0,), drifts=(0.5,))
     )
@@ -89,7 +104,7 @@ def test_refit_is_the_least_squares_solution(overrides: dict[str, Any], drops: b
     assert [block.layer for block in report.blocks] == [1, 2]
     for layer in (1, 2):
         width = dense.config.heads_per_unit * dense.config.head_dim
-        kept = np.repeat(~sharing.dropped[layer], width)
+        kept = np.repeat(~sharing.dropped[layer], width) & ~cut[layer].ravel()
         assert report.blocks[layer - 1].fitted_rows == kept.sum()
         x, _, y = captured(hf, tokens, layer)
         x_tied, h, _ = captured(tied, tokens, layer)
