@@ -11,7 +11,7 @@ from headshare_jax.parameters import PROJECTIONS
 from headshare_jax.report.progress import spoken
 from headshare_jax.resources import gigabytes
 from headshare_jax.sharing.ledger import disk_bytes, ledger
-from headshare_jax.sharing.shapes import cache_size, head_shapes
+from headshare_jax.sharing.running import running
 from headshare_jax.sharing.source import WeightSource
 from headshare_jax.sharing.view import cast
 
@@ -133,13 +133,12 @@ def sizes(source: WeightSource, before: Path | None, model: WeightSource, after:
     """
     config, dtype = model.config, model.dtype("embed_vd")
     alike = source if source.dtype("embed_vd") == dtype else cast(source, str(dtype))
-    shapes = head_shapes(config, source.sharing), head_shapes(config, model.sharing)
-    was, now = (2 * cache_size(config, each, CACHE_LENGTH) for each in shapes)
+    was, now = (running(config, each.sharing, context=CACHE_LENGTH, batch=1) for each in (source, model))
     return Sizes(
         files=(_on_disk(source, before), _on_disk(model, after)),
         weights=(ledger(alike).stored_bytes, ledger(model).stored_bytes),
         attention=(_attention_bytes(alike), _attention_bytes(model)),
-        cache=(was, now),
+        cache=(was.model.cache_bytes, now.model.cache_bytes),
         type=str(dtype),
         quantised=(convert.quantised_as(source), convert.quantised_as(model)),
     )

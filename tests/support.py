@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import transformers
 
-from headshare_jax import Llama, LlamaConfig, SharingMap, parameters
+from headshare_jax import Llama, LlamaConfig, SharingMap, parameters, share
 from headshare_jax.model.cache import KVCache
 from headshare_jax.sharing.source import stored_shape
 from headshare_jax.sharing.tie import DROPPED
@@ -320,3 +320,13 @@ def tied_by_hand(model: Any, sharing: SharingMap) -> Any:
 def compilations(function: Any) -> int:
     """How often a jitted function has been compiled."""
     return int(function._cache_size())
+
+
+def dropped(model: Llama, units: dict[int, list[int]]) -> Llama:
+    """A model without some units of some layers."""
+    shape = model.config.num_layers, model.config.num_kv_heads
+    donor = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
+    for layer, of in units.items():
+        donor[layer, of] = DROPPED
+    score = np.where(donor == DROPPED, 0.5, np.nan)
+    return share(model, SharingMap(donor=donor, score=score, heads_per_unit=model.config.heads_per_unit))

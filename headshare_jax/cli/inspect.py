@@ -23,6 +23,7 @@ from headshare_jax.resources import megabytes
 from headshare_jax.sharing.budget import crossing_parameters
 from headshare_jax.sharing.ledger import NOT_SAVED, ledger, short
 from headshare_jax.sharing.map import shard_of_units
+from headshare_jax.sharing.running import running
 from headshare_jax.sharing.source import stored_shape
 
 
@@ -38,6 +39,8 @@ class Inspect(Command):
       pairs: List every unit that shares or is dropped.
       shapes: List every parameter's shape and type.
       shards: Count what must move if so many chips share out the heads of each layer evenly.
+      context: Tokens of a text, for the costs of running the model.
+      batch: Texts at a time, likewise.
     """
 
     needs: ClassVar = {"overwrite": ("plot",)}
@@ -48,6 +51,8 @@ class Inspect(Command):
     pairs: bool = False
     shapes: bool = False
     shards: kinds.Count | None = None
+    context: kinds.Count = 4096
+    batch: kinds.Count = 1
     overwrite: Overwrite = False
 
     def run(self) -> dict[str, Any]:
@@ -76,6 +81,7 @@ class Inspect(Command):
             "map": None if sharing is None else json.loads(sharing.to_json()),
             "summary": None if sharing is None else sharing.summary(),
             "ledger": ledger(source, path=source.path).to_json(),
+            "running": running(config, sharing, context=self.context, batch=self.batch).to_json(),
             "provenance": stored.provenance(source),
             "checksums": stored.has_checksums(source),
             "checked": checked,
@@ -113,6 +119,7 @@ class Inspect(Command):
                 f"receivers have their donor on another chip; {megabytes(crossing['bytes'])} of weights move in a pass."
             )
         yield ledger_table(result["ledger"])
+        yield running_table(result["running"])
         if sharing is not None:
             yield NOT_SAVED
         if self.shapes:
@@ -206,5 +213,31 @@ def ledger_table(sizes: dict[str, Any]) -> Table:
         table.caption = (
             f"the map saves {sizes['nominal_saving']:,} parameters by its own count; "
             f"{sizes['actual_saving']:,} are saved in fact"
+        )
+    return table
+
+
+def running_table(costs: dict[str, Any]) -> Table:
+    """The plain data of `Running` as a table."""
+    dense, model, padding = costs["dense"], costs["model"], costs["padding"]
+    texts = "a text" if costs["batch"] == 1 else f"{costs['batch']} texts"
+    table = Table("cost of a token", title=f"generating with {texts} of {costs['context']:,} tokens, in 16 bits")
+    for heading in ("dense", "now", "saved"):
+        table.add_column(heading, justify="right")
+    rows = (
+        ("key/value cache, all texts", "cache_bytes"),
+        ("FLOPs: q, k, v, o", "projections"),
+        ("FLOPs: attention", "attention"),
+        ("FLOPs: MLPs, head", "rest"),
+        ("FLOPs", "flops"),
+    )
+    for part, name in rows:
+        count = megabytes if name == "cache_bytes" else short
+        saved = f"{1 - model[name] / dense[name]:.1%}" if model[name] != dense[name] else ""
+        table.add_row(part, count(dense[name]), count(model[name]), saved)
+    if padding["cache_bytes"]:
+        table.caption = (
+            f"{megabytes(padding['cache_bytes'])} of cache and {short(padding['flops'])} FLOPs are padding: all heads "
+            "of a layer run as wide as its widest"
         )
     return table

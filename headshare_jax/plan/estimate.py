@@ -13,7 +13,7 @@ from headshare_jax.model.mesh import AXES
 from headshare_jax.parameters import parameter_names
 from headshare_jax.plan.costs import Costs
 from headshare_jax.sharing.map import SharingMap
-from headshare_jax.sharing.shapes import HeadShape, cache_size, cache_slots, head_shapes
+from headshare_jax.sharing.shapes import HeadShape, cache_slots, columns, head_shapes
 from headshare_jax.train.losses import HEAD_TOKENS
 from headshare_jax.train.placement import abstract_params, bytes_on_device
 
@@ -66,6 +66,10 @@ class Workload:
         """With as many sequences as `generate` runs on a layout that the batch does not fill; training runs its own."""
         missing = 0 if self.trains else -self.batch % layout.batch_parts
         return replace(self, batch=self.batch + missing)
+
+    def shapes(self, layout: "Layout", *, shared: bool) -> tuple[HeadShape, ...]:
+        """The heads that each layer runs with, of the shared model or the dense one."""
+        return head_shapes(self.config, self.sharing if shared and not self.trains else None, layout.mesh[2])
 
     @property
     def tokens(self) -> int:
@@ -123,10 +127,11 @@ def estimated(workload: Workload, layout: Layout, chip: Chip, *, shared: bool) -
         )
     config, tensor, train = workload.config, layout.mesh[2], workload.trains
     stored, local = _parameters(workload, layout, shared=shared)
-    used, _ = _parameters(workload, layout, shared=False)
+    used = _used_parameters(workload, layout, shared=shared)
     tokens = workload.tokens // layout.batch_parts
-    shapes = head_shapes(config, workload.sharing if shared else None, tensor)
-    cache, kept = (0, activation_bytes(workload, layout)) if train else (cache_bytes(workload, layout, shapes), 0)
+    cache, kept = (0, activation_bytes(workload, layout))
+    if not train:
+        cache, kept = cache_bytes(workload, layout, shared=shared), 0
     held = {
         "parameter_bytes": local * (4 if train else 2),
         "optimizer_bytes": local * 8 if train else 0,
@@ -139,7 +144,7 @@ def estimated(workload: Workload, layout: Layout, chip: Chip, *, shared: bool) -
     gathered = (4 if train else 2) * used // config.num_layers // tensor if layout.gathers(workload) else 0
     temporary = kept + layer + gathered + (4 * local + head // tensor if train else 0)
     passes = (4 if layout.remat == "full" else 3) if train else 1
-    flops = passes * 2 * used * tokens / tensor + attention_flops(workload, layout)
+    flops = passes * 2 * used * tokens / tensor + attention_flops(workload, layout, shared=shared)
     traffic = (passes * 2 * used / parts) + cache + 2 * kept + passes * layer * config.num_layers
     traffic += 7 * 4 * local if train else 0
     needed = sum(held.values()) + temporary
@@ -155,11 +160,11 @@ def estimated(workload: Workload, layout: Layout, chip: Chip, *, shared: bool) -
     }
 
 
-def cache_bytes(workload: Workload, layout: Layout, shapes: tuple[HeadShape, ...]) -> int:
-    """Bytes of the key/value cache of layers of some heads on a chip, where nothing is trained."""
+def cache_bytes(workload: Workload, layout: Layout, *, shared: bool) -> int:
+    """Bytes of the key/value cache on a chip, where nothing is trained."""
     config, rows, tensor = workload.config, workload.batch // layout.batch_parts, layout.mesh[2]
     parts = tensor if config.num_kv_heads % tensor == 0 else 1
-    return 2 * rows * cache_size(config, shapes, workload.length) // parts
+    return 2 * rows * columns(workload.shapes(layout, shared=shared)) * cache_slots(config, workload.length) // parts
 
 
 def activation_bytes(workload: Workload, layout: Layout) -> int:
@@ -174,7 +179,7 @@ def activation_bytes(workload: Workload, layout: Layout) -> int:
     return 2 * config.num_layers * width * workload.tokens // layout.batch_parts
 
 
-def attention_flops(workload: Workload, layout: Layout) -> float:
+def attention_flops(workload: Workload, layout: Layout, *, shared: bool = False) -> float:
     """FLOPs on a chip of scores and weighted values, each query with the keys before it in its window.
 
     Without a policy that keeps everything, training runs the forward pass's two products twice; the backward pass's
@@ -182,15 +187,15 @@ def attention_flops(workload: Workload, layout: Layout) -> float:
     """
     config = workload.config
     if workload.stage == "decode":
-        seen = float(config.num_layers * cache_slots(config, workload.length))
+        seen_l = [float(cache_slots(config, workload.length))] * config.num_layers
     else:
         # Where layers differ, only the kernels that train spare the keys before a window.
         alike = len(set(config.windows)) == 1
-        seen = sum(_keys(workload.length, each if alike or workload.trains else None) for each in config.windows)
-    width = config.num_heads * config.head_dim
-    one_product = 2 * width * seen * workload.tokens / layout.batch_parts / layout.mesh[2]
+        seen_l = [_keys(workload.length, each if alike or workload.trains else None) for each in config.windows]
+    pairs = zip(seen_l, workload.shapes(layout, shared=shared), strict=True)
+    forward = 2 * sum(seen * config.heads_per_unit * columns([shape]) for seen, shape in pairs)
     products = (9 if layout.remat == "none" else 11) if workload.trains else 2
-    return products * one_product
+    return products / 2 * forward * workload.tokens / layout.batch_parts / layout.mesh[2]
 
 
 def _keys(length: int, window: int | None) -> float:
@@ -230,6 +235,13 @@ def _parameters(workload: Workload, layout: Layout, *, shared: bool) -> tuple[in
     config, sharing, mesh = workload.config, workload.sharing if shared else None, AbstractMesh(layout.mesh, AXES)
     params = abstract_params(config, sharing, mesh, dict.fromkeys(parameter_names(config), "int8"))
     return sum(param.size for param in params.values()), bytes_on_device(params)
+
+
+def _used_parameters(workload: Workload, layout: Layout, *, shared: bool) -> int:
+    """Parameters that a token is multiplied by."""
+    config, (dense, _) = workload.config, _parameters(workload, layout, shared=False)
+    gone = columns(head_shapes(config)) - columns(workload.shapes(layout, shared=shared))
+    return dense - gone * config.hidden_size * (1 + config.heads_per_unit)
 
 
 def _network(workload: Workload, layout: Layout, stored: int, tokens: int) -> dict[str, float]:

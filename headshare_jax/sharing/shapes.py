@@ -61,6 +61,6 @@ def cache_slots(config: LlamaConfig, length: int) -> int:
     return min(length, max(windows))
 
 
-def cache_size(config: LlamaConfig, shapes: Sequence[HeadShape], length: int) -> int:
-    """Numbers that a key/value cache for so many positions of one row holds."""
-    return cache_slots(config, length) * sum(shape.units * (shape.qk + shape.vo) for shape in shapes)
+def columns(shapes: Sequence[HeadShape]) -> int:
+    """Columns of keys and values in some layers; a token's products are proportional to them, and so is the cache."""
+    return sum(shape.units * (shape.qk + shape.vo) for shape in shapes)

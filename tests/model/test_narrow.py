@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import random_tokens, tiny_model
+from support import dropped, random_tokens, tiny_model
 
-from headshare_jax import Conversation, Llama, SharingMap, generate, share, unshare
+from headshare_jax import Conversation, Llama, generate, unshare
 from headshare_jax.model import attention
 from headshare_jax.model.kernels.cudnn import cudnn
 from headshare_jax.model.kernels.splash import splash
 from headshare_jax.model.mesh import make_mesh
 from headshare_jax.rope import rotary_angles, rotate, rotate_queries
-from headshare_jax.sharing.tie import DROPPED
 
 LENGTH = 40
 PROMPTS = [random_tokens((n,), seed=n).tolist() for n in (5, 17, 30)]
@@ -82,16 +81,6 @@ def test_heads_of_some_pairs_score_as_those_with_zeros(data: st.DataObject, part
     np.testing.assert_allclose(narrow, scores(zeros_elsewhere(q), zeros_elsewhere(k), cos_sin), atol=1e-5)
 
 
-def dropped(model: Llama, units: dict[int, list[int]]) -> Llama:
-    """A model without some units of some layers."""
-    shape = model.config.num_layers, model.config.num_kv_heads
-    donor = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
-    for layer, of in units.items():
-        donor[layer, of] = DROPPED
-    score = np.where(donor == DROPPED, 0.5, np.nan)
-    return share(model, SharingMap(donor=donor, score=score, heads_per_unit=model.config.heads_per_unit))
-
-
 # By layer, the units that go: unequal, as many of each layer, and all of one.
 DROPS = {"uneven": {0: [1, 2], 2: [0]}, "even": {0: [1], 1: [3], 2: [0]}, "a whole layer": {1: [0, 1, 2, 3], 2: [2]}}
 
@@ -119,15 +108,3 @@ def test_meshes_run_layers_of_unequal_heads(dense: Llama, drops: str, sizes: tup
     assert generate(spread, PROMPTS, max_new_tokens=8) == generate(model, PROMPTS, max_new_tokens=8)
     for leaf in jax.tree.leaves(spread.empty_cache(8, 64).k_lbskh):
         assert leaf.addressable_shards[0].data.shape[-2] * sizes[2] == leaf.shape[-2]
-
-
-def test_a_dropped_unit_costs_a_decoded_token_nothing(dense: Llama) -> None:
-    def flops(model: Llama) -> float:
-        arguments = (model, jnp.zeros((1, 1), jnp.int32), model.empty_cache(1, slots=256))
-        analysis: Any = jax.jit(Llama.extend).lower(*arguments).compile().cost_analysis()
-        return float(analysis["flops"])
-
-    # Unrolled both: what XLA counts of a loop's body it counts once.
-    one, more = flops(dropped(dense, {0: [1], 1: [1, 2]})), flops(dropped(dense, {0: [1, 2], 1: [1, 2, 3]}))
-    unit = 2 * 64 * 8 * (2 + 2 + 2) + 2 * 2 * 2 * 256 * 8
-    assert one - more > 2 * unit
