@@ -227,10 +227,9 @@ def _with_fitted(shared: WeightSource, fitted: Mapping[tuple[str, int], jax.Arra
 
 def _check_origin(dense: WeightSource, shared: WeightSource, sharing: SharingMap) -> None:
     """Raises HeadshareError unless what is never fitted of the shared model is the dense one's."""
-    expected = SharedView(dense, sharing, check_source=False)
-    if isinstance(shared, SharedView) and shared.base is dense:
+    if isinstance(shared, SharedView) and _below_slim(shared.base) is dense:
         return
-    layered = layered_names(dense.config)
+    expected, layered = SharedView(dense, sharing, check_source=False), layered_names(dense.config)
     for name in parameter_names(dense.config):
         if name in OUTPUT.values():
             continue
@@ -245,6 +244,13 @@ def _check_origin(dense: WeightSource, shared: WeightSource, sharing: SharingMap
                     f"The shared model was not made of this dense model: they differ in {name}"
                     f"{'' if layer is None else f' of layer {layer}'}; give the one that it was made of."
                 )
+
+
+def _below_slim(source: WeightSource) -> WeightSource:
+    """What lies below new values and outputs, as slimming writes them."""
+    while isinstance(source, ReplacedView) and all(PARAMETERS[name].pool in ("v", "o") for name, _ in source.values):
+        source = source.base
+    return source
 
 
 def _in_scope(scope: str, block: str, changed: bool) -> bool:

@@ -1,4 +1,4 @@
 """Slimming: units keep fewer columns of values and outputs, and fewer rotary pairs of queries and keys.
 
-Public: `choose.Rules`.
+Public: `rounds.slim` and `SlimSettings`; `choose.Rules`.
 """

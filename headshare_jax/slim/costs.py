@@ -73,22 +73,20 @@ def _layer_costs(
     """Costs of a layer's values, [U, H + 1], and of its pairs, [U, P, P]; and its directions."""
     mesh = layer.before.mesh
 
-    def total(program: Callable[..., tuple[jax.Array, ...]], *more: jax.Array) -> list[np.ndarray]:
-        sums = [
-            program(
-                config, layer.weights, layer.before[part], layer.gradients[part], streams.there(part, mesh), *more, mesh
-            )
-            for part in parts
-        ]
-        batches = zip(*([np.asarray(each) for each in of_batch] for of_batch in sums), strict=True)
-        means = [np.sum(each, axis=0, dtype=np.float64) / tokens for each in batches]
-        finite.check_computed(f"Costs of the units of layer {layer.layer}", *means)
-        return means
+    def means(program: Callable[..., tuple[jax.Array, ...]], *more: np.ndarray) -> list[np.ndarray]:
+        found: list[np.ndarray] = []
+        for part in parts:
+            states = layer.before[part], layer.gradients[part], streams.there(part, mesh)
+            sums = program(config, layer.weights, *states, *(jnp.asarray(each, jnp.float32) for each in more), mesh)
+            told = [np.asarray(each, np.float64) / tokens for each in sums]
+            found = [before + each for before, each in zip(found, told, strict=True)] if found else told
+        finite.check_computed(f"Costs of the units of layer {layer.layer}", *found)
+        return found
 
-    z_uhh, w_uhh, pairs_upp = total(_moments)
+    z_uhh, w_uhh, pairs_upp = means(_moments)
     each = [_unit_directions(z_uhh[unit], w_uhh[unit], int(rank)) for unit, rank in enumerate(rank_u)]
     directions = Directions(np.stack([into for into, _ in each]), np.stack([back for _, back in each]))
-    (values_uh,) = total(_tails, *(jnp.asarray(of, jnp.float32) for of in (directions.into_uhh, directions.back_uhh)))
+    (values_uh,) = means(_tails, directions.into_uhh, directions.back_uhh)
     return np.pad(values_uh, ((0, 0), (0, 1))) / 2, pairs_upp / 2, directions
 
 
