@@ -28,7 +28,15 @@ from headshare_jax.convert import (
     tokenizer,
     written,
 )
-from headshare_jax.convert.outputs import FORMATS, check_output, check_room, output_dtype, paths, quantised_as
+from headshare_jax.convert.outputs import (
+    FORMATS,
+    check_holds,
+    check_output,
+    check_room,
+    output_dtype,
+    paths,
+    quantised_as,
+)
 from headshare_jax.convert.partial import recover
 from headshare_jax.convert.tensor_files import TensorCheckpoint
 from headshare_jax.convert.written import Written
@@ -41,8 +49,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    "FORMATS", "MAP_FILE", "check_output", "check_room", "locate", "open_checkpoint", "output_dtype", "quantised_as",
-    "save", "tokenizer_place", "verify",
+    "FORMATS", "MAP_FILE", "check_holds", "check_output", "check_room", "locate", "open_checkpoint", "output_dtype",
+    "quantised_as", "save", "tokenizer_place", "verify",
 ]  # fmt: skip
 
 Checkpoint = TensorCheckpoint | native.NativeCheckpoint | run_checkpoint.RunCheckpoint
@@ -202,6 +210,7 @@ def save(
     if storage.is_name(tokenizer_from):
         tokenizer_from = tokenizer_place(tokenizer_from)
     check_output(dst, to, quantize=quantize, overwrite=overwrite, sources=(source, tokenizer_from))
+    check_holds(to, source.sharing)
     beside = tokenizer_from if storage.is_name(tokenizer_from) else None
     license = None if beside is None else card.license_of(beside)
     told = ({} if license is None else {"license": license}) | dict(provenance or {})

@@ -27,8 +27,8 @@ model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)""",
 }
 _FORMATS = {
-    "hf": "The files are a plain {family} checkpoint, which holds every head, also those that share: its size is that "
-    "of the dense model.",
+    "hf": "The files are a plain {family} checkpoint, which holds every head in full, also those that share or are "
+    "slim: its size is that of the dense model.",
     "hf-compact": "The files hold every shared head once. `modeling_headshare.py` runs the small model in PyTorch.",
 }
 _CLIENTS = """\
@@ -155,6 +155,8 @@ def _map_in_words(sharing: SharingMap) -> str:
     how += [f"seed {sharing.seed}"] if sharing.seed is not None else []
     dropped = int(sharing.dropped.sum())
     gone = f", and {dropped} are dropped" if dropped else ""
+    slim = int(sharing.slim.sum())
+    gone += f", and {slim} are slim (some columns of their heads are cut)" if slim else ""
     return (
         f"{len(sharing.receivers)} of {sharing.donor.size} units (a key/value head with its query heads) use the "
         f"{', '.join(sharing.tie)} weights of another unit{gone}, {', '.join(how)}. Who uses whose: "

@@ -158,6 +158,10 @@ def open_directory(path: Path) -> TensorCheckpoint:
     config = huggingface.with_stop_tokens(config, path)
     if sharing is not None:
         sharing.check_model(config)
+        if sharing.widths is not None:
+            raise HeadshareError(
+                f"The map in {path} has slim units, which hf-compact cannot hold; get the model again."
+            )
     files = huggingface.weight_files(path, "model.safetensors")
     if not files:
         raise HeadshareError(f"{path} has a config.json but no weights (model*.safetensors); fetch them.")

@@ -5,7 +5,7 @@ output bias, and needs heads in the first layer: where that matters, one dropped
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -152,7 +152,8 @@ def read(header: GgufHeader) -> Heads:
         donor_lu = np.where(kept_lu, flat_lu, DROPPED)
         sharing = None if kept_lu.all() else SharingMap(donor_lu, np.full(kept_lu.shape, np.nan), group)
         return Heads(units, group, kept_lu, sharing, {})
-    sharing = SharingMap.from_json(text)
+    # The heads of slim units are there in full.
+    sharing = replace(SharingMap.from_json(text), widths=None)
     units = sharing.donor.shape[1]
     kept_lu = np.logical_not(sharing.dropped)
     # One unit of zeros may stand for a layer that lost all.

@@ -314,9 +314,11 @@ def _describe(source: WeightSource, metadata: dict[str, Stored], dropped: bool) 
         return
     what = " (without the heads that are dropped)" if dropped else " (expanded)"
     summary = source.sharing.summary()
+    if dropped and source.sharing.widths is not None:
+        summary += "; the file holds the heads of slim units in full, with zeros for what is cut"
     if not dropped:
         summary += "; llama.cpp has no such layers, so the file holds every head, at full size"
-        logger.warning("llama.cpp has no layers that share heads like these: the GGUF file holds every head.")
+        logger.warning("llama.cpp has no layers with heads like these: the GGUF file holds every head.")
     metadata["general.name"] = _typed(f"{metadata['general.name'][0]}".removesuffix(what) + what)
     metadata["general.description"] = _typed(f"{summary}.")
 

@@ -15,7 +15,7 @@ from headshare_jax.errors import HeadshareError
 from headshare_jax.parameters import PARAMETERS, parameter_names
 from headshare_jax.sharing import finite
 from headshare_jax.sharing.map import SharingMap
-from headshare_jax.sharing.source import WeightSource, read_heads, stored_shape
+from headshare_jax.sharing.source import WeightSource, read_heads, runs, stored_shape
 from headshare_jax.sharing.view import SharedView, View
 
 # In a run's folder.
@@ -112,13 +112,7 @@ class _Stored:
             return self._table(name, rows, lambda: checked(tree.read(stored, [()])[0]))
         if PARAMETERS[name].pool is None:
             return checked(tree.read(stored, [(slice(layer, layer + 1),)])[0][0])
-        return read_heads(
-            self,
-            name,
-            layer,
-            rows,
-            lambda some: checked(np.concatenate(tree.read(stored, [(slice(row, row + 1),) for row in some.tolist()]))),
-        )
+        return read_heads(self, name, layer, rows, lambda some: checked(_rows(tree, stored, some)))
 
     def _table(self, name: str, rows: Sequence[int] | None, read: Callable[[], np.ndarray]) -> np.ndarray:
         """A parameter without layers, or rows of it; all of it is kept until the last ones were asked for.
@@ -130,6 +124,12 @@ class _Stored:
             keeps = rows is not None and rows[-1] + 1 < len(values)
             self._whole = {name: values} if keeps else {}
         return values if rows is None else values[np.asarray(rows)]
+
+
+def _rows(tree: StoredTree, name: str, rows: np.ndarray) -> np.ndarray:
+    """Rows of an array's leading axis, int [n]; those that lie side by side are read together."""
+    wanted, place = np.unique(rows, return_inverse=True)
+    return np.concatenate(tree.read(name, [(run,) for run in runs(wanted)]))[place]
 
 
 def dtype_of(source: WeightSource) -> str | None:

@@ -132,6 +132,7 @@ def pairs_to_plan(recipe: recipes.Recipe, source: convert.Checkpoint) -> Sharing
     if sharing is None:
         raise HeadshareError(f"sharing.start names {given}, which shares nothing; share {recipe.model} first.")
     sharing.check_model(config)
+    _check_slim(recipe, sharing)
     if sharing.source is not None and sharing.source != fingerprint(source):
         raise HeadshareError(f"The map of {given} was made for other weights than those of {recipe.model}.")
     return _checked(sharing)
@@ -160,9 +161,20 @@ def _chosen(recipe: recipes.Recipe, scores: MatchResult) -> SharingMap:
     return _checked(sharing_map(scores, settings.ratio, chains=chains, tie=settings.tie))
 
 
+def _check_slim(recipe: recipes.Recipe, sharing: SharingMap) -> None:
+    """Raises HeadshareError if a map's slim units cannot be trained, or the trained model not be written."""
+    if recipe.sharing.map is not None and sharing.widths is not None:
+        raise HeadshareError(
+            f"The map {recipe.sharing.map} has slim units, but says only how much of them is kept, not with which "
+            f"weights; give a model of {recipe.model} that is slim already as sharing.start, and begin with a tied "
+            "stage."
+        )
+    convert.check_holds(recipe.final.to, sharing)
+
+
 def _checked(sharing: SharingMap) -> SharingMap:
     if not sharing.pooled:
         raise HeadshareError(
-            "The map has no receivers and drops no unit, so there is nothing to share; raise the ratio."
+            "The map has no receivers and no dropped or slim unit, so there is nothing to share; raise the ratio."
         )
     return sharing

@@ -152,7 +152,8 @@ def _summary(result: dict[str, Any]) -> Iterator[str]:
     if sharing is None:
         yield f"Dense: each of {units} units (a key/value head and its query heads) keeps its own weights."
     else:
-        yield f"Map: {result['summary']}, matched by {sharing['match']}{_method(sharing)} (--pairs lists them)"
+        matched = "" if sharing["match"] is None else f", matched by {sharing['match']}"
+        yield f"Map: {result['summary']}{matched}{_method(sharing)} (--pairs lists them)"
     if trained := post_trained(result["provenance"]):
         yield f"{trained}, after the map was made"
     if told := _told(result["provenance"]):
@@ -182,15 +183,24 @@ def _check(checked: dict[str, Any]) -> str:
 
 
 def _pairs(sharing: dict[str, Any]) -> Table:
-    """A map as plain data: who has whose weights."""
-    units = Table("unit (layer.unit)", "donor", "tie", "score")
-    for entry in (*sharing["receivers"], *sharing.get("dropped", [])):
+    """A map as plain data: who has whose weights, and what is kept of slim units."""
+    units = Table("unit (layer.unit)", "donor", "tie or width", "score")
+    for entry in (*sharing["receivers"], *sharing.get("dropped", []), *sharing.get("slim", [])):
         donor, tie = "dropped", ""
+        if "rank" in entry or "pairs" in entry:
+            donor, tie = "slim", _kept(entry, sharing["model"])
         if "donor" in entry:
             donor, tie = "{}.{}".format(*entry["donor"]), entry.get("tie", sharing["tie"])
         score = "" if entry["score"] is None else f"{entry['score']:.4f}"
         units.add_row(f"{entry['layer']}.{entry['unit']}", donor, tie, score)
     return units
+
+
+def _kept(entry: dict[str, Any], model: dict[str, Any]) -> str:
+    """What is kept of a slim unit, such as `40 of 64 values, 21 of 32 pairs`."""
+    head_dim, pairs = model["head_dim"], model["head_dim"] - model["rotary_dim"] // 2
+    kept = len(entry["pairs"]) if "pairs" in entry else pairs
+    return f"{entry.get('rank', head_dim)} of {head_dim} values, {kept} of {pairs} pairs"
 
 
 def ledger_table(sizes: dict[str, Any]) -> Table:

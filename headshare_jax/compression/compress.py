@@ -144,6 +144,7 @@ def compress(
     assert not storage.is_name(source)
     tokenizer = path if tokenizer is None else tokenizer
     sharing, amount = _wanted(asked, source, of_method)
+    convert.check_holds(to, sharing)
     if method is None and sharing is not None and SharedView(source, sharing).changes_nothing():
         # As a plain export's own map does: there is nothing to fit.
         chosen, calibrate = METHODS["direct"], None

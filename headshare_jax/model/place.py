@@ -76,14 +76,14 @@ def _held(source: WeightSource, name: str) -> jax.Array | None:
     if isinstance(source, ReplacedView):
         return _with_slices(source, name, base)
     if isinstance(source, SharedView) and projection is not None:
-        return _shared_pool(source.sharing, name, base)
+        return shared_pool(source.sharing, name, base)
     if isinstance(source, DenseView) and projection is not None and source.base.sharing is not None:
         shared = source.base.sharing
         return to_heads(name, rows_of_pool(base, shared.pool_index(projection).ravel()), shared.slots_per_head)
     return base
 
 
-def _shared_pool(sharing: SharingMap, name: str, pool: jax.Array) -> jax.Array:
+def shared_pool(sharing: SharingMap, name: str, pool: jax.Array) -> jax.Array:
     """What a map keeps of a dense model's pool, which is the same array where it keeps all."""
     projection = PARAMETERS[name].pool
     assert projection is not None

@@ -21,7 +21,7 @@ from headshare_jax.model import generate as generation
 from headshare_jax.model.cache import cache_sharding
 from headshare_jax.model.llama import Llama
 from headshare_jax.model.mesh import AXES, BATCH, batch_sharding, rows_of
-from headshare_jax.model.place import rows_of_pool
+from headshare_jax.model.place import shared_pool
 from headshare_jax.parameters import PARAMETERS, layered_names, parameter_names, pool_name, slice_shape
 from headshare_jax.plan.estimate import Layout, Workload
 from headshare_jax.plan.footprint import lowered_step
@@ -94,9 +94,9 @@ def outside(workload: Workload, layout: Layout, mesh: Mesh) -> Iterator[Outside]
     weights, optimizer = bytes_on_device(state.params), bytes_on_device(state.opt_state)
     yield _placed(state.params, config, mesh)
     pool = state.params[pool_name("q")]
-    slots = jnp.asarray(workload.sharing.stored_slots("q"))
+    share = partial(shared_pool, workload.sharing, pool_name("q"))
     # The optimizer's moments are gone by then.
-    yield Outside("share a pool", jax.jit(rows_of_pool).lower(pool, slots), weights - bytes_on_device(pool))
+    yield Outside("share a pool", jax.jit(share).lower(pool), weights - bytes_on_device(pool))
     # Each parameter of the dense model goes as soon as the tied one's is there.
     yield Outside("begin the tied stage", moments(tied, mesh).lower(), bytes_on_device(tied_state.params))
     model, _ = _model(config, None, mesh, "float32")

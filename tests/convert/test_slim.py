@@ -1,0 +1,113 @@
+"""Formats of slim models: small in native, written out elsewhere, refused where a format has no place for them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_cli_model
+from support import sharing_by_hand, slim_sharing, tiny_model
+
+import headshare_jax as hs
+from headshare_jax import HeadshareError, Llama, SharingMap, cli, parameters, share, unshare
+from headshare_jax.convert import MAP_FILE, map_file
+from headshare_jax.sharing.view import SharedView
+
+
+def same_weights(one: hs.WeightSource, other: hs.WeightSource) -> None:
+    assert one.config == other.config
+    layered = parameters.layered_names(one.config)
+    for name in parameters.parameter_names(one.config):
+        for layer in range(one.config.num_layers) if name in layered else (None,):
+            np.testing.assert_array_equal(one.read(name, layer), other.read(name, layer), err_msg=name)
+
+
+def slim_model(*, drops: bool = True) -> Llama:
+    dense = tiny_model()
+    sharing = slim_sharing(dense)
+    if drops:
+        whole = sharing_by_hand(dense, "qkv", {}, [5])
+        sharing = SharingMap(whole.donor, whole.score, 2, widths=sharing.widths)
+    return share(dense, sharing)
+
+
+def test_a_plain_export_has_zeros_and_its_map_makes_it_small_again(tmp_path: Path) -> None:
+    slim = slim_model()
+    hs.save(slim, tmp_path / "plain", to="hf")
+    plain = hs.open_checkpoint(tmp_path / "plain")
+    assert plain.sharing is None
+    same_weights(plain, unshare(slim))
+    sharing = map_file.read(tmp_path / "plain" / MAP_FILE)
+    assert sharing == slim.sharing
+    again = Llama.of(SharedView(plain, sharing))
+    for name in parameters.parameter_names(slim.config):
+        np.testing.assert_array_equal(again.array(name), slim.array(name))
+    assert "1 are dropped, and 3 are slim" in (tmp_path / "plain" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("drops", [True, False])
+def test_gguf_holds_slim_units_in_full(tmp_path: Path, drops: bool) -> None:
+    slim = slim_model(drops=drops)
+    hs.save(slim, tmp_path / "model.gguf", to="gguf")
+    found = hs.open_checkpoint(tmp_path / "model.gguf")
+    same_weights(found, unshare(slim))
+    assert found.sharing is None or (found.sharing.widths is None and found.sharing.dropped.sum() == 1)
+    assert (found.sharing is not None) == drops
+
+
+def test_hf_compact_refuses_slim_units(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slim = slim_model()
+    with pytest.raises(HeadshareError, match="hf-compact has no slim units; write hf, which holds every head in full"):
+        hs.save(slim, tmp_path / "out", to="hf-compact")
+    hs.save(slim, tmp_path / "slim")
+    assert cli.run(["convert", str(tmp_path / "slim"), str(tmp_path / "out"), "--to", "hf-compact"]) == 2
+    assert "or native, which stays small" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["slim"]
+    # Nor is a map with them taken from such a folder.
+    dense = tiny_model()
+    hs.save(share(dense, sharing_by_hand(dense, "qkv", {2: 0})), tmp_path / "compact", to="hf-compact")
+    config = json.loads((tmp_path / "compact" / "config.json").read_text())
+    assert slim.sharing is not None
+    config["headshare_map"] = json.loads(slim.sharing.to_json())
+    (tmp_path / "compact" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(HeadshareError, match="has slim units, which hf-compact cannot hold"):
+        hs.open_checkpoint(tmp_path / "compact")
+
+
+def test_inspect_shows_widths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slim = slim_model()
+    assert slim.sharing is not None
+    assert slim.sharing.widths is not None
+    hs.save(slim, tmp_path / "slim")
+    assert cli.run(["inspect", str(tmp_path / "slim"), "--pairs", "--check"]) == 0
+    shown = capsys.readouterr().out
+    assert "Map: 1 of 6 units is dropped, 3 are slim, chosen by" in shown
+    rank, pairs = slim.sharing.widths.rank[0, 1], slim.sharing.widths.pairs[0, 1].sum()
+    assert f"{rank} of 16 values, {pairs} of 8 pairs" in shown
+    assert cli.run(["inspect", str(tmp_path / "slim"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["map"]["slim"][0]["rank"] == rank
+    assert told["ledger"]["nominal_saving"] == told["ledger"]["actual_saving"]
+
+
+def test_a_map_by_hand_makes_units_slim_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_cli_model.saved_without_torch(tmp_path / "dense")
+    dense = hs.load(model)
+    sharing = slim_sharing(dense)
+    (tmp_path / "map.json").write_text(sharing.to_json())
+    with_map = ["share", str(model), str(tmp_path / "out"), "--map", str(tmp_path / "map.json")]
+    assert cli.run([*with_map, *tiny_cli_model.DIRECT]) == 0
+    assert hs.open_checkpoint(tmp_path / "out").sharing == sharing
+    same_weights(hs.load(tmp_path / "out"), share(dense, sharing))
+    capsys.readouterr()
+    wrong = json.loads(sharing.to_json())
+    wrong["slim"][0]["rank"] = 0
+    (tmp_path / "map.json").write_text(json.dumps(wrong))
+    with_map[2] = str(tmp_path / "other")
+    assert cli.run([*with_map, *tiny_cli_model.DIRECT]) == 2
+    assert "or drop the unit instead" in capsys.readouterr().err
+    (tmp_path / "map.json").write_text(sharing.to_json())
+    assert cli.run([*with_map, *tiny_cli_model.DIRECT, "--to", "hf-compact"]) == 2
+    assert not (tmp_path / "other").exists()
