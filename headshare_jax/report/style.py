@@ -14,7 +14,7 @@ SERIES = (
 )
 GREY = ("#6b6b6b", "X")
 BASELINES = {"random": GREY, "random-refit": ("#8a6d5a", "v")}
-DONOR, RECEIVER = SERIES[:2]
+DONOR, RECEIVER, SLIM = SERIES[:3]
 
 # Matplotlib's settings while a picture is drawn and written.
 LOOK: dict[Any, Any] = {

@@ -1,6 +1,7 @@
 """Pictures as files and as SVG: what they say, the same bytes each time, and ids that do not clash."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -21,6 +22,13 @@ def sharing(donor: int = 1) -> hs.SharingMap:
     score = np.full((3, 2), np.nan)
     score[2, 0] = 0.25
     return hs.SharingMap(np.array([[0, 1], [2, DROPPED], [donor, 5]]), score, heads_per_unit=2)
+
+
+def slim() -> hs.SharingMap:
+    """The same with a slim unit, 1.0."""
+    rank, pairs = np.full((3, 2), 8), np.ones((3, 2, 4), bool)
+    rank[1, 0], pairs[1, 0, 2] = 5, False
+    return replace(sharing(), widths=hs.Widths(rank, pairs, 8))
 
 
 def matched() -> hs.MatchResult:
@@ -47,6 +55,7 @@ POINTS = [
 def drawings() -> dict[str, Picture]:
     return {
         "map": draw_map(sharing()),
+        "slim map": draw_map(slim()),
         "scores": draw_scores(matched()),
         "curves": draw_perplexity(POINTS, method_styles(POINTS)),
         "far": draw_perplexity(POINTS[:2], method_styles(POINTS)),
@@ -75,6 +84,7 @@ def test_letters_stay_letters() -> None:
     texts = {name: re.findall(r"<text[^>]*>([^<]*)</text>", picture.svg(name)) for name, picture in drawings().items()}
     assert sharing().summary() in " ".join(texts["map"])
     assert {"donor", "receiver", "dropped", "own weights"} <= set(texts["map"])
+    assert {"slim", "values and outputs kept", "queries and keys kept", "50%"} <= set(texts["slim map"])
     assert {"score (qk)", "best donor"} <= set(texts["scores"])
     assert {"fitted", "dense: 20.0", "perplexity"} <= set(texts["curves"])
     # What lies beyond the edge stands there with its figure.
@@ -95,6 +105,10 @@ def test_a_map_says_of_every_unit_what_it_does() -> None:
         "layer 2, unit 0 uses qkv of layer 0, unit 1, score 0.2500",
         "layer 2, unit 1: its own weights",
     ]
+
+
+def test_a_map_says_how_slim_a_unit_is() -> None:
+    assert "layer 1, unit 0: slim, 5 of 8 values and 3 of 4 pairs kept" in map_svg(slim())
 
 
 def test_ids_of_different_maps_do_not_clash() -> None:
