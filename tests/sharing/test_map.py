@@ -102,8 +102,8 @@ def config_of(sharing: SharingMap) -> LlamaConfig:
     )
 
 
-@given(maps())
-def test_every_pool_row_is_one_stored_head_in_use(sharing: SharingMap) -> None:
+@given(maps() | slim_maps())
+def test_every_pool_row_is_one_stored_head_or_column_in_use(sharing: SharingMap) -> None:
     for projection in "qkvo":
         index, stored = sharing.pool_index(projection), sharing.stored_slots(projection)
         assert index.dtype == np.int32
@@ -125,6 +125,27 @@ def test_a_unit_follows_its_donor_as_a_whole(sharing: SharingMap) -> None:
         for unit, (donor, tie) in enumerate(zip(sharing.donor.flat, sharing.unit_tie.flat, strict=True)):
             expected = (donor if projection in tie else unit) * heads + np.arange(heads)
             np.testing.assert_array_equal(slots[unit], DROPPED if donor == DROPPED else expected)
+
+
+@given(slim_maps())
+def test_every_column_that_a_unit_keeps_is_stored_once(sharing: SharingMap) -> None:
+    if sharing.widths is None:
+        return
+    head_dim = sharing.widths.head_dim
+    for projection in "qkvo":
+        group = sharing.heads_per_unit if projection in "qo" else 1
+        whole = replace(sharing, widths=None).stored_slots(projection)
+        kept = (sharing.widths.qk if projection in "qk" else sharing.widths.vo).reshape(-1, head_dim)
+        columns = [head * head_dim + column for head in whole for column in np.flatnonzero(kept[head // group])]
+        np.testing.assert_array_equal(sharing.stored_slots(projection), columns)
+        index = sharing.pool_index(projection)
+        assert index.shape == (len(sharing.donor), sharing.donor.shape[1] * group * head_dim)
+        assert stored_shape(
+            config_of(sharing), f"{projection}_pool_{'phd' if projection == 'o' else 'pdh'}", sharing
+        ) == (
+            len(columns),
+            6,
+        )
 
 
 @given(maps())
