@@ -21,7 +21,7 @@ from headshare_jax.model.embedding import look_up
 from headshare_jax.model.layer import attention_output, head_outputs, layer_kinds, mlp_output, mlp_units
 from headshare_jax.model.mesh import batch_sharding, make_mesh, put, replicated, rows_of
 from headshare_jax.model.place import place, place_layer
-from headshare_jax.model.reading import Held
+from headshare_jax.model.stacks import Held
 from headshare_jax.parameters import layered_names
 from headshare_jax.rope import rotary_angles
 from headshare_jax.sharing.source import WeightSource

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from headshare_jax.config import LlamaConfig
 from headshare_jax.model.attention import HEADS, Window
-from headshare_jax.model.reading import Layer
+from headshare_jax.model.stacks import Layer
 from headshare_jax.rope import rotate, rotate_queries
 
 Kept = TypeVar("Kept")

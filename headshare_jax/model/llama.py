@@ -20,7 +20,8 @@ from headshare_jax.model.gather import on_host
 from headshare_jax.model.layer import REMAT_POLICIES, attention_block, layer_kinds, mlp_block, rms_norm
 from headshare_jax.model.mesh import batch_sharding, cut_along_weights, rows_of
 from headshare_jax.model.place import place
-from headshare_jax.model.reading import PER_HEAD_TOKENS, Gathered, Layer, OneByOne, Reading, Stacks
+from headshare_jax.model.reading import PER_HEAD_TOKENS, Gathered, OneByOne, Reading
+from headshare_jax.model.stacks import Layer, Stacks, stacks_of
 from headshare_jax.model.tokens import check_tokens, positions
 from headshare_jax.output_head import head_logits, normalized_rows
 from headshare_jax.parameters import PARAMETERS, PROJECTIONS, index_name, parameter_names
@@ -28,8 +29,8 @@ from headshare_jax.rope import rotary_angles
 from headshare_jax.sharing import finite
 from headshare_jax.sharing.ledger import described
 from headshare_jax.sharing.map import SharingMap
-from headshare_jax.sharing.shapes import HeadShape, head_shapes, running_heads
-from headshare_jax.sharing.source import WeightSource, pool_index, read_held, slots_per_head, stored_shape
+from headshare_jax.sharing.shapes import HeadShape, head_shapes, running_tables
+from headshare_jax.sharing.source import WeightSource, pool_index, read_held, stored_shape
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 Carry = TypeVar("Carry")
@@ -352,29 +353,22 @@ class Llama(nnx.Module):
         return rows_in_place if self.mesh is None or self.mesh.size == 1 else None
 
     def _stacks(self) -> Stacks:
-        names = parameter_names(self.config)
-        layered = [name for name in names if PARAMETERS[name].layered and PARAMETERS[name].pool is None]
-        return Stacks(
-            layered={name: self.array(name) for name in (*layered, *map(index_name, PROJECTIONS))}
-            | {name: jnp.asarray(kinds_l) for name, kinds_l in layer_kinds(self.config).items()},
-            pools={name: self.array(name) for name in names if PARAMETERS[name].pool is not None},
-            drops=self.sharing is not None and bool(self.sharing.dropped.any()),
-            slots=slots_per_head(self.sharing),
-        )
+        kinds = {name: jnp.asarray(kinds_l) for name, kinds_l in layer_kinds(self.config).items()}
+        return stacks_of(self.config, self.sharing, self.array, kinds)
 
     def _running(self) -> Stacks:
-        """What runs where no gradient is taken: nothing of dropped heads."""
+        """What runs where no gradient is taken: nothing of dropped heads, and no more of others than they keep."""
         stacks, shapes = replace(self._stacks(), mesh=self.mesh), self.head_shapes
         if self.sharing is None or shapes == head_shapes(self.config):
             return stacks
-        return stacks.of_heads({p: running_heads(self.sharing, p, shapes) for p in PROJECTIONS})
+        return stacks.of_heads(running_tables(self.sharing, shapes))
 
     def _run_layers(
         self, step: Callable[[Carry, jax.Array | int, Layer], Carry], carry: Carry, reading: Reading, count: int
     ) -> Carry:
         """What `step(carry, place, layer)` makes of a carry in the first `count` layers."""
         stacks = self._running()
-        if stacks.apart is not None:
+        if stacks.apart:
             for place in range(count):
                 carry = step(carry, place, reading.layer(stacks, place))
             return carry

@@ -4,20 +4,20 @@ The blocks of `layer` know a layer only as a `Layer`, something that multiplies 
 what a model stores; `choose` picks it, once, for the device and the number of tokens.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
 
 from headshare_jax.config import LlamaConfig
 from headshare_jax.model.mesh import nvidia_capability
-from headshare_jax.parameters import PARAMETERS, PROJECTIONS, bias_name, index_name, pool_name
-from headshare_jax.sharing.columns import to_heads
+from headshare_jax.model.stacks import Index, Layer, Stacks, only_kept, row, times, with_bias
+from headshare_jax.parameters import bias_name, pool_name
+from headshare_jax.sharing.source import runs
 
 # Up to this many tokens a projection reads its heads one by one, which costs no bytes beyond the weights; above it,
 # one gather of the layer's heads is shared by all tokens. A GPU gathers, unless its kernel reads the heads: starting a
@@ -28,155 +28,6 @@ PART_TOKENS = 2048
 # What the GPU's kernel takes: so many tokens, sides that are multiples of so much, and GPUs from Ampere on.
 KERNEL_TOKENS, KERNEL_SIDE, _KERNEL_CAPABILITY = 4, 16, 8.0
 STACKED_MATRICES = ("gate_ldf", "up_ldf", "down_lfd")
-
-
-# Pool rows of heads, int32 [n]: an array that a program is given, or one that it is made for.
-Index = jax.Array | np.ndarray
-
-
-class Layer(Protocol):
-    """One layer's weights, as the blocks use them."""
-
-    def vector(self, name: str) -> jax.Array | None:
-        """A norm's or a bias's values, [D], [F] or [H]; None where the architecture has no such parameter.
-
-        What a layer is beside its weights (`layer.layer_kinds`) is read likewise, []. `pair_lkp`, int32 [K, P], names
-        the rotary pairs that its key heads and their queries keep, where that is not all of them in their order.
-        """
-
-    def heads_in(self, projection: str, x_btd: jax.Array) -> jax.Array:
-        """Heads [B, T, n, H] of x, in its type; n is N for `q`, K for `k` and `v`. With their biases, if any."""
-
-    def heads_out(self, heads_btnh: jax.Array) -> jax.Array:
-        """Output [B, T, D] of head outputs, summed over heads in float32, in their type; without the bias."""
-
-    def product(self, name: str, x_mi: jax.Array) -> jax.Array:
-        """x [M, I] times a matrix [I, J], in the type of x."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Held:
-    """A layer in arrays of its own, one for each parameter.
-
-    Attributes:
-      weights: by parameter name; pools as the layer's heads, [n, D, H] or [n, H, D].
-      kept_n: bool [N], the heads that are not dropped, where those have some other head's weights; None if all are kept
-        or a dropped one's weights are zeros.
-    """
-
-    weights: Mapping[str, jax.Array]
-    kept_n: jax.Array | None = None
-
-    def vector(self, name: str) -> jax.Array | None:
-        return self.weights.get(name)
-
-    def heads_in(self, projection: str, x_btd: jax.Array) -> jax.Array:
-        heads_ndh = self.weights[pool_name(projection)].astype(x_btd.dtype)
-        out_btnh = jnp.einsum("btd,ndh->btnh", x_btd, heads_ndh)
-        return _with_bias(out_btnh, self.weights.get(bias_name(projection)))
-
-    def heads_out(self, heads_btnh: jax.Array) -> jax.Array:
-        heads_btnh = _kept(heads_btnh, self.kept_n)
-        rows_nhd = self.weights[pool_name("o")].astype(heads_btnh.dtype)
-        batch, length, count, width = heads_btnh.shape
-        out_md = heads_btnh.reshape(batch * length, count * width) @ rows_nhd.reshape(count * width, rows_nhd.shape[-1])
-        return out_md.reshape(batch, length, rows_nhd.shape[-1])
-
-    def product(self, name: str, x_mi: jax.Array) -> jax.Array:
-        return _times(self.weights[name], x_mi)
-
-
-@dataclass(frozen=True)
-class Stacks:
-    """What a model stores of its layers.
-
-    Attributes:
-      layered: by name, everything that has a leading layer axis, head indices among it.
-      pools: by name, everything that is stored by pool rows.
-      drops: whether some heads are dropped, whose index is one past the pool's last row.
-      slots: pool rows that a whole head takes: 1, or H where pools hold columns; of these, one past the last is zeros.
-      mesh: where gathered heads are cut over tensor by whoever uses them, while their pools are cut along D.
-      apart: by projection and layer, head indices, int32 [n], where layers have unequal numbers of heads; a place is
-        then a number that the program is made for. None where all have as many.
-    """
-
-    layered: Mapping[str, jax.Array]
-    pools: Mapping[str, jax.Array]
-    drops: bool
-    slots: int = 1
-    mesh: Mesh | None = None
-    apart: Mapping[str, tuple[np.ndarray, ...]] | None = None
-
-    def slice(self, name: str, place: jax.Array | int) -> jax.Array:
-        """One layer's slice of what has a leading layer axis."""
-        return jax.lax.dynamic_index_in_dim(self.layered[name], place, keepdims=False)
-
-    def index(self, projection: str, place: jax.Array | int) -> Index:
-        """Pool rows of a layer's heads."""
-        if self.apart is None:
-            return self.slice(index_name(projection), place)
-        assert isinstance(place, int)
-        return self.apart[projection][place]
-
-    def has_heads(self, place: jax.Array | int) -> bool:
-        """Whether some head of a layer is kept."""
-        return self.apart is None or len(self.index("q", place)) > 0
-
-    def heads(self, name: str, index_n: Index) -> jax.Array:
-        """Heads of a pool whose rows' index is given; one past the last row stands for the last, or for zeros."""
-        return to_heads(name, self._rows(self.pools[name], index_n), self.slots)
-
-    def _rows(self, pool: jax.Array, index_n: Index) -> jax.Array:
-        if self.slots == 1:
-            return pool.at[index_n].get(mode="clip")
-        return pool.at[index_n].get(mode="fill", fill_value=0)
-
-    def _gathered(self, name: str, index_n: Index) -> jax.Array:
-        """A layer's heads; on a mesh each device takes the rows of its part of the pool, and tensor groups join theirs.
-
-        XLA, which wants these heads cut over tensor, finds no way there from a pool but by whole pools or whole heads.
-        """
-        axes, mesh = PARAMETERS[name].axes, self.mesh
-        if mesh is None or "d" not in axes:
-            return self.heads(name, index_n)
-        pool, along = self.pools[name], axes.index("d") if self.slots == 1 else 1
-        if pool.shape[along] % (mesh.shape["fsdp"] * mesh.shape["tensor"]):
-            return self.heads(name, index_n)
-
-        def of_part(part: jax.Array, index_n: Index) -> jax.Array:
-            return jax.lax.all_gather(self._rows(part, index_n), "tensor", axis=along, tiled=True)
-
-        before: tuple[None, ...] = (None,) * along
-        rows: jax.Array = jax.shard_map(
-            of_part,
-            mesh=mesh,
-            in_specs=(PartitionSpec(*before, ("fsdp", "tensor")), PartitionSpec()),
-            out_specs=PartitionSpec(*before, "fsdp"),
-            check_vma=False,
-        )(pool, index_n)
-        return to_heads(name, rows, self.slots)
-
-    def of_heads(self, heads: Mapping[str, Sequence[np.ndarray]]) -> "Stacks":
-        """What is read of some heads alone: by projection, those of every layer, int32 [n]."""
-        counts = {len(index_n) for index_n in heads["k"]}
-        drops = any((index_n >= len(self.pools[pool_name("o")])).any() for index_n in heads["o"])
-        if len(counts) > 1:
-            return replace(self, drops=drops, apart={name: tuple(each) for name, each in heads.items()})
-        alike = {index_name(name): jnp.asarray(np.stack(each)) for name, each in heads.items()}
-        return replace(self, drops=drops, layered={**self.layered, **alike})
-
-    def kept(self, index_n: Index) -> jax.Array | None:
-        """bool [N]: heads of the output projection that are stored; None if what is not is zeros, or there is none."""
-        if not self.drops or self.slots > 1:
-            return None
-        return jnp.asarray(index_n < self.pools[pool_name("o")].shape[0])
-
-    def held(self, slices: Mapping[str, jax.Array]) -> Held:
-        """A layer whose heads are gathered, from its slices of everything that has a leading layer axis."""
-        index = {projection: slices[index_name(projection)] for projection in PROJECTIONS}
-        heads = {name: self._gathered(name, index[str(PARAMETERS[name].pool)]) for name in self.pools}
-        return Held({**slices, **heads}, self.kept(index["o"]))
 
 
 class Reading(Protocol):
@@ -202,20 +53,23 @@ class Gathered:
     parts: int = 1
 
     def layer(self, stacks: Stacks, place: jax.Array | int) -> Layer:
-        index = {index_name(projection): jnp.asarray(stacks.index(projection, place)) for projection in PROJECTIONS}
-        return stacks.held({name: stacks.slice(name, place) for name in stacks.layered} | index)
+        return stacks.held(stacks.slices(place))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=())
 @dataclass(frozen=True)
 class OneByOne:
-    """Heads are read one by one from their pools; those that lie there by columns are gathered."""
+    """Heads are read one by one from their pools; of heads by columns, those that lie there side by side together.
+
+    Where such layers are alike, and one program runs them all, they are gathered.
+    """
 
     parts = 1
 
     def layer(self, stacks: Stacks, place: jax.Array | int) -> Layer:
-        one_by_one = stacks.slots == 1 and stacks.has_heads(place)
-        return _HeadByHead(stacks, place) if one_by_one else Gathered().layer(stacks, place)
+        if not stacks.has_heads(place) or (stacks.by_columns and not stacks.apart):
+            return Gathered().layer(stacks, place)
+        return _RunByRun(stacks, place) if stacks.by_columns else _HeadByHead(stacks, place)
 
 
 @jax.tree_util.register_dataclass
@@ -258,7 +112,8 @@ class _Stacked:
     place: jax.Array | int
 
     def vector(self, name: str) -> jax.Array | None:
-        return self.stacks.slice(name, self.place) if name in self.stacks.layered else None
+        known = name in self.stacks.layered or name in self.stacks.apart
+        return self.stacks.slice(name, self.place) if known else None
 
     def index(self, projection: str) -> Index:
         return self.stacks.index(projection, self.place)
@@ -272,20 +127,43 @@ class _Stacked:
 class _HeadByHead(_Stacked):
     def heads_in(self, projection: str, x_btd: jax.Array) -> jax.Array:
         pool_pdh = self.stacks.pools[pool_name(projection)]
-        heads = [x_btd @ _row(pool_pdh, row).astype(x_btd.dtype) for row in self.index(projection)]
-        return _with_bias(jnp.stack(heads, axis=2), self.bias(projection))
+        heads = [x_btd @ row(pool_pdh, place).astype(x_btd.dtype) for place in self.index(projection)]
+        return with_bias(jnp.stack(heads, axis=2), self.bias(projection))
 
     def heads_out(self, heads_btnh: jax.Array) -> jax.Array:
         pool_phd, index_n = self.stacks.pools[pool_name("o")], self.index("o")
-        heads_btnh = _kept(heads_btnh, self.stacks.kept(index_n))
-        dtype, times = heads_btnh.dtype, partial(jnp.matmul, preferred_element_type=jnp.float32)
-        parts_btd = [
-            times(heads_btnh[:, :, head], _row(pool_phd, row).astype(dtype)) for head, row in enumerate(index_n)
-        ]
-        return sum(parts_btd[1:], start=parts_btd[0]).astype(dtype)
+        heads_btnh = only_kept(heads_btnh, self.stacks.kept(index_n))
+        heads = ((heads_btnh[:, :, head], row(pool_phd, place)) for head, place in enumerate(index_n))
+        return _summed(heads, heads_btnh.dtype)
 
     def product(self, name: str, x_mi: jax.Array) -> jax.Array:
-        return _times(self.stacks.slice(name, self.place), x_mi)
+        return times(self.stacks.slice(name, self.place), x_mi)
+
+
+@dataclass(frozen=True)
+class _RunByRun(_Stacked):
+    """Nothing but what heads keep is multiplied; their columns are known to the program."""
+
+    def heads_in(self, projection: str, x_btd: jax.Array) -> jax.Array:
+        pool_cd, index_nh = self.stacks.pools[pool_name(projection)], np.asarray(self.index(projection))
+        stored = index_nh < len(pool_cd)
+        columns = [x_btd @ pool_cd[run].astype(x_btd.dtype).T for run in runs(index_nh[stored])]
+        # One past the last is zeros.
+        place_nh = np.where(stored, np.cumsum(stored).reshape(stored.shape) - 1, np.count_nonzero(stored))
+        heads_btnh = jnp.concatenate(columns, axis=2).at[..., place_nh].get(mode="fill", fill_value=0)
+        return with_bias(heads_btnh, self.bias(projection))
+
+    def heads_out(self, heads_btnh: jax.Array) -> jax.Array:
+        pool_cd, index_nh = self.stacks.pools[pool_name("o")], np.asarray(self.index("o"))
+        stored = index_nh < len(pool_cd)
+        columns_btc = heads_btnh.reshape(*heads_btnh.shape[:2], -1)[..., np.flatnonzero(stored)]
+        found = runs(index_nh[stored])
+        ends = np.cumsum([run.stop - run.start for run in found])
+        columns = (columns_btc[..., end - (run.stop - run.start) : end] for run, end in zip(found, ends, strict=True))
+        return _summed(zip(columns, (pool_cd[run] for run in found), strict=True), heads_btnh.dtype)
+
+    def product(self, name: str, x_mi: jax.Array) -> jax.Array:
+        return times(self.stacks.slice(name, self.place), x_mi)
 
 
 @dataclass(frozen=True)
@@ -305,8 +183,8 @@ class _OwnMatrices:
 
     def product(self, name: str, x_mi: jax.Array) -> jax.Array:
         if isinstance(self.place, int):
-            return _times(self.matrices[name][self.place], x_mi)
-        branches = [partial(_times, matrix) for matrix in self.matrices[name]]
+            return times(self.matrices[name][self.place], x_mi)
+        branches = [partial(times, matrix) for matrix in self.matrices[name]]
         out_mj: jax.Array = jax.lax.switch(self.place, branches, x_mi)
         return out_mj
 
@@ -317,11 +195,11 @@ class _InStack(_Stacked):
         batch, length, width = x_btd.shape
         index_n = self.index(projection)
         out_mj = self._times(pool_name(projection), index_n, x_btd.reshape(-1, width), side_by_side=True)
-        return _with_bias(out_mj.reshape(batch, length, len(index_n), -1), self.bias(projection))
+        return with_bias(out_mj.reshape(batch, length, len(index_n), -1), self.bias(projection))
 
     def heads_out(self, heads_btnh: jax.Array) -> jax.Array:
         index_n = self.index("o")
-        heads_btnh = _kept(heads_btnh, self.stacks.kept(index_n))
+        heads_btnh = only_kept(heads_btnh, self.stacks.kept(index_n))
         batch, length, count, width = heads_btnh.shape
         out_md = self._times(pool_name("o"), index_n, heads_btnh.reshape(-1, count * width), side_by_side=False)
         return out_md.reshape(batch, length, -1)
@@ -366,18 +244,7 @@ def unstacked(arrays: Mapping[str, jax.Array]) -> dict[str, tuple[jax.Array, ...
     return {name: tuple(jax.device_put(matrix) for matrix in np.asarray(arrays[name])) for name in STACKED_MATRICES}
 
 
-def _with_bias(heads_btnh: jax.Array, bias_nh: jax.Array | None) -> jax.Array:
-    return heads_btnh if bias_nh is None else heads_btnh + bias_nh.astype(heads_btnh.dtype)[None, None]
-
-
-def _kept(heads_btnh: jax.Array, kept_n: jax.Array | None) -> jax.Array:
-    """Head outputs, zero for a dropped head: some other head's weights stand in for those it has not."""
-    return heads_btnh if kept_n is None else heads_btnh * kept_n.astype(heads_btnh.dtype)[None, None, :, None]
-
-
-def _row(pool: jax.Array, row: jax.Array | int) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(pool, row, keepdims=False)
-
-
-def _times(matrix_ij: jax.Array, x_mi: jax.Array) -> jax.Array:
-    return x_mi @ matrix_ij.astype(x_mi.dtype)
+def _summed(terms: Iterable[tuple[jax.Array, jax.Array]], dtype: jnp.dtype) -> jax.Array:
+    """The sum of products x @ W, [B, T, D], in a type; in float32 until then."""
+    parts_btd = [jnp.matmul(x, rows.astype(dtype), preferred_element_type=jnp.float32) for x, rows in terms]
+    return sum(parts_btd[1:], start=parts_btd[0]).astype(dtype)

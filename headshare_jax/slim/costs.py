@@ -18,7 +18,7 @@ from headshare_jax.config import LlamaConfig
 from headshare_jax.model.attention import Window, attend
 from headshare_jax.model.layer import head_outputs
 from headshare_jax.model.mesh import replicated, rows_of
-from headshare_jax.model.reading import Held
+from headshare_jax.model.stacks import Held
 from headshare_jax.parameters import pool_name
 from headshare_jax.rope import rotary_angles
 from headshare_jax.sharing import finite

@@ -1,5 +1,6 @@
 """What is cut from heads, and units that are dropped, cost nothing when a model runs, and change no token."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,14 +10,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import dropped, random_tokens, tiny_model
+from support import ALL_VARIANTS, dropped, random_tokens, sharing_by_hand, slim_sharing, tiny_model
 
-from headshare_jax import Conversation, Llama, generate, unshare
+from headshare_jax import Conversation, Llama, Widths, generate, share, unshare
 from headshare_jax.model import attention
 from headshare_jax.model.kernels.cudnn import cudnn
 from headshare_jax.model.kernels.splash import splash
 from headshare_jax.model.mesh import make_mesh
+from headshare_jax.model.reading import Gathered, OneByOne
 from headshare_jax.rope import rotary_angles, rotate, rotate_queries
+from headshare_jax.sharing.running import running
 
 LENGTH = 40
 PROMPTS = [random_tokens((n,), seed=n).tolist() for n in (5, 17, 30)]
@@ -108,3 +111,46 @@ def test_meshes_run_layers_of_unequal_heads(dense: Llama, drops: str, sizes: tup
     assert generate(spread, PROMPTS, max_new_tokens=8) == generate(model, PROMPTS, max_new_tokens=8)
     for leaf in jax.tree.leaves(spread.empty_cache(8, 64).k_lbskh):
         assert leaf.addressable_shards[0].data.shape[-2] * sizes[2] == leaf.shape[-2]
+
+
+def slim_model(kind: str, **changes: Any) -> Llama:
+    dense = tiny_model(**ALL_VARIANTS[kind] | changes)
+    return share(dense, slim_sharing(dense))
+
+
+KINDS = ("mha", "attention bias", "qwen3, biases", "phi3, partial rotary", "smollm3, windows", "dynamic")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_slim_model_gives_the_tokens_of_the_same_with_zeros(kind: str) -> None:
+    slim = slim_model(kind)
+    whole, shapes = unshare(slim), slim.head_shapes
+    assert generate(slim, PROMPTS, max_new_tokens=20) == generate(whole, PROMPTS, max_new_tokens=20)
+    (row,), cache = jnp.asarray(random_tokens((1, 40))), slim.empty_cache(1, 40)
+    features, cache = slim.extend(row[None, :20], cache, Gathered())
+    more, _ = slim.extend(row[None, 20:], cache, OneByOne())
+    expected = np.asarray(whole.features(row[None]))
+    np.testing.assert_allclose(np.concatenate([features, more], axis=1), expected, atol=2e-6 * np.abs(expected).max())
+    numbers = sum(shape.units * (shape.qk + shape.vo) for shape in shapes)
+    assert cache.nbytes == 4 * 40 * numbers < whole.empty_cache(1, 40).nbytes
+    assert running(slim.config, slim.sharing, context=40, batch=1, itemsize=4).model.cache_bytes == cache.nbytes
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4)])
+def test_meshes_run_narrow_heads(sizes: tuple[int, int, int]) -> None:
+    slim = slim_model("mha", attention_bias=True)
+    spread = Llama.of(slim, mesh=make_mesh(sizes))
+    assert generate(spread, PROMPTS, max_new_tokens=8) == generate(slim, PROMPTS, max_new_tokens=8)
+
+
+def test_layers_of_one_width_are_one_loop() -> None:
+    dense = tiny_model(attention_bias=True)
+    full = Widths.full(dense.config)
+    pairs = np.random.default_rng(0).permuted(np.broadcast_to(np.arange(8) < 5, full.pairs.shape), axis=2)
+    slim = share(
+        dense,
+        replace(sharing_by_hand(dense, "qkv", {}), widths=Widths(np.full_like(full.rank, 7), pairs, full.head_dim)),
+    )
+    assert slim.empty_cache(2, 9).k_lbskh.shape == (3, 2, 9, 2, 10)
+    assert slim.empty_cache(2, 9).v_lbskh.shape == (3, 2, 9, 2, 7)
+    assert generate(slim, PROMPTS, max_new_tokens=20) == generate(unshare(slim), PROMPTS, max_new_tokens=20)
