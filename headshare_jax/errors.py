@@ -34,6 +34,10 @@ class TryAgain(HeadshareError):  # noqa: N818 -- what to do, as the command says
     """What the same call can do later: a lock that another process holds, a hub that is not reached. Exit code 75."""
 
 
+class Unmet(HeadshareError):  # noqa: N818 -- of the amount, as the message says
+    """A method cannot do without so much of a model."""
+
+
 def explained(error: OSError) -> str:
     """One sentence on what the machine refused: of which file, and why."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

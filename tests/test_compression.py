@@ -14,6 +14,7 @@ import headshare_jax as hs
 from headshare_jax import Compressed, HeadshareError, Llama, SharingMap, WeightSource, compress, parameters
 from headshare_jax.calibration.own_text import own_text
 from headshare_jax.compression.compress import FIT_FILE
+from headshare_jax.sharing.widths import Widths
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 20
 SMALL: dict[str, Any] = {"calibrate_tokens": 128, "seq_len": 32, "progress": False, "evaluate": False}
@@ -133,6 +134,27 @@ def test_a_budget_is_met(folder: Path) -> None:
     assert done.ledger.stored <= 0.9 * done.ledger.dense
 
 
+def test_units_become_slim_and_a_plain_export_of_them_small_again(folder: Path, tmp_path: Path, dense: Llama) -> None:
+    slim: dict[str, Any] = {"method": "slim", "budget": 0.7, "calibrate": "text.txt"}
+    told: list[str] = []
+    done = compress("dense", tmp_path / "slim", **SMALL | slim | {"progress": lambda label, *_: told.append(label)})
+    assert list(dict.fromkeys(told)) == ["slimming", "writing"]
+    assert done.map.slim.any()
+    assert done.ledger.attention_stored <= 0.7 * done.ledger.attention_dense
+    written = hs.load(tmp_path / "slim")
+    assert_same_weights(done.model, written)
+    assert written.sharing == done.map
+    record = json.loads((tmp_path / "slim" / FIT_FILE).read_text())
+    assert record == json.loads(json.dumps(done.record))
+    assert f"{done.map.slim.sum()} of 6 units are slim" in str(done.summary) or "are dropped" in str(done.summary)
+    assert "of 8, queries and keys" in str(done.summary)
+    compress("dense", tmp_path / "plain", to="hf", **SMALL | slim)
+    quiet: dict[str, Any] = {"progress": False, "evaluate": False}
+    again = compress(tmp_path / "plain", tmp_path / "again", map=tmp_path / "plain" / "headshare_map.json", **quiet)
+    assert again.map == done.map
+    assert_same_weights(hs.load(tmp_path / "again"), written)
+
+
 def test_both_models_are_measured_on_a_text(folder: Path, dense: Llama, fitted: Compressed) -> None:
     tokens = np.asarray(hs.load_tokenizer("dense")(TEXT).input_ids, np.int32)
     windows_wt = tokens[: len(tokens) // 32 * 32].reshape(-1, 32)
@@ -233,6 +255,12 @@ def test_progress_is_shown_on_standard_error_or_not_at_all(folder: Path, capsys:
 
 MAP = SharingMap(np.array([[0, 1], [2, 3], [4, 0]]), np.array([[np.nan] * 2, [np.nan] * 2, [np.nan, 0]]), 2)
 
+# Two of eight value columns of unit 1.0.
+SLIM_MAP = SharingMap(
+    np.arange(6).reshape(3, 2), np.full((3, 2), np.nan), 2,
+    widths=Widths(np.array([[8, 8], [2, 8], [8, 8]]), np.ones((3, 2, 4), bool), 8),
+)  # fmt: skip
+
 
 @pytest.mark.parametrize(
     ("settings", "said", "options"),
@@ -250,6 +278,25 @@ MAP = SharingMap(np.array([[0, 1], [2, 3], [4, 0]]), np.array([[np.nan] * 2, [np
             "must not be negative",
             None,
         ),
+        ({"budget": 0.8, "method": "slim"}, "slim needs a text", ("calibrate", "method")),
+        ({"ratio": 0.3, "method": "slim", "calibrate": "text.txt"}, "a budget, not a ratio", ("budget", "ratio")),
+        ({"ratio": 0.3, "method": "plan", "calibrate": "text.txt"}, "a budget, not a ratio", ("budget", "ratio")),
+        ({"budget": 0.8, "calibrate": "text.txt", "even": "layer"}, "plan has no use for even", ("even",)),
+        ({"budget": 0.8, "calibrate": "text.txt", "method": "slim", "even": "head"}, "not 'head'", ("even",)),
+        ({"map": MAP, "method": "slim", "calibrate": "text.txt"}, "leave the map out", ("map",)),
+        ({"map": SLIM_MAP, "calibrate": "text.txt"}, "made with it on a text.* use the method slim", ("map",)),
+        (
+            {"map": SLIM_MAP, "method": "refit", "calibrate": "text.txt"},
+            "made with it on a text.* use the method slim",
+            ("map",),
+        ),
+        (
+            {"budget": 0.8, "method": "slim", "calibrate": "text.txt", "calibrate_tokens": 32},
+            "at least two windows",
+            None,
+        ),
+        ({"ratio": 0.3, "calibrate": [("text.txt", 0)]}, "must be finite and above 0", ("calibrate",)),
+        ({"ratio": 0.3, "calibrate": [("text.txt", 1), ("own", 1)]}, "is not mixed with others", ("calibrate",)),
         ({"map": MAP, "tie": "qk"}, "has its pairs already; leave tie out", ("tie",)),
         ({"map": MAP, "method": "plan", "calibrate": "text.txt"}, "leave the map out", ("map",)),
         ({"calibrate": "text.txt", "map": "no-map.json"}, "no-map.json", None),

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import support
 
@@ -9,17 +10,26 @@ import headshare_jax as hs
 from headshare_jax.compression.effort import Effort
 from headshare_jax.errors import HeadshareError
 from headshare_jax.methods.table import METHODS
+from headshare_jax.methods.work import Amount
 
 EFFORT = Effort(
-    support.tiny_model().config, METHODS["fitted"], seq_len=32, calibration=8, own=0, measured=16, matches=True
+    support.tiny_model().config,
+    METHODS["fitted"],
+    seq_len=32,
+    calibration=8,
+    own=0,
+    measured=16,
+    amount=Amount(budget=0.7),
 )
 
 
 def test_only_what_is_done_costs() -> None:
     phases = ["matching", "refitting", "writing", "measuring"]
     assert list(EFFORT.costs) == phases
-    assert list(replace(EFFORT, matches=False, measured=0).costs) == ["refitting", "writing"]
+    assert list(replace(EFFORT, amount=None, measured=0).costs) == ["refitting", "writing"]
     assert list(replace(EFFORT, method=METHODS["direct"], calibration=0).costs) == ["matching", "writing", "measuring"]
+    slim = replace(EFFORT, method=METHODS["slim"])
+    assert list(slim.costs) == ["slimming", "writing", "measuring"]
     assert list(replace(EFFORT, own=24).costs) == ["writing text", *phases]
 
 
@@ -37,6 +47,23 @@ def test_steps_of_matching_do_not_all_cost_the_same() -> None:
     assert 0 < parts[1] < parts[2] < 1
     assert EFFORT.part("matching", 1 / 6) == pytest.approx(parts[1] / 2)
     assert replace(EFFORT, method=METHODS["direct"]).part("matching", 0.4) == 0.4
+
+
+def test_slimming_costs_by_its_rounds_of_which_the_last_fits_to_all_the_text() -> None:
+    short = replace(EFFORT, method=METHODS["slim"], amount=Amount(budget=0.7))
+    one = replace(short, amount=Amount(budget=0.95))
+    assert short.costs["slimming"] == pytest.approx(3 * one.costs["slimming"])
+    # Longer texts than costs are measured on are all fitted to in the last round alone.
+    long, longer = (replace(short, calibration=windows) for windows in (1000, 2000))
+    added = longer.costs["slimming"] - long.costs["slimming"]
+    fitting = replace(EFFORT, method=METHODS["refit"])
+    assert added == pytest.approx(replace(fitting, calibration=1000).costs["refitting"])
+    parts = [long.part("slimming", step / 9) for step in range(10)]
+    assert parts[0] == 0
+    assert parts[9] == pytest.approx(1)
+    assert min(np.diff(parts)) > 0
+    assert np.diff(parts).argmax() == 8
+    assert short.memory > replace(short, method=METHODS["refit"]).memory
 
 
 def test_a_model_that_writes_text_is_in_memory_as_a_whole() -> None:

@@ -11,7 +11,7 @@ import jax
 from headshare_jax import convert
 from headshare_jax.convert.atomic import own_file
 from headshare_jax.errors import HeadshareError
-from headshare_jax.fit.refit import refit
+from headshare_jax.fit.refit import RefitReport, refit
 from headshare_jax.model.llama import Llama
 from headshare_jax.model.place import place
 from headshare_jax.parameters import parameter_names
@@ -20,7 +20,7 @@ from headshare_jax.sharing.source import WeightSource
 from headshare_jax.sharing.view import SharedView
 from headshare_jax.train import recipe as recipes
 from headshare_jax.train import run_folder
-from headshare_jax.train.inputs import Progress, Run
+from headshare_jax.train.inputs import Progress, Run, slim_model
 from headshare_jax.train.placement import abstract_params, abstract_state, begin
 from headshare_jax.train.step import Params, StageContext, TrainState
 
@@ -55,7 +55,24 @@ class Current:
         recipe = self.task.recipe
         if recipe.sharing.start is not None:
             return convert.open_checkpoint(recipe.sharing.start)
+        if recipe.sharing.method is not None:
+            return self._slimmed()
         return self.task.source if recipe.stages[0].kind == "align" else self._shared(self.task.source)
+
+    def _slimmed(self) -> WeightSource:
+        """The slim model of the run's map; made anew for a run that was stopped before its first checkpoint."""
+        task = self.task
+        made = task.slimmed
+        if made is None:
+            text = task.blocks.first(task.recipe.sharing.refit_windows)
+            made = slim_model(task.recipe, task.source, text, task.mesh, self.progress)
+        if made.map != task.sharing:
+            raise HeadshareError(
+                f"Made again, the slim model has another map than the run's {run_folder.MAP}; begin a new run."
+            )
+        assert made.fit is not None
+        self._keep_fit(made.fit)
+        return made.model
 
     def begin(self, number: int, source: WeightSource, *, take: bool = False) -> None:
         """Makes a stage the current one, before its first step, with a source's weights; `take` is as of `begin`."""
@@ -121,10 +138,13 @@ class Current:
             return shared
         text, mesh = self.task.blocks.first(windows), self.task.mesh
         fitted, report = refit(dense, shared, text, mesh=mesh, progress=partial(self.progress, "refitting"))
+        self._keep_fit(report)
+        return fitted
+
+    def _keep_fit(self, report: RefitReport) -> None:
         if jax.process_index() == 0:
             with own_file(self.task.output / run_folder.REFIT) as path:
                 path.write_text(json.dumps(asdict(report), indent=1))
-        return fitted
 
     def arrays(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""

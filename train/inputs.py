@@ -1,11 +1,13 @@
 """What a run is made from: devices, model, map and texts; all is checked before anything is written."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -16,6 +18,9 @@ from headshare_jax.errors import HeadshareError
 from headshare_jax.loading import load_tokenizer, text_tokens
 from headshare_jax.matching.cosine import match
 from headshare_jax.matching.functional import FunctionalSettings, match_functional
+from headshare_jax.methods.slimming import even_map
+from headshare_jax.methods.table import METHODS
+from headshare_jax.methods.work import Amount, Made, MethodSettings, Work
 from headshare_jax.model.mesh import make_mesh
 from headshare_jax.processes.turns import first_alone, first_for_all
 from headshare_jax.sharing.choose import sharing_map
@@ -38,7 +43,11 @@ _USUAL_LENGTH = 512
 
 @dataclass(frozen=True)
 class Run:
-    """What stays the same throughout a run."""
+    """What stays the same throughout a run.
+
+    Attributes:
+      slimmed: the slim model that its first stage begins with, where it was made for this run and just now.
+    """
 
     recipe: recipes.Recipe
     output: Path
@@ -47,6 +56,7 @@ class Run:
     mesh: Mesh
     blocks: data.Mixture
     eval_tokens: np.ndarray
+    slimmed: Made | None = None
 
     def context(self, number: int) -> StageContext:
         """What a stage's step is made for."""
@@ -65,14 +75,33 @@ def prepare(recipe: recipes.Recipe, output: Path, progress: Progress) -> Run:
     check_room(recipe, source, sharing, mesh, output)
     mixture = partial(data.mixture, recipe.data, tokenizer, cache_directory() / "blocks")
     blocks = first_alone("tokenising", mixture, partial(progress, "tokenising"))
-    if not storage.is_file(stored) and _matches(recipe):
+    slimmed = None
+    if not storage.is_file(stored) and recipe.sharing.method is not None:
+        slimmed = slim_model(recipe, source, blocks.first(recipe.sharing.refit_windows), mesh, progress)
+        sharing = _checked(slimmed.map)
+    elif not storage.is_file(stored) and _matches(recipe):
         windows_wt = blocks.first(recipe.sharing.refit_windows)
 
         def matched(step: Callable[[int, int], None]) -> str:
             return matched_pairs(recipe, source, windows_wt, step).to_json()
 
         sharing = SharingMap.from_json(first_for_all("matching", matched, partial(progress, "matching")))
-    return Run(recipe, output, source, sharing, mesh, blocks, eval_tokens)
+    return Run(recipe, output, source, sharing, mesh, blocks, eval_tokens, slimmed)
+
+
+def slim_model(
+    recipe: recipes.Recipe, source: convert.Checkpoint, windows_wt: np.ndarray, mesh: Mesh, progress: Progress
+) -> Made:
+    """The slim model and its map as the recipe says, made on windows of text, int32 [W, T].
+
+    Raises:
+      HeadshareError: the budget cannot be met, or there is no room for temporary files.
+    """
+    settings = MethodSettings(even=recipe.sharing.even)
+    work = Work(
+        source, settings, windows_wt, phase=lambda label: nullcontext(partial(progress, label)), mesh=mesh
+    )  # fmt: skip
+    return METHODS["slim"].make(work, Amount(budget=recipe.sharing.budget))
 
 
 def check_devices(recipe: recipes.Recipe) -> Mesh:
@@ -94,6 +123,11 @@ def open_inputs(recipe: recipes.Recipe) -> tuple[convert.Checkpoint, "PreTrained
       HeadshareError: one of them or the training text cannot be read, that text is too short, or the model shares
         heads or has no parameters that a stage trains.
     """
+    if recipe.sharing.method is not None and jax.process_count() > 1:
+        raise HeadshareError(
+            "sharing.method slim makes its model in one process; make it first, with `headshare share --method slim`, "
+            "and name it as sharing.start."
+        )
     path = convert.locate(recipe.model)
     source = convert.open_checkpoint(path)
     if source.sharing is not None:
@@ -112,14 +146,18 @@ def _matches(recipe: recipes.Recipe) -> bool:
 
 
 def pairs_to_plan(recipe: recipes.Recipe, source: convert.Checkpoint) -> SharingMap:
-    """The map that the recipe names or whose model it begins with, or one like what matching will give, at random.
+    """The map that the recipe names or whose model it begins with, or one like what its method will give.
 
-    Sizes depend on ratio and tie alone.
+    Sizes depend on ratio and tie alone, or on the budget.
 
     Raises:
       HeadshareError: a map or a model that cannot be read, is for another model, or changes nothing.
     """
     settings, config = recipe.sharing, source.config
+    if settings.budget is not None:
+        planned = even_map(config, settings.budget)
+        convert.check_holds(recipe.final.to, planned)
+        return planned
     if _matches(recipe):
         scores = np.random.default_rng(0).random((config.num_units, config.num_units), np.float32)
         layer = np.repeat(np.arange(config.num_layers), config.num_kv_heads)

@@ -2,76 +2,36 @@
 
 import difflib
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, ValidationError, model_validator
 
 from headshare_jax.convert import storage
 from headshare_jax.convert.outputs import check_output
 from headshare_jax.errors import HeadshareError, explained, shown
-from headshare_jax.sharing.tie import check_tie
+from headshare_jax.train.sections import (
+    Count,
+    Fraction,
+    Natural,
+    Number,
+    Positive,
+    Section,
+    Sharing,
+    Weight,
+    Whole,
+)
 
 # Recipes that come with the package, by name.
 SHIPPED = {path.stem: path for path in sorted(Path(__file__).with_name("recipes").glob("*.yaml"))}
 # Tokens of a step, which are counted in int32.
 MOST_TOKENS = 2**31 - 1
-# Far more than any memory holds the hidden states of.
-MOST_REFIT_WINDOWS = 10**6
 # Settings of the penalty, which `tied` stages do not have; the next-token loss has weight 1 there.
 _ALIGN_ONLY = ("lm_weight", "sim_weight", "sim_schedule", "penalty")
 
 
-def _number(value: Any) -> Any:
-    """YAML takes 5e-5, without a point, for text."""
-    with suppress(ValueError):
-        return float(value) if isinstance(value, str) else value
-    return value
-
-
-Whole = Annotated[int, Field(strict=True)]
-Count = Annotated[Whole, Field(ge=1)]
-Natural = Annotated[Whole, Field(ge=0)]
-Number = Annotated[float, BeforeValidator(_number), Field(strict=True, allow_inf_nan=False)]
-Positive = Annotated[Number, Field(gt=0)]
-Weight = Annotated[Number, Field(ge=0)]
-Fraction = Annotated[Number, Field(ge=0, lt=1)]
-
-
-class _Section(BaseModel):
-    """Settings that cannot be changed, and no others than these."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Sharing(_Section):
-    """Who is to share with whom: a shared model or a map that exists, or how to make one.
-
-    Attributes:
-      start: a shared model made from `model`, such as one that was fitted: its map is used, and a first `tied` stage
-        begins with its weights; no other field is used then, and `refit_windows` must be 0.
-      map: file of a sharing map; `ratio`, `match`, `tie` and `chains` are not used then.
-      ratio: as of `headshare share`.
-      match: likewise; or `functional`, donors by what they compute on the windows that a refit takes, as the method
-        `fitted` finds them.
-      tie: likewise.
-      chains: likewise; `functional` forbids them.
-      refit_windows: windows of `data.seq_len` tokens of the training text, its first ones, that output weights are
-        fitted on wherever a dense model becomes a shared one for good; 0 for no refit.
-    """
-
-    start: str | None = None
-    map: str | None = None
-    ratio: Fraction = 0.3
-    match: Literal["q", "k", "v", "qk", "qkv", "total", "random", "functional"] = "qk"
-    tie: str = "qkv"
-    chains: Literal["resolve", "forbid"] = "resolve"
-    refit_windows: Annotated[Natural, Field(le=MOST_REFIT_WINDOWS)] = 0
-
-
-class Source(_Section):
+class Source(Section):
     """A text to train on.
 
     Attributes:
@@ -96,7 +56,7 @@ def _as_written(sources: tuple[Source, ...]) -> Any:
     return [source.model_dump(mode="json") for source in sources]
 
 
-class Data(_Section):
+class Data(Section):
     """Text to train and to evaluate on.
 
     Attributes:
@@ -120,7 +80,7 @@ class Data(_Section):
     eval_windows: Count = 16
 
 
-class Optimizer(_Section):
+class Optimizer(Section):
     """AdamW and its learning rate; the defaults are the paper's (section 4.1).
 
     Attributes:
@@ -140,7 +100,7 @@ class Optimizer(_Section):
     clip: Positive = 1.0
 
 
-class Stage(_Section):
+class Stage(Section):
     """One stage of training.
 
     Attributes:
@@ -170,7 +130,7 @@ class Stage(_Section):
     trainable: str = "all"
 
 
-class Mesh(_Section):
+class Mesh(Section):
     """Sizes of the device mesh, of which one may be -1, for all devices that the others leave.
 
     Attributes:
@@ -185,7 +145,7 @@ class Mesh(_Section):
     tensor: Whole = 1
 
 
-class Checkpoints(_Section):
+class Checkpoints(Section):
     """When to save and evaluate, in steps, and how many of the last checkpoints to keep besides the best."""
 
     every: Count = 200
@@ -193,7 +153,7 @@ class Checkpoints(_Section):
     eval_every: Count = 200
 
 
-class Final(_Section):
+class Final(Section):
     """How the model is written that a run ends with.
 
     Attributes:
@@ -207,7 +167,7 @@ class Final(_Section):
     quantize: str | None = None
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A PostShare run.
 
     Attributes:
@@ -239,22 +199,11 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        check_tie(self.sharing.tie)
         check_output(None, self.final.to, quantize=self.final.quantize, dtype=self.final.dtype)
-        if self.sharing.refit_windows == 1:
-            raise HeadshareError("sharing.refit_windows must be 0, or at least 2, as one is held out.")
         kinds = [stage.kind for stage in self.stages]
         if not kinds or kinds != sorted(kinds):
             raise HeadshareError("stages must name at least one stage, and align before tied.")
-        if self.sharing.start is not None:
-            if self.sharing.map is not None:
-                raise HeadshareError("sharing.start has a map of its own; leave sharing.map out.")
-            if self.sharing.refit_windows:
-                raise HeadshareError("sharing.start is a shared model already; leave sharing.refit_windows out.")
-            if kinds[0] != "tied":
-                raise HeadshareError("sharing.start is where a tied stage begins, but the first stage is align.")
-        elif self.sharing.map is None and self.sharing.match == "functional" and not self.sharing.refit_windows:
-            raise HeadshareError("sharing.match functional looks at text; give sharing.refit_windows, such as 24.")
+        self.sharing.check(kinds[0])
         for number, stage in enumerate(self.stages):
             unused = [name for name in _ALIGN_ONLY if getattr(stage, name) != Stage.model_fields[name].default]
             if stage.kind == "tied" and unused:

@@ -50,7 +50,9 @@ def _parsed(kind: type[Command], name: str, args: list[str]) -> Command | None:
     config = (tyro.conf.FlagCreatePairsOff,)
     try:
         with tyro_errors.on_parse_error(partial(_refuse, kind)), _page_wide():
-            command = tyro.cli(kind, prog=f"headshare {name}", args=args, config=config, registry=_REGISTRY)
+            command = tyro.cli(
+                kind, prog=f"headshare {name}", args=kind.spelt_out(args), config=config, registry=_REGISTRY
+            )
     except SystemExit as done:
         if done.code:
             raise

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import permutations
 from typing import Annotated, Any, ClassVar, Self, get_origin
@@ -55,12 +55,14 @@ class Command:
     Attributes:
       needs: options that do nothing unless one of some others is set.
       outputs: arguments that name what is written; none may lie in another.
+      implied: options whose value may be left out, with the values that they take, the implied one first.
       given: the options that the command line names.
       json: Print one JSON object on standard output, and nothing else there.
     """
 
     needs: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     outputs: ClassVar[tuple[str, ...]] = ()
+    implied: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     given: ClassVar[frozenset[str]] = frozenset()
 
     json: Annotated[bool, _HELP] = False
@@ -80,6 +82,16 @@ class Command:
         """All the ways to write each option, with a hyphen between words."""
         flags = cls.flags()
         return {field.name: {flags[field.name], *_aliases(field)} for field in fields(cls) if field.name in flags}
+
+    @classmethod
+    def spelt_out(cls, words: Sequence[str]) -> list[str]:
+        """A command line with every implied value in its place."""
+        implied = {cls.flags()[name]: values for name, values in cls.implied.items()}
+        spelt: list[str] = []
+        for word, following in zip(words, [*words[1:], ""], strict=True):
+            values = implied.get(word)
+            spelt += [word] if values is None or following.lower() in values else [word, values[0]]
+        return spelt
 
     def checked(self, given: frozenset[str]) -> Self:
         """The command with every value as its kind takes it.

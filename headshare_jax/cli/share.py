@@ -10,7 +10,7 @@ from rich.console import RenderableType
 
 from headshare_jax.cli import kinds
 from headshare_jax.cli.command import Command, Destination, MeshSizes, Overwrite, Source, StoredDtype
-from headshare_jax.cli.sharing import Calibrate, MatchFunction, MeasuredText, NoEval, Seed, Tie, calibration
+from headshare_jax.cli.sharing import Calibrate, Even, MatchFunction, MeasuredText, NoEval, Seed, Tie, calibration
 from headshare_jax.compression.compress import compress
 from headshare_jax.convert.atomic import check_output, new_file
 from headshare_jax.methods.table import METHODS
@@ -18,6 +18,7 @@ from headshare_jax.methods.work import Method
 from headshare_jax.model.mesh import local_mesh
 from headshare_jax.report.map import draw_map
 from headshare_jax.report.picture import check_name
+from headshare_jax.slim.choose import EVEN
 
 # Options that are not arguments of `compress`, as all others are.
 _OWN = ("json", "save_map", "plot", "text", "no_eval", "mesh", "calibrate")
@@ -34,12 +35,14 @@ class Share(Command):
     Example: headshare share SmolLM2-135M.gguf smollm2-small --ratio 0.1 --calibrate text.txt
 
     Attributes:
-      ratio: Sharing ratio in [0, 1): the part of all units that become receivers.
+      ratio: Sharing ratio in [0, 1): the part of all units that become receivers or are dropped; plan and slim, which
+        choose what each unit gives up, take a budget instead.
       budget: Instead of a ratio: the part of the attention parameters to keep, in (0, 1].
       model_budget: Instead of a ratio: the part of the model's parameters to keep; only attention gives any up.
       map: Use this sharing map instead of matching.
       chains: resolve (by default): a donor that receives is replaced by its root; forbid (fitted): no donor receives.
-      within_shards: Choose donors in their receivers' shard only: so many chips share out the heads of a layer evenly.
+      within_shards: So many chips share out the heads of a layer evenly: donors are in their receivers' shards only,
+        and slim units take up as much in each.
       to: Format of the output: native, hf, hf-compact or gguf.
       quantize: Type of the matrices in a GGUF file, such as q8_0, q4_1 or f16; each keeps its own by default.
       work: Keep what is computed on the text in this folder, layer by layer, to go on from there after a stop, and to
@@ -49,6 +52,7 @@ class Share(Command):
     """
 
     outputs: ClassVar = ("dst", "save_map", "plot")
+    implied: ClassVar = {"even": EVEN}
 
     src: Source
     dst: Destination
@@ -79,6 +83,7 @@ class Share(Command):
     tie: Tie = None
     chains: Annotated[str, kinds.OneOf("resolve", "forbid")] | None = None
     within_shards: kinds.Count | None = None
+    even: Even = None
     to: kinds.Format = "native"
     dtype: StoredDtype = None
     quantize: kinds.GgufType | None = None
@@ -114,6 +119,7 @@ class Share(Command):
             "summary": done.map.summary(),
             "receivers": len(done.map.receivers),
             "dropped": int(done.map.dropped.sum()),
+            "slim": int(done.map.slim.sum()),
             "units": done.map.donor.size,
             **{name: getattr(done.map, name) for name in ("ratio", "budget", "tie", "method", "match")},
             **done.summary.to_json(),

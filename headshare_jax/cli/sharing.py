@@ -6,6 +6,7 @@ import tyro
 
 from headshare_jax.cli import kinds
 from headshare_jax.loading import Texts
+from headshare_jax.slim.choose import EVEN
 
 Calibrate = Annotated[
     tyro.conf.UseAppendAction[tuple[kinds.WeightedText, ...]],
@@ -32,6 +33,14 @@ MatchFunction = Annotated[
 ]
 Tie = Annotated[
     kinds.Tie | None, tyro.conf.arg(help="Projections to share: some of q, k, v, o, in that order; qkv by default.")
+]
+Even = Annotated[
+    Annotated[str, kinds.OneOf(*EVEN)] | None,
+    tyro.conf.arg(
+        metavar="[layer|model]",
+        help="Slim: one width for all units of a layer, or of the model (--even model), for hardware and formats that "
+        "want it; by default each unit has its own, which costs least.",
+    ),
 ]
 Seed = Annotated[kinds.Seed | None, tyro.conf.arg(help="Seed of random scores; 0 by default.")]
 

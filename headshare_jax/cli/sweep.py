@@ -12,7 +12,7 @@ from rich.table import Table
 from headshare_jax import convert
 from headshare_jax.cli import kinds
 from headshare_jax.cli.command import Command, Source
-from headshare_jax.cli.sharing import Calibrate, CalibrateTokens, MatchFunction, Seed, SeqLen, Tie, calibration
+from headshare_jax.cli.sharing import Calibrate, CalibrateTokens, Even, MatchFunction, Seed, SeqLen, Tie, calibration
 from headshare_jax.compression.texts import OWN
 from headshare_jax.convert.atomic import check_place
 from headshare_jax.errors import HeadshareError
@@ -22,6 +22,7 @@ from headshare_jax.methods.work import Amount, Method, MethodSettings
 from headshare_jax.report.progress import progress_with_text
 from headshare_jax.resources import megabytes
 from headshare_jax.sharing.tie import check_tie
+from headshare_jax.slim.choose import EVEN
 from headshare_jax.sweep.folder import COLUMNS, DATA, PAGE, TABLE
 from headshare_jax.sweep.points import Measurements
 
@@ -42,6 +43,7 @@ class Sweep(Command):
     """
 
     needs: ClassVar = {"calibrate_tokens": ("calibrate",)}
+    implied: ClassVar = {"even": EVEN}
 
     src: Source
     output: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
@@ -59,6 +61,7 @@ class Sweep(Command):
     match: MatchFunction = None
     seed: Seed = None
     tie: Tie = None
+    even: Even = None
     resume: bool = False
 
     def run(self) -> dict[str, Any]:
@@ -118,7 +121,7 @@ class Sweep(Command):
         yield f"written: {result['page']}; {DATA} and {TABLE} beside it"
 
     def _settings(self) -> MethodSettings:
-        return MethodSettings(match=self.match, seed=self.seed, tie=self.tie)
+        return MethodSettings(match=self.match, seed=self.seed, tie=self.tie, even=self.even)
 
     def _checked_methods(self) -> list[Method]:
         names = list(dict.fromkeys(",".join(self.methods).replace(" ", "").split(",")))

@@ -25,6 +25,7 @@ from headshare_jax.evaluate.agreement import agreement
 from headshare_jax.loading import AnyTokenizer, Text, Texts
 from headshare_jax.methods import table
 from headshare_jax.methods.scored import ScoredMethod
+from headshare_jax.methods.slimming import SlimMethod, even_map
 from headshare_jax.methods.table import METHODS
 from headshare_jax.methods.work import Amount, Method, MethodSettings, Phase, Work, silent
 from headshare_jax.model.llama import Llama
@@ -144,19 +145,27 @@ def compress(
     assert not storage.is_name(source)
     tokenizer = path if tokenizer is None else tokenizer
     sharing, amount = _wanted(asked, source, of_method)
+    if isinstance(chosen, SlimMethod) and amount is not None and amount.budget is not None:
+        convert.check_holds(to, even_map(source.config, amount.budget))
     convert.check_holds(to, sharing)
-    if method is None and sharing is not None and SharedView(source, sharing).changes_nothing():
-        # As a plain export's own map does: there is nothing to fit.
-        chosen, calibrate = METHODS["direct"], None
+    if sharing is not None and (method is None or sharing.slim.any()):
+        # As a plain export's own map: there is nothing to fit.
+        there = SharedView(source, sharing).changes_nothing()
+        if sharing.slim.any() and not there:
+            raise HeadshareError(
+                "The map has slim units, whose weights are made with it on a text, and this model's are not; use the "
+                "method slim with a budget, or the plain export of the model that the map came with.",
+                option="map",
+            )
+        if method is None and there:
+            chosen, calibrate = METHODS["direct"], None
     _check_text(chosen, calibrate)
     seq_len = min(_WINDOW, context(source.config)) if seq_len is None else seq_len
     texts = read_texts(calibrate, evaluate, tokenizer, source.config, count=calibrate_tokens, seq_len=seq_len)
     written = convert.output_dtype(source, to, dtype)
     if dst is not None:
         convert.check_room(source, dst, to=to, dtype=written, quantize=quantize)
-    effort = Effort(
-        source.config, chosen, seq_len, texts.calibrated, texts.own, texts.measured, matches=sharing is None
-    )
+    effort = Effort(source.config, chosen, seq_len, texts.calibrated, texts.own, texts.measured, amount)
     check_memory(
         effort.memory,
         f"The method {chosen.name}",

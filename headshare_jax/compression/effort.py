@@ -11,12 +11,16 @@ import numpy as np
 from headshare_jax.config import LlamaConfig
 from headshare_jax.matching.functional import FunctionalSettings
 from headshare_jax.methods.scored import ScoredMethod
-from headshare_jax.methods.work import Method
+from headshare_jax.methods.slimming import SlimMethod
+from headshare_jax.methods.work import Amount, Method
 from headshare_jax.parameters import layered_names, slice_shape
+from headshare_jax.slim.rounds import SlimSettings, round_targets
 
 # What phases cost against plain products of matrices, by SmolLM2-135M on two cores: gradients and pairs of matching,
-# both models of a refit and its sums, the measurement of both, a token at a time, files.
+# gradients and costs of slimming, both models of a refit and its sums, the measurement of both, a token at a time,
+# files.
 _FORWARD, _HEAD, _BACKWARD, _TRIED = 0.7, 6.4, 2.6, 12.5
+_SLIM_FORWARD, _SLIM_HEAD, _SLIM_BACKWARD = 0.5, 2.4, 2.3
 _REFITTING, _MEASURING, _DECODING, _WRITING = 2.1, 2.6, 4.0, 1500.0
 # Tokens that phases run at a time.
 _BATCH_TOKENS = 2048
@@ -33,7 +37,7 @@ class Effort:
       calibration: windows of calibration text.
       own: windows that the model writes itself.
       measured: windows that both models are measured on.
-      matches: whether pairs are scored; a map that exists is used as it is.
+      amount: how much is to be done without; None where a map that exists is used as it is.
     """
 
     config: LlamaConfig
@@ -42,7 +46,7 @@ class Effort:
     calibration: int
     own: int
     measured: int
-    matches: bool
+    amount: Amount | None
 
     @property
     def costs(self) -> dict[str, float]:
@@ -51,7 +55,8 @@ class Effort:
         tokens, measured = self.seq_len * self.calibration, self.seq_len * self.measured
         costs = {
             "writing text": self.seq_len * self.own * (through + self._head) * _DECODING,
-            "matching": sum(self._matching) if self.matches else 0.0,
+            "matching": sum(self._matching) if self._matches else 0.0,
+            "slimming": sum(self._slimming),
             "refitting": tokens * through * _REFITTING if self._refits else 0.0,
             "writing": through * _WRITING,
             "measuring": measured * _MEASURING * (through + self._head),
@@ -59,15 +64,24 @@ class Effort:
         return {label: float(cost) for label, cost in costs.items() if cost}
 
     def part(self, label: str, steps: float) -> float:
-        """The part of a phase's cost that a part of its steps is; matching's by function do not all cost the same."""
-        if label != "matching" or not self._functional:
+        """The part of a phase's cost that a part of its steps is, where they do not all cost the same."""
+        costs = self._slimming if label == "slimming" else self._matching if self._functional else []
+        if label not in ("matching", "slimming") or not costs:
             return steps
-        layers, costs = self.config.num_layers, self._matching
-        forward, head, backward, _ = costs
-        # A third of the steps each is for the layers forward, backward, and their pairs; the head comes in between.
-        ends = np.array([0, 1, 1 + 1 / layers, 2, 3]) / 3
-        done = np.array([0, forward, forward + head + backward / layers, forward + head + backward, sum(costs)])
-        return float(np.interp(steps, ends, done / done[-1]))
+        # Each of the steps is a layer: forward, with the head behind the last, backward, and its pairs or its fit.
+        layers, ends, done = self.config.num_layers, [0.0], [0.0]
+        for place, (forward, head, backward, third) in enumerate(np.reshape(costs, (-1, 4)).tolist()):
+            ends += [3 * place + end for end in (1, 1 + 1 / layers, 2, 3)]
+            done += [forward, head + backward / layers, backward - backward / layers, third]
+        return float(np.interp(steps, np.divide(ends, ends[-1]), np.cumsum(done) / sum(done)))
+
+    @property
+    def _matches(self) -> bool:
+        return isinstance(self.method, ScoredMethod) and self.amount is not None
+
+    @property
+    def _slims(self) -> bool:
+        return isinstance(self.method, SlimMethod)
 
     @property
     def _functional(self) -> bool:
@@ -91,21 +105,38 @@ class Effort:
         return [tokens * cost for cost in costs]
 
     @property
+    def _slimming(self) -> list[float]:
+        """Costs of every round: layers forward, gradients of the head, backward with costs of widths, and the fit."""
+        if not self._slims or self.amount is None or self.amount.budget is None:
+            return []
+        through, settings = self.config.num_layers * self._layer, SlimSettings()
+        tokens, rounds = self.seq_len * self.calibration, len(round_targets(self.amount.budget))
+        scored, fitted = min(tokens, settings.scoring_tokens), min(tokens, settings.round_tokens)
+        each = (_SLIM_FORWARD * through, _SLIM_HEAD * self._head, _SLIM_BACKWARD * through)
+        scoring = [scored * cost for cost in each]
+        fits = [*[fitted] * (rounds - 1), tokens]
+        return [cost for fit in fits for cost in (*scoring, fit * through * _REFITTING)]
+
+    @property
     def memory(self) -> int:
         """Bytes: a layer of both models, output heads, sums of products in float64, and a batch's activations."""
         config = self.config
         width, inner = config.hidden_size, config.num_heads * config.head_dim
-        sums = 8 * (3 * inner * inner + 6 * inner * width) if self._refits else 0
+        sums = 8 * (3 * inner * inner + 6 * inner * width) if self._refits or self._slims else 0
+        # New values and outputs of all layers.
+        slices = 4 * config.num_layers * 2 * inner * width if self._slims else 0
         batch = 4 * _BATCH_TOKENS * (8 * width + 2 * config.intermediate_size + 2 * config.num_heads * self.seq_len)
         whole = 4 * (config.num_layers * self._layer + self._head) if self.own else 0
-        return 4 * (2 * self._layer + 2 * self._head) + sums + batch + whole
+        return 4 * (2 * self._layer + 2 * self._head) + sums + slices + batch + whole
 
     @property
     def temporary(self) -> int:
         """Bytes of hidden states and gradients in temporary files."""
         state = 4 * self.seq_len * self.config.hidden_size
         matched = min(self.calibration, FunctionalSettings().windows)
-        gradients = matched * self.config.num_layers if self._functional else 0
+        if self._slims:
+            matched = min(self.calibration, -(-SlimSettings().scoring_tokens // self.seq_len))
+        gradients = matched * self.config.num_layers if self._functional or self._slims else 0
         return state * max(gradients + matched, 2 * self.calibration, 2 * self.measured)
 
     @property

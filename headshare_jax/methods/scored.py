@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from headshare_jax.config import LlamaConfig
-from headshare_jax.errors import HeadshareError
+from headshare_jax.errors import HeadshareError, Unmet
 from headshare_jax.fit.refit import refit
 from headshare_jax.matching.cosine import magnitudes, match
 from headshare_jax.matching.functional import match_functional
-from headshare_jax.methods.work import Amount, Made, Method, MethodSettings, Step, Unmet, Work
+from headshare_jax.methods.work import Amount, Made, Method, MethodSettings, Step, Work
 from headshare_jax.sharing.budget import budget_map, units_to_save
 from headshare_jax.sharing.choose import drop_map, sharing_map, within_shards
 from headshare_jax.sharing.map import SharingMap

@@ -10,6 +10,7 @@ from headshare_jax.methods.scored import (
     weight_scores,
     within_budget,
 )
+from headshare_jax.methods.slimming import SlimMethod
 from headshare_jax.methods.work import Method, MethodSettings
 
 _PAIRS = ("tie", "chains", "within_shards")
@@ -26,6 +27,7 @@ METHODS: dict[str, Method] = {
             "plan", "keep, share or drop each unit, then refit", ("within_shards",), by_budget=True,
             scores=functional_scores, choose=within_budget, refits=True,
         ),
+        SlimMethod("slim", "keep the columns of each head that matter most, then refit", ("even", "within_shards")),
         ScoredMethod(
             "drop", "drop the units that matter least, then refit",
             scores=functional_scores, choose=least_dropped, refits=True,

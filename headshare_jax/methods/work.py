@@ -19,6 +19,7 @@ from headshare_jax.sharing.choose import receiver_count
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.scores import MatchResult
 from headshare_jax.sharing.source import WeightSource
+from headshare_jax.slim.choose import Rules
 from headshare_jax.typed import check_fields
 
 # Called with the steps done and in all.
@@ -36,7 +37,9 @@ class MethodSettings:
       seed: of random scores, 0 by default.
       tie: projections that are shared, `qkv` by default.
       chains: as for `sharing_map`.
-      within_shards: chips over which heads are cut; donors are then in their receivers' shards. By default, any donors.
+      within_shards: chips over which heads are cut; donors are then in their receivers' shards, and slim units take up
+        as much in each. By default, any donors and widths.
+      even: slim units are of one width in each `layer`, or in the whole `model`; by default each has its own.
     """
 
     match: str | None = None
@@ -44,9 +47,11 @@ class MethodSettings:
     tie: str | None = None
     chains: str | None = None
     within_shards: int | None = None
+    even: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        Rules(even=self.even)
 
     @property
     def given(self) -> dict[str, Any]:
@@ -135,10 +140,6 @@ class Made:
     model: WeightSource
     map: SharingMap
     fit: RefitReport | None = None
-
-
-class Unmet(HeadshareError):  # noqa: N818 -- of the amount, as the message says
-    """A method cannot do without so much of this model."""
 
 
 @dataclass(frozen=True)

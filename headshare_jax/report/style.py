@@ -11,6 +11,7 @@ SERIES = (
     ("#a3487f", "^"),
     ("#5b4fa0", "*"),
     ("#7a6200", "P"),
+    ("#8c1a1a", "h"),
 )
 GREY = ("#6b6b6b", "X")
 BASELINES = {"random": GREY, "random-refit": ("#8a6d5a", "v")}

@@ -212,7 +212,10 @@ class SharingMap:
             )
 
     def summary(self) -> str:
-        """What the map does, e.g. `2 of 6 units use another unit's qkv or qo weights, 3 are dropped, 1 is slim`."""
+        """What the map does, e.g. `2 of 6 units use another unit's qkv or qo weights, 3 are dropped`.
+
+        Of a map with slim units, also how many columns its units keep that have weights of their own.
+        """
         assert self.unit_tie is not None
         ties = " or ".join(np.unique(self.unit_tie[self.receives])) or self.tie
         counts = {"dropped": int(self.dropped.sum()), "slim": int(self.slim.sum())}
@@ -220,7 +223,12 @@ class SharingMap:
         if self.receives.any() or not does:
             does.insert(0, (len(self.receivers), f"use another unit's {ties} weights"))
         (first, what), *others = does
-        return ", ".join([f"{first} of {self.donor.size} units {what}", *(f"{count} {what}" for count, what in others)])
+        told = ", ".join([f"{first} of {self.donor.size} units {what}", *(f"{count} {what}" for count, what in others)])
+        if self.widths is None or not counts["slim"]:
+            return told
+        own_lu, size = ~self.dropped & ~self.receives, self.widths.head_dim
+        values, pairs = (_range(kept.sum(axis=2)[own_lu]) for kept in (self.widths.vo, self.widths.qk))
+        return f"{told}; values {values} of {size}, queries and keys {pairs}"
 
     def to_json(self) -> str:
         """The map as a JSON document with one unit a line, so that edits and diffs are readable."""
@@ -299,6 +307,11 @@ def _check_donors(donor: np.ndarray) -> None:
             f"The map has a chain: {' -> '.join(map(label, seen))} (layer.unit); "
             f"name the root {label(seen[-1])} as the donor of {label(seen[0])}."
         )
+
+
+def _range(numbers: np.ndarray) -> str:
+    least, most = int(numbers.min()), int(numbers.max())
+    return f"{least}" if least == most else f"{least} to {most}"
 
 
 def _identity(slots: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from headshare_jax.errors import HeadshareError
+from headshare_jax.errors import HeadshareError, Unmet
 from headshare_jax.sharing.budget import check_budget
 from headshare_jax.sharing.map import shard_of_units
 from headshare_jax.slim.kept import Kept
@@ -96,7 +96,7 @@ def choose(costs: Costs, kept: Kept, size_p: np.ndarray, budget: float, rules: R
         value_g, columns_g = problem.solve(int(whole // shards))
         value_n[groups], columns_n[groups] = value_g[:, None], columns_g[:, None]
     if not value_n.any():
-        raise HeadshareError(f"A budget of {budget} cannot be met by slimming: every unit would go; keep more.")
+        raise Unmet(f"A budget of {budget} cannot be met by slimming: every unit would go; keep more.")
     cost_n = np.where(value_n == 0, drop_n, 0.0)
     some = np.flatnonzero(value_n)
     cost_n[some] = value_nw[some, value_n[some]] + pair_nw[some, columns_n[some]]
@@ -137,7 +137,7 @@ class _Problem:
         if self._size(best_kg) > target:
             best_kg = self._at(high)
             if self._size(best_kg) > target:
-                raise HeadshareError(
+                raise Unmet(
                     f"At least {self._size(best_kg):,} of all columns of attention stay where each unit keeps the "
                     f"narrowest widths that are allowed, and the budget leaves {target:,}; keep more."
                 )

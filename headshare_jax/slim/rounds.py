@@ -103,7 +103,8 @@ def slim(
     if len(windows_wt) < 2:
         raise HeadshareError("Slimming needs at least two windows of text; give more tokens or shorter windows.")
     targets = round_targets(budget)
-    journal = journal_of(journals, "slim", {"model": source}, windows_wt, settings, budget=budget)
+    # The rounds before one follow from what it leaves, so that budgets have their first ones in common.
+    journal = journal_of(journals, "slim", {"model": source}, windows_wt, settings)
     state, layers, report = _Slimming(source, settings, mesh), config.num_layers, None
     for number, target in enumerate(targets):
 
@@ -113,10 +114,10 @@ def slim(
         def told_fit(done: int, total: int, before: int = (3 * number + 2) * layers) -> None:
             progress(before + done, 3 * layers * len(targets))
 
-        step = journal.read(f"round-{number}")
+        step = journal.read(f"to-{target}")
         if step is None:
             step = state.cut(_first(windows_wt, settings.scoring_tokens, 1), target, told)
-            journal.write(f"round-{number}", step)
+            journal.write(f"to-{target}", step)
         state.take(step)
         text_wt = windows_wt if target == budget else _first(windows_wt, settings.round_tokens, 2)
         report = state.fit(text_wt, target, journals, told_fit)

@@ -24,7 +24,7 @@ from headshare_jax.sharing.scores import MatchResult
 PAGE, DATA, TABLE = "index.html", "sweep.json", "points.csv"
 # Of the table.
 COLUMNS = (
-    "method", "ratio", "budget", "receivers", "dropped", "units", "perplexity", "relative",
+    "method", "ratio", "budget", "receivers", "dropped", "slim", "units", "perplexity", "relative",
     "parameters", "attention_bytes", "bytes",
 )  # fmt: skip
 # Inside the sweep's folder; needed only to go on.
@@ -53,6 +53,7 @@ class _Point(BaseModel):
     protocol: str | None = None
     receivers: int = 0
     dropped: int = 0
+    slim: int = 0
     units: int = 0
     parameters: int = 0
     bytes: int = 0
@@ -61,7 +62,8 @@ class _Point(BaseModel):
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        missing = [name for name in _Point.model_fields if name not in self.model_fields_set]
+        # Sweeps of before there were slim units go on.
+        missing = [name for name in _Point.model_fields if name not in self.model_fields_set | {"slim"}]
         if missing and (self.perplexity is not None or "attention_bytes" in self.model_fields_set):
             raise ValueError(f"A point of this sweep lacks {missing[0]}; delete the folder's cache.")
         return self

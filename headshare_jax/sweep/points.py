@@ -16,11 +16,11 @@ import numpy as np
 
 from headshare_jax import convert
 from headshare_jax.calibration.windows import tokens_digest
-from headshare_jax.errors import HeadshareError
+from headshare_jax.errors import HeadshareError, Unmet
 from headshare_jax.evaluate.perplexity import perplexity
 from headshare_jax.loading import CalibrationText
 from headshare_jax.methods.table import METHODS
-from headshare_jax.methods.work import Amount, Method, MethodSettings, Step, Unmet, Work
+from headshare_jax.methods.work import Amount, Method, MethodSettings, Step, Work
 from headshare_jax.model.llama import Llama
 from headshare_jax.report.progress import Show
 from headshare_jax.sharing.finite import NotFinite
@@ -70,6 +70,7 @@ class Measurements:
                 # Names and values of the first release, so that its sweeps go on.
                 **{"match": settings.match, "seed": settings.seed or 0, "tie": settings.shared_tie},
                 **{"chains": settings.chains, "shards": settings.within_shards},
+                **({} if settings.even is None else {"even": settings.even}),
                 **self.held_out_windows,
                 "release": importlib.metadata.version("headshare-jax"),
             },
@@ -182,6 +183,7 @@ class Measurements:
             "protocol": result.protocol,
             "receivers": 0 if model.sharing is None else len(model.sharing.receivers),
             "dropped": 0 if model.sharing is None else int(model.sharing.dropped.sum()),
+            "slim": 0 if model.sharing is None else int(model.sharing.slim.sum()),
             "units": model.config.num_units,
             "parameters": sizes.stored,
             "bytes": sizes.stored_bytes,

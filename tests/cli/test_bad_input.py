@@ -5,12 +5,20 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_cli_model
 from tiny_cli_model import DIRECT
 
+import headshare_jax as hs
 from headshare_jax.cli import demo
 from headshare_jax.cli.exit_codes import ExitCode
+
+# Unit 1.0 keeps two of its value columns.
+SLIM_MAP = hs.SharingMap(
+    np.arange(6).reshape(3, 2), np.full((3, 2), np.nan), 2,
+    widths=hs.Widths(np.array([[16, 16], [2, 16], [16, 16]]), np.ones((3, 2, 8), bool), 16),
+).to_json()  # fmt: skip
 
 
 def test_bad_input_is_refused_in_one_sentence(refused: Any, model: Path, tmp_path: Path, text: Path) -> None:
@@ -19,9 +27,12 @@ def test_bad_input_is_refused_in_one_sentence(refused: Any, model: Path, tmp_pat
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     short = tmp_path / "short.txt"
     short.write_text("A slow green turtle creeps under the busy cat. " * 3)
+    slim_map = tmp_path / "slim.json"
+    slim_map.write_text(SLIM_MAP)
     out, taken = tmp_path / "out", tmp_path / "empty"
     share = ("share", model, out, "--ratio", 0.3)
     direct = (*share, "--method", "direct")
+    slim = ("share", model, out, "--budget", 0.8, "--method", "slim", "--calibrate", text)
     refit = ("share", model, out, "--ratio", 0.3, "--method", "refit")
     fitted = ("share", model, out, "--ratio", 0.3, "--method", "fitted", "--calibrate", text)
     fitted += ("--calibrate-tokens", 200, "--seq-len", 100)
@@ -45,6 +56,16 @@ def test_bad_input_is_refused_in_one_sentence(refused: Any, model: Path, tmp_pat
         (("match", "absent", "-o", tmp_path / "scores.txt"), ".npz"),
         (("share", "absent", out, "--ratio", 0.3, "--plot", tmp_path / "picture.doc"), ".png"),
         (("share", "absent", out, "--ratio", 0.3, "--save-map", taken, "--overwrite"), "is a folder, not a file"),
+        (("share", model, out, "--budget", 0.8, "--method", "slim"), "slim needs a text to be fitted to"),
+        ((*share, "--method", "slim", "--calibrate", text), "slim needs a budget, not a ratio"),
+        ((*slim, "--to", "hf-compact"), "hf-compact has no slim units"),
+        ((*slim, "--tie", "qk"), "slim has no use for tie"),
+        ((*slim, "--even=head"), "--even does not take 'head'"),
+        ((*slim, "--within-shards", 3), "2 units of a layer cannot be cut evenly"),
+        ((*slim[:4], 0, *slim[5:]), "--budget must be above 0"),
+        ((*slim[:4], 0.01, *slim[5:]), "keep more"),
+        ((*share, "--even", "--calibrate", text), "fitted has no use for even"),
+        (("share", model, out, "--map", slim_map, "--calibrate", text), "use the method slim with a budget"),
         ((*share, "--within-shards", 3, "--calibrate", text), "2 units of a layer cannot be cut evenly"),
         (("share", model, out), "--ratio"),
         (("share", model, out, "--ratio", 0.3, "--map", text), "only one of ratio"),

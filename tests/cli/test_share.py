@@ -195,3 +195,24 @@ def test_several_texts_are_fitted_to_and_told_of(headshare: Any, model: Path, te
     # Measured on one of them, which is named.
     result = headshare("share", model, tmp_path / "seen", *args, *mixed, "--text", other, "--json")
     assert f"were in the text that it was fitted to ({other})" in result["lines"][2]
+
+
+def test_units_become_slim(headshare: Any, model: Path, text: Path, tmp_path: Path) -> None:
+    args = ("--method", "slim", "--budget", 0.75, "--calibrate", text, "--calibrate-tokens", 640, "--seq-len", 64)
+    result = headshare("share", model, tmp_path / "slim", *args, "--json")
+    sharing = hs.load(tmp_path / "slim").sharing
+    assert sharing is not None
+    assert sharing.widths is not None
+    assert result["slim"] == sharing.slim.sum() > 0
+    assert (result["method"], result["budget"]) == ("slim", 0.75)
+    assert result["ledger"]["attention_stored"] <= 0.75 * result["ledger"]["attention_dense"]
+    rank, columns = sharing.widths.rank[~sharing.dropped], sharing.widths.qk.sum(axis=2)[~sharing.dropped]
+    assert f"values {rank.min()} to {rank.max()} of 16, queries and keys {columns.min()}" in result["lines"][0]
+    assert result["quality"]["windows"] == 16
+    # Before a place, --even takes its own value; the model's widths are even, too.
+    for name, even, axes in (("layer", ("--even",), 1), ("model", ("--even", "model"), (0, 1))):
+        headshare("share", *even, model, tmp_path / name, *args, "--plot", tmp_path / f"{name}.svg")
+        widths = hs.open_checkpoint(tmp_path / name).sharing.widths  # type: ignore[union-attr]
+        assert widths is not None
+        assert np.array_equal(widths.rank.min(axis=axes), widths.rank.max(axis=axes))
+        assert "values and outputs kept" in (tmp_path / f"{name}.svg").read_text()

@@ -25,6 +25,7 @@ from headshare_jax import cli
 from headshare_jax.convert import scores_file
 from headshare_jax.matching.functional import _LayerScorer
 from headshare_jax.methods import scored
+from headshare_jax.slim import rounds
 from headshare_jax.sweep.folder import DATA, PAGE, TABLE
 
 CALIBRATION = "The quick brown fox jumps over the lazy dog. " * 40
@@ -223,6 +224,41 @@ def test_bad_input_is_refused_before_anything_is_made(
     assert cli.run([*arguments(workplace), "-o", str(tmp_path / "empty"), "--resume"]) == 2
     assert "not the folder of a sweep" in " ".join(capsys.readouterr().err.split())
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_slim_units_stand_beside_plan_and_drop(
+    workplace: Path, tmp_path: Path, browser: Chrome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+    measure = rounds.measure
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        measured.append(1)
+        return measure(*args, **kwargs)
+
+    monkeypatch.setattr(rounds, "measure", counting)
+    command = arguments(workplace, methods="plan,slim,drop")
+    command[command.index("--ratios") : command.index("--ratios") + 2] = ["--budgets", "0.8,0.7"]
+    assert cli.run([*command, "-o", str(tmp_path / "report")]) == 0
+    # The first two rounds are those of both budgets.
+    assert len(measured) == 3
+    points = data(tmp_path / "report")["points"]
+    assert [(point["method"], point["budget"]) for point in points[1:]] == [
+        (method, budget) for method in ("plan", "slim", "drop") for budget in (0.7, 0.8)
+    ]
+    for point in points[1:]:
+        assert point["perplexity"] > 0
+        assert point["attention_bytes"] <= point["budget"] * points[0]["attention_bytes"]
+        assert (point["slim"] > 0) == (point["method"] == "slim") == bool(point["map"].get("slim"))
+    opened(browser, tmp_path / "report" / PAGE, 390)
+    choice = Select(browser.find_element(By.ID, "point"))
+    choice.select_by_index(next(place for place, point in enumerate(points[1:]) if point["slim"]))
+    (section,) = (each for each in browser.find_elements(By.CLASS_NAME, "point") if each.is_displayed())
+    assert "values and outputs kept" in (section.get_attribute("textContent") or "")
+    section.find_element(By.TAG_NAME, "summary").click()
+    assert "slim" in section.find_element(By.CSS_SELECTOR, "details tbody").text
+    assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    assert browser.get_log("browser") == []
 
 
 def test_scores_are_kept_whole(workplace: Path, tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_scores_of_best_donors_alone_cannot_be_drawn() -> None:
 
 
 def test_every_method_has_a_colour_and_a_symbol_of_its_own() -> None:
-    names = ["dense", "random", "direct", "refit", "fitted", "random-refit", "plan", "drop"]
+    names = ["dense", "random", "direct", "refit", "fitted", "random-refit", "plan", "slim", "drop"]
     styles = method_styles([{"method": name} for name in names])
     assert set(styles) == set(names) - {"dense"}
     for kind in zip(*styles.values(), strict=True):

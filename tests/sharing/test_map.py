@@ -227,8 +227,12 @@ def test_a_document_need_not_speak_of_drops_and_ties() -> None:
         ),
         ({"receivers": VALID["receivers"][1:], "dropped": []}, "1 of 6 units use another unit's qk weights"),
         ({"receivers": [], "dropped": []}, "0 of 6 units use another unit's qkv weights"),
-        (SLIM, "1 of 6 units use another unit's qkv weights, 1 is dropped, 2 are slim"),
-        (SLIM | {"receivers": [], "dropped": []}, "2 of 6 units are slim"),
+        (
+            SLIM,
+            "1 of 6 units use another unit's qkv weights, 1 is dropped, 2 are slim; values 3 to 8 of 8, "
+            "queries and keys 2 to 8",
+        ),
+        (SLIM | {"receivers": [], "dropped": []}, "2 of 6 units are slim; values 3 to 8 of 8, queries and keys 2 to 8"),
     ],
 )
 def test_summaries_tell_ties_and_drops(changes: dict[str, Any], summary: str) -> None:

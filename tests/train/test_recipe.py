@@ -41,11 +41,16 @@ def written(folder: Path, text: str) -> Path:
     return path
 
 
+SLIM: dict[str, Any] = {
+    **SMALL,
+    "sharing": {"method": "slim", "budget": 0.7, "even": "layer", "refit_windows": 8},
+    "stages": [{"kind": "tied"}],
+}
 SEVERAL = [{"source": "a.txt", "weight": 2, "text_field": "body"}, {"source": "b.jsonl"}]
 MIXED = {**SMALL, "data": {"train": SEVERAL, "streaming": True}}
 
 
-@pytest.mark.parametrize("document", [SMALL, FULL, MIXED], ids=["defaults", "all set", "several texts"])
+@pytest.mark.parametrize("document", [SMALL, FULL, MIXED, SLIM], ids=["defaults", "all set", "several texts", "slim"])
 def test_yaml_round_trip(tmp_path: Path, document: dict[str, Any]) -> None:
     recipe = recipes.from_mapping(document)
     text = recipes.to_yaml(recipe)
@@ -177,6 +182,17 @@ def with_value(key: str, value: Any) -> dict[str, Any]:
         ("sharing.refit_windows", 2**32, "sharing.refit_windows must be less than or equal to 1000000, not 4294967296"),
         ("sharing.refit_windows", 1, "sharing.refit_windows must be 0, or at least 2, as one is held out"),
         ("sharing", {"start": "small", "refit_windows": 2}, "shared model already; leave sharing.refit_windows out"),
+        ("sharing", {"method": "fitted"}, "sharing.method must be 'slim', not 'fitted'"),
+        ("sharing", {"method": "slim", "budget": 0.7}, "looks at text; give sharing.refit_windows"),
+        ("sharing", {"method": "slim", "refit_windows": 8}, "needs sharing.budget"),
+        ("sharing", {"method": "slim", "budget": 1.5}, "sharing.budget must be less than or equal to 1, not 1.5"),
+        ("sharing", {"method": "slim", "budget": 0}, "sharing.budget must be greater than 0, not 0"),
+        ("sharing", {"method": "slim", "budget": 0.7, "ratio": 0.1}, "has no use for sharing.ratio; leave it out"),
+        ("sharing", {"method": "slim", "budget": 0.7, "map": "map.json"}, "has no use for sharing.map"),
+        ("sharing", {"method": "slim", "budget": 0.7, "refit_windows": 8}, "no receivers to align"),
+        ("sharing", {"budget": 0.7}, "sharing.budget is of sharing.method slim alone"),
+        ("sharing", {"even": "layer"}, "sharing.even is of sharing.method slim alone"),
+        ("sharing", {"method": "slim", "budget": 0.7, "even": "head"}, "sharing.even must be 'layer' or 'model'"),
         ("stage.steps", 0, "stages.0.steps must be greater than or equal to 1, not 0"),
         ("stage.temperature", 0, "stages.0.temperature must be greater than 0"),
         ("stage.sim_weight", -1.0, "stages.0.sim_weight must be greater than or equal to 0"),
