@@ -143,6 +143,22 @@ def test_what_was_stopped_goes_on_to_the_same_bits(tmp_path: Path, steps: int) -
     assert all(before < after for before, after in pairwise(done for done, _ in told))
 
 
+def test_a_smaller_budget_goes_on_from_the_rounds_of_a_larger_one(tmp_path: Path) -> None:
+    dense, settings = tiny_model(), SlimSettings(scoring_tokens=64, round_tokens=128)
+    expected, expected_map, _ = slim(dense, WINDOWS, 0.8, settings)
+    journals = hs.JournalFolder(tmp_path)
+    slim(dense, WINDOWS, 0.9, settings, journals=journals)
+    told: list[int] = []
+    model, sharing, _ = slim(
+        dense, WINDOWS, 0.8, settings, journals=journals, progress=lambda done, total: told.append(done)
+    )
+    # Costs of the first round are there.
+    assert told[0] == 7
+    assert sharing == expected_map
+    for layer in range(dense.config.num_layers):
+        np.testing.assert_array_equal(model.read("o_pool_phd", layer), expected.read("o_pool_phd", layer))
+
+
 @pytest.mark.parametrize(
     ("budget", "expected"), [(1.0, [1.0]), (0.95, [0.95]), (0.9, [0.9]), (0.75, [0.9, 0.8, 0.75]), (0.8, [0.9, 0.8])]
 )
