@@ -88,7 +88,7 @@ class Command:
         """A command line with every implied value in its place."""
         implied = {cls.flags()[name]: values for name, values in cls.implied.items()}
         spelt: list[str] = []
-        for word, following in zip(words, [*words[1:], ""], strict=True):
+        for word, following in zip(words, [*words, ""][1:], strict=True):
             values = implied.get(word)
             spelt += [word] if values is None or following.lower() in values else [word, values[0]]
         return spelt
