@@ -359,7 +359,7 @@ class Llama(nnx.Module):
     def _running(self) -> Stacks:
         """What runs where no gradient is taken: nothing of dropped heads, and no more of others than they keep."""
         stacks, shapes = replace(self._stacks(), mesh=self.mesh), self.head_shapes
-        if self.sharing is None or shapes == head_shapes(self.config):
+        if self.sharing is None or (shapes == head_shapes(self.config) and not stacks.by_columns):
             return stacks
         return stacks.of_heads(running_tables(self.sharing, shapes))
 

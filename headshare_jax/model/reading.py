@@ -59,15 +59,12 @@ class Gathered:
 @partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=())
 @dataclass(frozen=True)
 class OneByOne:
-    """Heads are read one by one from their pools; of heads by columns, those that lie there side by side together.
-
-    Where such layers are alike, and one program runs them all, they are gathered.
-    """
+    """Heads are read one by one from their pools; of heads by columns, those that lie there side by side together."""
 
     parts = 1
 
     def layer(self, stacks: Stacks, place: jax.Array | int) -> Layer:
-        if not stacks.has_heads(place) or (stacks.by_columns and not stacks.apart):
+        if not stacks.has_heads(place):
             return Gathered().layer(stacks, place)
         return _RunByRun(stacks, place) if stacks.by_columns else _HeadByHead(stacks, place)
 

@@ -79,8 +79,8 @@ class Stacks:
       pools: by name, everything that is stored by pool rows: heads, or columns of heads.
       drops: whether some heads are dropped, whose index is one past the last row of a pool of heads.
       mesh: where gathered heads are cut over tensor by whoever uses them, while their pools are cut along D.
-      apart: by name and layer, what takes the place of something layered where layers' heads are not alike; a layer's
-        place is then a number that the program is made for.
+      apart: by name and layer, what takes the place of something layered where layers' heads are not alike, or parts of
+        heads; a layer's place is then a number that the program is made for.
     """
 
     layered: Mapping[str, jax.Array]
@@ -155,7 +155,8 @@ class Stacks:
         """What is read of some heads, or parts of heads, alone, as `running_tables` names them."""
         past = self.pools[pool_name("o")].shape[0]
         drops = any((index >= past).any() for index in tables[index_name("o")])
-        if any(len({table.shape for table in each}) > 1 for each in tables.values()):
+        # A loop could but gather columns; a program that knows them reads them where they lie.
+        if self.by_columns or any(len({table.shape for table in each}) > 1 for each in tables.values()):
             return replace(self, drops=drops, apart={name: tuple(each) for name, each in tables.items()})
         alike = {name: jnp.asarray(np.stack(each)) for name, each in tables.items()}
         return replace(self, drops=drops, layered={**self.layered, **alike})

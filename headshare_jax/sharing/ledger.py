@@ -11,8 +11,9 @@ from headshare_jax.parameters import PARAMETERS, PROJECTIONS, parameter_names, s
 from headshare_jax.sharing.source import WeightSource, path_of, stored_shape
 
 NOT_SAVED = (
-    "A unit that shares has keys, values and products of its own: sharing saves weights only. A dropped unit has no "
-    "key/value cache and no FLOPs where this library or llama.cpp generates; in transformers it has both."
+    "A unit that shares has keys, values and products of its own: sharing saves weights only. What is dropped, or cut "
+    "of a slim unit, has no key/value cache and no FLOPs where this library generates, but for padding; llama.cpp leaves "
+    "dropped units out, too, and transformers nothing."
 )
 
 

@@ -143,7 +143,7 @@ def test_meshes_run_narrow_heads(sizes: tuple[int, int, int]) -> None:
     assert generate(spread, PROMPTS, max_new_tokens=8) == generate(slim, PROMPTS, max_new_tokens=8)
 
 
-def test_layers_of_one_width_are_one_loop() -> None:
+def test_layers_of_one_width_have_one_cache() -> None:
     dense = tiny_model(attention_bias=True)
     full = Widths.full(dense.config)
     pairs = np.random.default_rng(0).permuted(np.broadcast_to(np.arange(8) < 5, full.pairs.shape), axis=2)
