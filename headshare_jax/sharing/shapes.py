@@ -76,7 +76,8 @@ def running_tables(sharing: SharingMap, shapes: Sequence[HeadShape]) -> dict[str
         return tables
     pair_lkp = []
     for layer, shape in enumerate(shapes):
-        kept = [_columns(widths, layer, unit, shape)[: shape.pairs] for unit in np.flatnonzero(~sharing.dropped[layer])]
+        units = np.flatnonzero(~sharing.dropped[layer]).tolist()
+        kept = [_columns(widths, layer, unit, shape)[: shape.pairs] for unit in units]
         # What pads a head, or is a head of zeros, may turn by any angle.
         pairs = np.maximum(np.reshape(kept, (len(kept), shape.pairs)), 0)
         pair_lkp.append(np.pad(pairs, ((0, shape.units - len(kept)), (0, 0))).astype(np.int32))
@@ -96,7 +97,7 @@ def _index(sharing: SharingMap, projection: str, shapes: Sequence[HeadShape]) ->
             continue
         width = shape.qk if projection in "qk" else shape.vo
         rows = np.full((shape.units, group, width), stored, np.int32)
-        for place, unit in enumerate(kept):
+        for place, unit in enumerate(kept.tolist()):
             columns = _columns(sharing.widths, layer, unit, shape) if projection in "qk" else np.arange(width)
             rows[place] = np.where(columns < 0, stored, index_lugs[layer, unit][:, columns])
         tables.append(rows.reshape(shape.units * group, width))
