@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from headshare_jax import HeadshareError, LlamaConfig, parameters
+from headshare_jax import HeadshareError, LlamaConfig, SharingMap, Widths, parameters
 from headshare_jax.chips import CHIPS
 from headshare_jax.plan import planning
 from headshare_jax.plan.estimate import Layout, Workload, activation_bytes, estimated, meshes
@@ -68,6 +68,21 @@ def test_sharing_costs_decode_nothing_and_saves_what_the_map_says(batch: int) ->
     assert shared["flops"] == dense["flops"]
     assert dense["fits"]
     assert shared["room_bytes"] > dense["room_bytes"]
+
+
+@pytest.mark.parametrize(("stage", "itemsize"), [("decode", 2), ("postshare", 4)])
+def test_slim_units_are_planned_as_they_are_stored(stage: str, itemsize: int) -> None:
+    widths = Widths.full(SMALL)
+    rank, pairs = widths.rank.copy(), widths.pairs.copy()
+    rank[1], pairs[0, :, 1:3] = 3, False
+    whole = np.arange(SMALL.num_units).reshape(rank.shape)
+    slim = SharingMap(whole, np.full(rank.shape, np.nan), 2, widths=Widths(rank, pairs, SMALL.head_dim))
+    result = planning.plan(Workload(SMALL, slim, stage, 4, 128), "v5e:2x2", mesh=(1, 4, 1))
+    # Of both units, columns of two query heads and a key head, or of a value head and rows of o of two heads.
+    saved = 2 * 3 * (61 + 4) * SMALL.hidden_size
+    difference = result["dense"]["parameter_bytes"] - result["shared"]["parameter_bytes"]
+    assert difference == saved * itemsize // 4
+    assert result["shared"]["fits"]
 
 
 def test_prefill_counts_every_product() -> None:
