@@ -81,7 +81,7 @@ def test_inspect_shows_widths(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     hs.save(slim, tmp_path / "slim")
     assert cli.run(["inspect", str(tmp_path / "slim"), "--pairs", "--check"]) == 0
     shown = capsys.readouterr().out
-    assert "Map: 1 of 6 units is dropped, 3 are slim, chosen by" in shown
+    assert f"Map: {slim.sharing.summary()}, chosen by" in shown
     rank, pairs = slim.sharing.widths.rank[0, 1], slim.sharing.widths.pairs[0, 1].sum()
     assert f"{rank} of 16 values, {pairs} of 8 pairs" in shown
     assert cli.run(["inspect", str(tmp_path / "slim"), "--json"]) == 0
@@ -90,24 +90,28 @@ def test_inspect_shows_widths(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert told["ledger"]["nominal_saving"] == told["ledger"]["actual_saving"]
 
 
-def test_a_map_by_hand_makes_units_slim_from_the_command_line(
+def test_a_plain_export_is_made_slim_again_from_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = tiny_cli_model.saved_without_torch(tmp_path / "dense")
-    dense = hs.load(model)
-    sharing = slim_sharing(dense)
-    (tmp_path / "map.json").write_text(sharing.to_json())
-    with_map = ["share", str(model), str(tmp_path / "out"), "--map", str(tmp_path / "map.json")]
-    assert cli.run([*with_map, *tiny_cli_model.DIRECT]) == 0
-    assert hs.open_checkpoint(tmp_path / "out").sharing == sharing
-    same_weights(hs.load(tmp_path / "out"), share(dense, sharing))
-    capsys.readouterr()
-    wrong = json.loads(sharing.to_json())
+    dense = tiny_model(vocab_size=len(tiny_cli_model.ALPHABET))
+    slim = share(dense, slim_sharing(dense))
+    assert slim.sharing is not None
+    hs.save(slim, tmp_path / "plain", to="hf")
+    tiny_cli_model.with_tokenizer(tmp_path / "plain")
+    (tmp_path / "map.json").write_text(slim.sharing.to_json())
+
+    def shared(name: str, *more: str) -> int:
+        with_map = ["share", str(tmp_path / "plain"), str(tmp_path / name), "--map", str(tmp_path / "map.json")]
+        return cli.run([*with_map, "--no-eval", *more])
+
+    assert shared("out") == 0
+    assert hs.open_checkpoint(tmp_path / "out").sharing == slim.sharing
+    same_weights(hs.load(tmp_path / "out"), slim)
+    assert shared("other", "--to", "hf-compact") == 2
+    wrong = json.loads(slim.sharing.to_json())
     wrong["slim"][0]["rank"] = 0
     (tmp_path / "map.json").write_text(json.dumps(wrong))
-    with_map[2] = str(tmp_path / "other")
-    assert cli.run([*with_map, *tiny_cli_model.DIRECT]) == 2
+    capsys.readouterr()
+    assert shared("other") == 2
     assert "or drop the unit instead" in capsys.readouterr().err
-    (tmp_path / "map.json").write_text(sharing.to_json())
-    assert cli.run([*with_map, *tiny_cli_model.DIRECT, "--to", "hf-compact"]) == 2
     assert not (tmp_path / "other").exists()
