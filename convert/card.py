@@ -153,14 +153,9 @@ def _map_in_words(sharing: SharingMap) -> str:
     how += [f"match `{sharing.match}`"] if sharing.match else []
     how += [f"ratio {sharing.ratio:g}"] if sharing.ratio is not None else []
     how += [f"seed {sharing.seed}"] if sharing.seed is not None else []
-    dropped = int(sharing.dropped.sum())
-    gone = f", and {dropped} are dropped" if dropped else ""
-    slim = int(sharing.slim.sum())
-    gone += f", and {slim} are slim (some columns of their heads are cut)" if slim else ""
     return (
-        f"{len(sharing.receivers)} of {sharing.donor.size} units (a key/value head with its query heads) use the "
-        f"{', '.join(sharing.tie)} weights of another unit{gone}, {', '.join(how)}. Who uses whose: "
-        "`headshare_map.json`."
+        f"{sharing.summary()} (a unit is a key/value head with its query heads), {', '.join(how)}. What becomes of "
+        "each: `headshare_map.json`."
     )
 
 

@@ -31,8 +31,7 @@ def test_card_of_a_shared_model(tmp_path: Path, to: str) -> None:
     assert written.data.license is None
     sizes = hs.ledger(model)
     for words in (
-        "2 of 6 units",
-        "q, k weights",
+        "2 of 6 units use another unit's qk weights",
         "6 windows of 512 tokens from the start of `text.txt` (text 1234abcd)",
         f"| all parameters | {sizes.dense:,} | {sizes.stored:,} |",
         f"| bytes | {sizes.dense_bytes:,} | {sizes.stored_bytes:,} |",
