@@ -21,7 +21,7 @@ from headshare_jax.parameters import PARAMETERS, PROJECTIONS, index_name
 from headshare_jax.sharing import finite
 from headshare_jax.sharing.ledger import described
 from headshare_jax.sharing.map import SharingMap
-from headshare_jax.sharing.source import pool_index, read_heads, stored_shape
+from headshare_jax.sharing.source import pool_index, read_heads, slots_per_head, stored_shape
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,8 @@ class NativeCheckpoint:
         for name in parameters.parameter_names(self.config):
             problems += self._mismatch(name, stored_shape(self.config, name, self.sharing), FLOATS)
         for projection in PROJECTIONS:
-            shape = pool_index(self.config, projection, self.sharing).shape
+            heads = parameters.heads_per_layer(self.config, projection)
+            shape = (self.config.num_layers, heads * slots_per_head(self.sharing))
             problems += self._mismatch(index_name(projection), shape, ("int32",))
         if problems:
             raise HeadshareError(f"The arrays in {self.path} do not fit {DOCUMENT}: {'; '.join(problems)}.")

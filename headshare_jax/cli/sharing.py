@@ -37,9 +37,9 @@ Tie = Annotated[
 Even = Annotated[
     Annotated[str, kinds.OneOf(*EVEN)] | None,
     tyro.conf.arg(
-        metavar="[layer|model]",
-        help="Slim: one width for all units of a layer, or of the model (--even model), for hardware and formats that "
-        "want it; by default each unit has its own, which costs least.",
+        metavar="[TEXT]",
+        help="Slim: one width for all units of a layer, or of the model (--even model), for hardware and formats "
+        "that want it; by default each unit has its own, which costs least.",
     ),
 ]
 Seed = Annotated[kinds.Seed | None, tyro.conf.arg(help="Seed of random scores; 0 by default.")]

@@ -75,7 +75,7 @@ def test_a_head_gets_the_gradients_of_all_its_users(tmp_path: Path, tie: str) ->
         for rows, layer in zip(index, expanded.model.layers, strict=True):
             theirs = getattr(layer.self_attn, f"{projection}_proj").weight.grad
             heads = (theirs.T if projection == "o" else theirs).reshape(4, 16, 64)
-            gradient.index_add_(0, torch.as_tensor(rows), heads)
+            gradient.index_add_(0, torch.tensor(rows), heads)
         assert_close(mine.numpy(), gradient[:-1].numpy())
 
 

@@ -144,4 +144,6 @@ def test_a_sweep_goes_on_with_nothing_to_do(copy: Path, capsys: pytest.CaptureFi
     assert cli.run([*words, "--text", "texts/held-out.txt", "--max-windows", "4"]) == 0, capsys.readouterr().err
     assert {path: path.read_bytes() for path in (copy / "sweep" / "cache").rglob("*") if path.is_file()} == kept
     with (copy / "sweep" / "points.csv").open() as file:
-        assert list(csv.DictReader(file)) == points
+        # There are new columns; no figure changes.
+        again = [{name: row[name] for name in points[0]} for row in csv.DictReader(file)]
+    assert again == points
