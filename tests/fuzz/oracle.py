@@ -58,7 +58,7 @@ class Outcome:
 
     Attributes:
       code: exit code; None if an error escaped.
-      seconds, memory: what it took; the most bytes that were resident.
+      seconds, memory: what it took; bytes, at most, beyond those that were resident before.
       said: standard error.
       problem: what is wrong with it, or None.
     """
@@ -86,7 +86,7 @@ def try_input(given: Input, seeds: Path, folder: Path) -> Outcome:
     working.mkdir(parents=True)
     lay_out(given, seeds, working)
     before = _listing(folder)
-    _forget_peak()
+    resident = _forget_peak()
     begin = time.monotonic()
     with _inside(working), _captured(folder.parent) as captured:
         try:
@@ -96,7 +96,7 @@ def try_input(given: Input, seeds: Path, folder: Path) -> Outcome:
         except BaseException:
             traceback.print_exc()
             code = None
-    seconds, memory = time.monotonic() - begin, _peak()
+    seconds, memory = time.monotonic() - begin, _peak() - resident
     printed, said = captured
     problem = _problem(given, code, printed, said, _difference(before, _listing(folder)))
     if seconds > MOST_SECONDS:
@@ -171,9 +171,11 @@ def _captured(folder: Path) -> Iterator[list[str]]:
             file.close()
 
 
-def _forget_peak() -> None:
+def _forget_peak() -> int:
+    """Bytes that are resident, from which `_peak` counts."""
     with Path("/proc/self/clear_refs").open("w") as file:
         file.write("5")
+    return _peak()
 
 
 def _peak() -> int:
