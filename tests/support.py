@@ -330,3 +330,15 @@ def dropped(model: Llama, units: dict[int, list[int]]) -> Llama:
         donor[layer, of] = DROPPED
     score = np.where(donor == DROPPED, 0.5, np.nan)
     return share(model, SharingMap(donor=donor, score=score, heads_per_unit=model.config.heads_per_unit))
+
+
+def calls_of(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[tuple[Any, ...]]:
+    """The arguments by position of every call of a function from now on, in a list that grows."""
+    calls, function = list[tuple[Any, ...]](), getattr(owner, name)
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, called)
+    return calls

@@ -19,6 +19,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.actions.action_builder import ActionBuilder
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select
+from support import calls_of
 
 import headshare_jax as hs
 from headshare_jax import cli
@@ -108,8 +109,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     measured: list[float] = []
-    matched: list[str] = []
-    perplexity, match = hs.perplexity, scored.match
+    perplexity = hs.perplexity
 
     def stopping(*args: Any, **kwargs: Any) -> Any:
         if len(measured) == 2:
@@ -117,11 +117,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(
         measured.append(0)
         return perplexity(*args, **kwargs)
 
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        matched.append(args[1])
-        return match(*args, **kwargs)
-
-    monkeypatch.setattr(scored, "match", counting)
+    matched = calls_of(monkeypatch, scored, "match")
     monkeypatch.setattr("headshare_jax.sweep.points.perplexity", stopping)
     command = [*arguments(workplace), "-o", str(tmp_path / "report")]
     assert cli.run(command) == 130
@@ -131,7 +127,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(
     assert "--resume" in capsys.readouterr().err
     assert cli.run([*command, "--resume"]) == 0
     # One for both ratios and both runs.
-    assert matched == ["qk"]
+    assert [match for _, match in matched] == ["qk"]
     for one, other in zip(data(tmp_path / "report")["points"], data(workplace / "report")["points"], strict=True):
         for name in ("method", "ratio", "reason"):
             assert one.get(name) == other.get(name)
@@ -161,20 +157,13 @@ def test_matching_that_was_stopped_in_a_sweep_goes_on_where_it_was(
 def test_a_finished_sweep_measures_nothing_again_and_takes_further_points(
     workplace: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shared: list[str] = []
-    apply = scored.ScoredMethod.apply
-
-    def counting(method: scored.ScoredMethod, *args: Any, **kwargs: Any) -> Any:
-        shared.append(method.name)
-        return apply(method, *args, **kwargs)
-
-    monkeypatch.setattr(scored.ScoredMethod, "apply", counting)
+    shared = calls_of(monkeypatch, scored.ScoredMethod, "apply")
     assert cli.run([*arguments(workplace), "-o", str(copy), "--resume"]) == 0
     assert shared == []
     for name in (DATA, TABLE, PAGE):
         assert (copy / name).read_bytes() == (workplace / "report" / name).read_bytes(), name
     assert cli.run([*arguments(workplace, methods="direct,random"), "-o", str(copy), "--resume"]) == 0
-    assert shared == ["random", "random"]
+    assert [method.name for method, *_ in shared] == ["random", "random"]
 
 
 def test_a_sweep_of_something_else_is_never_continued(
@@ -229,14 +218,7 @@ def test_bad_input_is_refused_before_anything_is_made(
 def test_slim_units_stand_beside_plan_and_drop(
     workplace: Path, tmp_path: Path, browser: Chrome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured: list[int] = []
-    measure = rounds.measure
-
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        measured.append(1)
-        return measure(*args, **kwargs)
-
-    monkeypatch.setattr(rounds, "measure", counting)
+    measured = calls_of(monkeypatch, rounds, "measure")
     command = arguments(workplace, methods="plan,slim,drop")
     command[command.index("--ratios") : command.index("--ratios") + 2] = ["--budgets", "0.8,0.7"]
     assert cli.run([*command, "-o", str(tmp_path / "report")]) == 0

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import random_tokens, tiny_model
+from support import calls_of, random_tokens, tiny_model
 
 import headshare_jax as hs
 from headshare_jax.methods.table import find
@@ -61,14 +61,7 @@ def test_budgets_have_their_first_rounds_in_common(
     model: hs.Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = made(model, 0.75), made(model, 0.7)
-    measured: list[int] = []
-    measure = rounds.measure
-
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        measured.append(1)
-        return measure(*args, **kwargs)
-
-    monkeypatch.setattr(rounds, "measure", counting)
+    measured = calls_of(monkeypatch, rounds, "measure")
     journals = hs.JournalFolder(tmp_path / "work")
     assert same(made(model, 0.75, journals=journals), alone[0])
     assert len(measured) == 3
