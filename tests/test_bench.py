@@ -107,3 +107,22 @@ def test_training_steps_are_read_as_compiled_for_a_pod(tmp_path: Path) -> None:
         assert row["step_seconds"] == max(row["seconds"].values())
     assert tied["parameter_bytes"] < align["parameter_bytes"]
     assert sum(tied["collective_bytes"].values()) <= sum(align["collective_bytes"].values())
+
+
+@pytest.mark.slow
+def test_methods_are_compared_on_a_model_trained_here(tmp_path: Path) -> None:
+    texts = [tmp_path / "train.txt", tmp_path / "held-out.txt"]
+    for number, text in enumerate(texts):
+        text.write_text(" ".join(str(word * (7 + number)) for word in range(2000)))
+    given = ("--train", str(texts[0]), "--held-out", str(texts[1]), "--folder", str(tmp_path / "model"))
+    first = run_quick("mha", tmp_path, *given)
+    assert [(row["method"], row["budget"]) for row in first["rows"]] == [("slim", 0.7), ("drop", 0.7)]
+    assert (first["rows"][1]["against_last"], first["rows"][1]["against_last_error"]) == (1, 0)
+    for row in first["rows"]:
+        assert row["against_last"] == pytest.approx(row["ratio"] / first["rows"][1]["ratio"])
+    # 3 layers of 4 heads, 16 wide, each with q, k, v and o.
+    assert first["model"]["attention"] == 3 * 4 * 4 * 16 * 64
+    assert first["model"]["training"]["tokens"] == 3 * 2 * 32
+    # The model that lies there is not trained again.
+    again = run_quick("mha", tmp_path, *given)
+    assert again["model"] == first["model"] | {"training": None}
