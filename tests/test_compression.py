@@ -231,7 +231,7 @@ def test_what_was_computed_on_a_text_is_kept_in_the_work_folder(folder: Path, tm
         steps.append((label, done, total))
 
     first = compress("dense", **SMALL | plan | {"progress": told})
-    assert {label for label, _, _ in steps} == {"matching", "refitting"}
+    assert {label for label, _, _ in steps} == {"matching", "slimming"}
     assert all(0 < done <= total for _, done, total in steps)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
     assert len(kept) > 3

@@ -65,7 +65,7 @@ class Effort:
 
     def part(self, label: str, steps: float) -> float:
         """The part of a phase's cost that a part of its steps is, where they do not all cost the same."""
-        costs = self._slimming if label == "slimming" else self._matching if self._functional else []
+        costs = self._slimming if label == "slimming" else self._matching if self.method.functional else []
         if label not in ("matching", "slimming") or not costs:
             return steps
         # Each of the steps is a layer: forward, with the head behind the last, backward, and its pairs or its fit.
@@ -77,15 +77,11 @@ class Effort:
 
     @property
     def _matches(self) -> bool:
-        return isinstance(self.method, ScoredMethod) and self.amount is not None
+        return self.amount is not None and (isinstance(self.method, ScoredMethod) or self.method.functional)
 
     @property
     def _slims(self) -> bool:
         return isinstance(self.method, SlimMethod)
-
-    @property
-    def _functional(self) -> bool:
-        return isinstance(self.method, ScoredMethod) and self.method.functional
 
     @property
     def _refits(self) -> bool:
@@ -95,7 +91,7 @@ class Effort:
     def _matching(self) -> list[float]:
         """Costs of matching: layers forward, gradients of the head and backward, and pairs; or pairs alone."""
         config, through = self.config, self.config.num_layers * self._layer
-        if not self._functional:
+        if not self.method.functional:
             return [through * config.num_units / 2]
         tokens = self.seq_len * min(self.calibration, FunctionalSettings().windows)
         # Scores of attention, of every donor that is tried.
@@ -136,7 +132,7 @@ class Effort:
         matched = min(self.calibration, FunctionalSettings().windows)
         if self._slims:
             matched = min(self.calibration, -(-SlimSettings().scoring_tokens // self.seq_len))
-        gradients = matched * self.config.num_layers if self._functional or self._slims else 0
+        gradients = matched * self.config.num_layers if self.method.functional or self._slims else 0
         return state * max(gradients + matched, 2 * self.calibration, 2 * self.measured)
 
     @property

@@ -13,7 +13,7 @@ from headshare_jax.fit.refit import refit
 from headshare_jax.matching.cosine import magnitudes, match
 from headshare_jax.matching.functional import match_functional
 from headshare_jax.methods.work import Amount, Made, Method, MethodSettings, Step, Work
-from headshare_jax.sharing.budget import budget_map, units_to_save
+from headshare_jax.sharing.budget import units_to_save
 from headshare_jax.sharing.choose import drop_map, sharing_map, within_shards
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.scores import MatchResult
@@ -70,10 +70,14 @@ def least_dropped(result: MatchResult, amount: Amount, config: LlamaConfig, sett
     return replace(drop_map(result, ratio), budget=amount.budget)
 
 
-def within_budget(result: MatchResult, amount: Amount, config: LlamaConfig, settings: MethodSettings) -> SharingMap:
-    """Every unit is kept, shared or dropped as it costs least."""
-    assert amount.budget is not None
-    return budget_map(result, config, amount.budget)
+def kept_scores(work: Work, scores: Scorer) -> MatchResult:
+    """Scores of all units, made unless they are kept already."""
+
+    def score() -> MatchResult:
+        with work.phase("matching") as progress:
+            return scores(work, progress)
+
+    return work.kept(scores.__name__, score)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +96,6 @@ class ScoredMethod(Method):
 
     @property
     def functional(self) -> bool:
-        """Whether it scores what units compute on the text."""
         return self.scores is functional_scores
 
     @property
@@ -105,20 +108,14 @@ class ScoredMethod(Method):
         return self.refits or self.functional
 
     def scored(self, work: Work) -> MatchResult:
-        def score() -> MatchResult:
-            with work.phase("matching") as progress:
-                return self.scores(work, progress)
-
-        return work.kept(self.scores.__name__, score)
+        return kept_scores(work, self.scores)
 
     def chosen(self, result: MatchResult, amount: Amount, config: LlamaConfig, settings: MethodSettings) -> SharingMap:
         """The map that it makes of its scores, which names it.
 
         Raises:
-          HeadshareError: as `sharing_map`, `drop_map`, `budget_map` and `within_shards`.
+          HeadshareError: as `sharing_map`, `drop_map` and `within_shards`.
         """
-        if amount.ratio is not None:
-            self.check_ratio()
         if settings.within_shards is not None and result.scores is not None:
             result = within_shards(result, settings.within_shards)
         return replace(self.choose(result, amount, config, settings), method=self.name)

@@ -1,4 +1,4 @@
-"""The method that makes units slim."""
+"""The methods that make units slim."""
 
 import math
 from dataclasses import dataclass, replace
@@ -6,8 +6,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from headshare_jax.config import LlamaConfig
+from headshare_jax.methods.scored import functional_scores, kept_scores
 from headshare_jax.methods.work import Amount, Made, Method, Work
+from headshare_jax.sharing.choose import within_shards
 from headshare_jax.sharing.map import SharingMap
+from headshare_jax.sharing.scores import MatchResult
 from headshare_jax.sharing.widths import Widths
 from headshare_jax.slim.choose import Rules
 from headshare_jax.slim.rounds import SlimSettings, slim
@@ -19,31 +22,42 @@ class SlimMethod(Method):
 
     Map and weights are made together for one budget. Rounds that several budgets have in common are found in the
     journals.
+
+    Attributes:
+      shares: whether units use others' queries, keys and values too where that costs less.
     """
 
     by_budget: bool = True
+    shares: bool = False
+
+    @property
+    def functional(self) -> bool:
+        return self.shares
 
     @property
     def minutes(self) -> int:
         # At a budget of 0.7: scoring takes as long as four fifths of a refit on all the text, fits as long as 1.3.
-        return 20
+        return 20 + 10 * self.functional
 
     @property
     def needs_text(self) -> bool:
         return True
 
-    def scored(self, work: Work) -> None:
-        return None
+    def scored(self, work: Work) -> MatchResult | None:
+        return kept_scores(work, functional_scores) if self.shares else None
 
     def make(self, work: Work, amount: Amount) -> Made:
         if amount.budget is None:
             self.check_ratio()
         assert amount.budget is not None
-        settings = SlimSettings(Rules(even=work.settings.even, shards=work.settings.within_shards))
+        shards, scores = work.settings.within_shards, self.scored(work)
+        if scores is not None and shards is not None:
+            scores = within_shards(scores, shards)
+        settings = SlimSettings(Rules(even=work.settings.even, shards=shards))
         with work.phase("slimming") as progress:
             model, sharing, report = slim(
                 work.source, work.text_wt, amount.budget, settings,
-                mesh=work.mesh, journals=work.journals, progress=progress,
+                scores=scores, mesh=work.mesh, journals=work.journals, progress=progress,
             )  # fmt: skip
         return Made(model, replace(sharing, method=self.name), report)
 

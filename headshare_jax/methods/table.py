@@ -8,7 +8,6 @@ from headshare_jax.methods.scored import (
     magnitude_scores,
     random_scores,
     weight_scores,
-    within_budget,
 )
 from headshare_jax.methods.slimming import SlimMethod
 from headshare_jax.methods.work import Method, MethodSettings
@@ -23,9 +22,8 @@ METHODS: dict[str, Method] = {
         ScoredMethod(
             "fitted", "refit, with donors by what they compute", _PAIRS, scores=functional_scores, refits=True
         ),
-        ScoredMethod(
-            "plan", "keep, share or drop each unit, then refit", ("within_shards",), by_budget=True,
-            scores=functional_scores, choose=within_budget, refits=True,
+        SlimMethod(
+            "plan", "keep, slim, share or drop each unit, then refit", ("within_shards",), shares=True
         ),
         SlimMethod("slim", "keep the columns of each head that matter most, then refit", ("even", "within_shards")),
         ScoredMethod(

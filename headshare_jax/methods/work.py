@@ -172,6 +172,11 @@ class Method(ABC):
 
     @property
     @abstractmethod
+    def functional(self) -> bool:
+        """Whether it scores what units compute on the text, by functional matching."""
+
+    @property
+    @abstractmethod
     def minutes(self) -> int:
         """About what it takes on two CPU cores for a billion parameters, by SmolLM2-135M and Qwen2.5-Coder-0.5B."""
 

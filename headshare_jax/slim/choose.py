@@ -1,6 +1,7 @@
 """Choosing widths: of every unit the columns whose loss costs most are kept, as many as a budget leaves."""
 
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -9,6 +10,7 @@ from headshare_jax.errors import HeadshareError, Unmet
 from headshare_jax.sharing.budget import check_budget
 from headshare_jax.sharing.map import shard_of_units
 from headshare_jax.slim.kept import Kept
+from headshare_jax.slim.pairs import Pairs
 from headshare_jax.typed import check_fields
 
 EVEN = ("layer", "model")
@@ -57,11 +59,14 @@ class Costs:
     pairs: np.ndarray | None
 
 
-def choose(costs: Costs, kept: Kept, size_p: np.ndarray, budget: float, rules: Rules) -> tuple[Kept, np.ndarray]:
+def choose(
+    costs: Costs, kept: Kept, size_p: np.ndarray, budget: float, rules: Rules, pairs: Pairs | None = None
+) -> tuple[Kept, np.ndarray]:
     """The widths of least cost whose columns fit a budget.
 
     Every unit has the widths of least cost + price x columns, or is dropped if that is less; the price is found by
-    bisection. What the budget then has left over is given to whom it helps most.
+    bisection. What the budget then has left over is given to whom it helps most. Units share where that costs less at
+    this price, and in all.
 
     Args:
       costs: of keeping less.
@@ -69,41 +74,106 @@ def choose(costs: Costs, kept: Kept, size_p: np.ndarray, budget: float, rules: R
       size_p: as `pair_sizes` has it.
       budget: part of all L U 2 H columns, and so of attention's weights, to keep at most, in (0, 1].
       rules: what widths must be.
+      pairs: units that may share; by default none.
 
     Returns:
       What is kept, and what it costs each unit, float64 [L, U].
 
     Raises:
-      HeadshareError: a budget outside (0, 1] or below the narrowest widths, shards that do not divide the units.
+      HeadshareError: a budget outside (0, 1] or below the narrowest widths, shards that do not divide the units, pairs
+        where widths are to be even.
     """
     check_budget(budget)
-    num_layers, units = kept.rank.shape
-    width = costs.values.shape[-1] - 1
-    shards = 1 if rules.shards is None or rules.even else rules.shards
-    shard_n = np.tile(shard_of_units(units, rules.shards or 1) if shards > 1 else np.zeros(units, int), num_layers)
-    value_nw = costs.values.reshape(-1, width + 1)
-    drop_n = value_nw[:, 0]
-    order_np, pair_nw = _pair_paths(costs.pairs, kept.pairs, size_p, width)
-    value_nw = _allowed(value_nw, kept.rank.ravel(), rules.multiple)
-    pair_nw = _allowed(pair_nw, (kept.pairs @ size_p).ravel(), rules.multiple)
-    whole = Fraction(str(budget)) * kept.rank.size * 2 * width
-    value_n, columns_n = np.zeros(kept.rank.size, np.int64), np.zeros(kept.rank.size, np.int64)
-    for shard in range(shards):
-        mine = np.flatnonzero((shard_n == shard) & ~kept.dropped.ravel())
-        groups = _groups(mine, units, rules.even)
-        drop_g = np.full(len(groups), np.inf) if rules.even else drop_n[groups].sum(1)
-        problem = _Problem(np.stack([value_nw[groups], pair_nw[groups]]).sum(axis=2), drop_g, groups.shape[1])
-        value_g, columns_g = problem.solve(int(whole // shards))
-        value_n[groups], columns_n[groups] = value_g[:, None], columns_g[:, None]
-    if not value_n.any():
+    if pairs is not None and rules.even is not None:
+        raise HeadshareError("Units of one width share nothing; leave even out, or sharing.", option="even")
+    units = _Units.of(costs, kept, size_p, rules)
+    stored = Fraction(0) if pairs is None else pairs.stored
+    found = units.solve(kept, budget, rules, stored)
+    if pairs is not None:
+        donor_n, shared_n = pairs.worth_sharing(
+            kept, kept.is_whole(size_p).ravel(), units.drop_n, found.price_n, units.least(found.price_n)
+        )
+        tied = Kept(kept.rank, kept.pairs, donor_n.reshape(kept.donor.shape))
+        with suppress(Unmet):
+            shared = units.solve(tied, budget, rules, stored)
+            if shared.cost_n.sum() + shared_n.sum() < found.cost_n.sum():
+                kept, found = tied, replace(shared, cost_n=shared.cost_n + shared_n)
+    if not found.value_n.any():
         raise Unmet(f"A budget of {budget} cannot be met by slimming: every unit would go; keep more.")
-    cost_n = np.where(value_n == 0, drop_n, 0.0)
-    some = np.flatnonzero(value_n)
-    cost_n[some] = value_nw[some, value_n[some]] + pair_nw[some, columns_n[some]]
-    cost_n[kept.dropped.ravel()] = 0
-    pairs = _pairs_left(order_np, kept.pairs.reshape(len(order_np), -1), size_p, columns_n)
-    chosen = Kept(value_n.astype(np.int32).reshape(kept.rank.shape), pairs.reshape(kept.pairs.shape))
-    return chosen, cost_n.reshape(kept.rank.shape)
+    left = _pairs_left(units.order_np, kept.pairs.reshape(len(units.order_np), -1), size_p, found.query_n)
+    rank = found.value_n.astype(np.int32).reshape(kept.rank.shape)
+    return Kept(rank, left.reshape(kept.pairs.shape), kept.donor), found.cost_n.reshape(kept.rank.shape)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Columns that every unit keeps of values, and of queries and keys, int64 [N]; what is added to the cost of each,
+    and the price of a column, float64 [N]."""
+
+    value_n: np.ndarray
+    query_n: np.ndarray
+    cost_n: np.ndarray
+    price_n: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Units:
+    """What every unit may keep, by flat index.
+
+    Attributes:
+      value_nw, query_nw: float64 [N, H + 1], costs by the columns kept of values, and of queries and keys; inf: not
+        allowed.
+      drop_n: float64 [N], of dropping it.
+      order_np: as of `_pair_paths`.
+      shard_n: int64 [N], the shard that it lies in.
+    """
+
+    value_nw: np.ndarray
+    query_nw: np.ndarray
+    drop_n: np.ndarray
+    order_np: np.ndarray
+    shard_n: np.ndarray
+
+    @classmethod
+    def of(cls, costs: Costs, kept: Kept, size_p: np.ndarray, rules: Rules) -> "_Units":
+        num_layers, units = kept.rank.shape
+        width = costs.values.shape[-1] - 1
+        shards = 1 if rules.shards is None or rules.even else rules.shards
+        shard_n = np.tile(shard_of_units(units, shards), num_layers)
+        value_nw = costs.values.reshape(-1, width + 1)
+        order_np, query_nw = _pair_paths(costs.pairs, kept.pairs, size_p, width)
+        return cls(
+            _allowed(value_nw, kept.rank.ravel(), rules.multiple),
+            _allowed(query_nw, (kept.pairs @ size_p).ravel(), rules.multiple),
+            value_nw[:, 0],
+            order_np,
+            shard_n,
+        )
+
+    def solve(self, kept: Kept, budget: float, rules: Rules, stored: Fraction) -> _Found:
+        """The widths of least cost within a budget; a receiver stores as much as `stored` columns."""
+        width = self.value_nw.shape[1] - 1
+        dropped_n, tied_n, receives_n = kept.dropped.ravel(), kept.tied.ravel(), kept.receives.ravel()
+        value_n, query_n = np.where(tied_n, width, 0), np.where(tied_n, width, 0)
+        price_n, shards = np.zeros(len(value_n)), int(self.shard_n.max()) + 1
+        for shard in range(shards):
+            here_n = self.shard_n == shard
+            taken = sum(here_n & receives_n) * stored + 2 * width * int(sum(here_n & tied_n & ~receives_n))
+            target = int(Fraction(str(budget)) * len(value_n) * 2 * width / shards - taken)
+            groups = _groups(np.flatnonzero(here_n & ~dropped_n & ~tied_n), kept.rank.shape[1], rules.even)
+            drop_g = np.full(len(groups), np.inf) if rules.even else self.drop_n[groups].sum(1)
+            costs_kgw = np.stack([self.value_nw[groups], self.query_nw[groups]]).sum(axis=2)
+            (value_g, query_g), price_n[here_n] = _Problem(costs_kgw, drop_g, groups.shape[1]).solve(target)
+            value_n[groups], query_n[groups] = value_g[:, None], query_g[:, None]
+        cost_n, some = np.where((value_n == 0) & ~dropped_n, self.drop_n, 0.0), np.flatnonzero(value_n)
+        cost_n[some] = self.value_nw[some, value_n[some]] + self.query_nw[some, query_n[some]]
+        return _Found(value_n, query_n, cost_n, price_n)
+
+    def least(self, price_n: np.ndarray) -> np.ndarray:
+        """float64 [N], the least that each unit and its columns cost at a price of a column."""
+        paid_nw = price_n[:, None] * np.arange(self.value_nw.shape[1])
+        kept_n = (self.value_nw + paid_nw).min(axis=1) + (self.query_nw + paid_nw).min(axis=1)
+        return np.minimum(self.drop_n, kept_n)
 
 
 def _groups(members_n: np.ndarray, units: int, even: str | None) -> np.ndarray:
@@ -128,28 +198,31 @@ class _Problem:
     drop_g: np.ndarray
     members: int
 
-    def solve(self, target: int) -> np.ndarray:
-        """Columns of values, and of queries and keys, of each group's members, int [2, groups], at most `target`."""
+    def solve(self, target: int) -> tuple[np.ndarray, float]:
+        """Columns of values, and of queries and keys, of each group's members, int [2, groups], at most `target`.
+
+        And the price of a column.
+        """
         costs = np.concatenate([self.cost_kgw.ravel(), self.drop_g])
         low = 1e-30
         high = 2 * max(float(costs[np.isfinite(costs)].max(initial=0)), low)
-        best_kg = self._at(low)
+        best_kg, price = self._at(low), low
         if self._size(best_kg) > target:
-            best_kg = self._at(high)
+            best_kg, price = self._at(high), high
             if self._size(best_kg) > target:
                 raise Unmet(
                     f"At least {self._size(best_kg):,} of all columns of attention stay where each unit keeps the "
                     f"narrowest widths that are allowed, and the budget leaves {target:,}; keep more."
                 )
             for _ in range(_BISECTIONS):
-                price = float(np.sqrt(low * high))
-                found_kg = self._at(price)
+                middle = float(np.sqrt(low * high))
+                found_kg = self._at(middle)
                 if self._size(found_kg) > target:
-                    low = price
+                    low = middle
                 else:
-                    high, best_kg = price, found_kg
+                    high, price, best_kg = middle, middle, found_kg
         self._fill(best_kg, target)
-        return best_kg
+        return best_kg, price
 
     def _size(self, width_kg: np.ndarray) -> int:
         return self.members * int(width_kg.sum())

@@ -12,6 +12,7 @@ from headshare_jax.errors import HeadshareError
 from headshare_jax.fit.refit import RefitReport, RefitSettings, refit
 from headshare_jax.sharing.budget import check_budget
 from headshare_jax.sharing.map import SharingMap
+from headshare_jax.sharing.scores import MatchResult
 from headshare_jax.sharing.source import WeightSource, fingerprint
 from headshare_jax.sharing.tie import DROPPED
 from headshare_jax.sharing.view import DenseView, ReplacedView, SharedView
@@ -20,12 +21,13 @@ from headshare_jax.slim.choose import Rules, choose
 from headshare_jax.slim.costs import measure
 from headshare_jax.slim.cut import ValuePath, balance, cut
 from headshare_jax.slim.kept import Kept, pair_sizes
+from headshare_jax.slim.pairs import Pairs
 from headshare_jax.typed import check_fields, typed
 
 # Part of attention's weights that one round removes.
 ROUND = 0.1
 # What a journal keeps of a round besides new slices, which are named by parameter and layer.
-_RANK, _PAIRS, _COST = "rank", "pairs", "cost"
+_RANK, _PAIRS, _DONOR, _COST = "rank", "pairs", "donor", "cost"
 Step = dict[str, np.ndarray]
 
 
@@ -64,6 +66,7 @@ def slim(
     budget: float,
     settings: SlimSettings | None = None,
     *,
+    scores: MatchResult | None = None,
     mesh: Mesh | None = None,
     journals: Journals | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -71,14 +74,15 @@ def slim(
     """Cuts columns of attention's heads until a part of its weights is left, and fits what is left to the dense model.
 
     In every round costs are measured on the model so far, and each unit keeps the value columns, in directions of its
-    own, and the rotary pairs that are worth most for their weights, or is dropped; then o is fitted. In the end values
-    and outputs of slim units are balanced, which does not change what they compute.
+    own, and the rotary pairs that are worth most for their weights, or is dropped, or uses another's q, k and v; then o
+    is fitted. In the end values and outputs of slim units are balanced, which does not change what they compute.
 
     Args:
       source: the dense model, or an opened checkpoint.
       windows_wt: int32 [W, T], the calibration text.
       budget: part of attention's weights (q, k, v and o) to keep at most, in (0, 1].
       settings: by default `SlimSettings()`.
+      scores: of functional matching, for units to share too where that costs less; by default none does.
       mesh: devices of this process, over which windows and each layer's weights are cut; by default all.
       journals: where finished rounds are kept, as the steps of a work `slim`, and the blocks of refits.
       progress: called with the steps done and in all: a round is three for each layer.
@@ -89,7 +93,7 @@ def slim(
 
     Raises:
       HeadshareError: a source that is not dense, a budget outside (0, 1] or one that the rules cannot meet, fewer than
-        two windows, or no room for temporary files or journals.
+        two windows, scores of another kind or with even widths, or no room for temporary files or journals.
 
     Examples:
       >>> model, sharing, report = slim(dense, windows, 0.8)
@@ -104,8 +108,9 @@ def slim(
         raise HeadshareError("Slimming needs at least two windows of text; give more tokens or shorter windows.")
     targets = round_targets(budget)
     # The rounds before one follow from what it leaves, so that budgets have their first ones in common.
-    journal = journal_of(journals, "slim", {"model": source}, windows_wt, settings)
-    state, layers, report = _Slimming(source, settings, mesh), config.num_layers, None
+    journal = journal_of(journals, "slim" if scores is None else "plan", {"model": source}, windows_wt, settings)
+    pairs = None if scores is None else Pairs.of(scores, config.head_dim)
+    state, layers, report = _Slimming(source, settings, pairs, mesh), config.num_layers, None
     for number, target in enumerate(targets):
 
         def told(done: int, total: int, before: int = 3 * layers * number) -> None:
@@ -140,8 +145,9 @@ def _first(windows_wt: np.ndarray, tokens: int, least: int) -> np.ndarray:
 class _Slimming:
     """The model so far: what is left of every unit, what that cost, and the slices that took the dense one's place."""
 
-    def __init__(self, source: WeightSource, settings: SlimSettings, mesh: Mesh | None):
-        self.source, self.settings, self.mesh, self.origin = source, settings, mesh, fingerprint(source)
+    def __init__(self, source: WeightSource, settings: SlimSettings, pairs: Pairs | None, mesh: Mesh | None):
+        self.source, self.settings, self.pairs, self.mesh = source, settings, pairs, mesh
+        self.origin = fingerprint(source)
         self.kept = Kept.all_of(source.config)
         self.cost_lu = np.zeros(self.kept.rank.shape, np.float32)
         self.slices: dict[tuple[str, int], np.ndarray] = {}
@@ -158,8 +164,8 @@ class _Slimming:
             mesh=self.mesh,
             progress=progress,
         )
-        kept, cost_lu = choose(costs, self.kept, pair_sizes(config), target, settings.rules)
-        step: Step = {_RANK: kept.rank, _PAIRS: kept.pairs.astype(np.int32)}
+        kept, cost_lu = choose(costs, self.kept, pair_sizes(config), target, settings.rules, self.pairs)
+        step: Step = {_RANK: kept.rank, _PAIRS: kept.pairs.astype(np.int32), _DONOR: kept.donor}
         step[_COST] = (self.cost_lu + cost_lu).astype(np.float32)
         rank_lu = np.where((kept.rank < self.kept.rank) & ~kept.dropped, kept.rank, -1)
         for layer in np.flatnonzero((rank_lu >= 0).any(axis=1)).tolist():
@@ -169,8 +175,8 @@ class _Slimming:
 
     def take(self, step: Step) -> None:
         """Goes on to what a round made."""
-        self.kept, self.cost_lu = Kept(step[_RANK], step[_PAIRS].astype(bool)), step[_COST]
-        for key in step.keys() - {_RANK, _PAIRS, _COST}:
+        self.kept, self.cost_lu = Kept(step[_RANK], step[_PAIRS].astype(bool), step[_DONOR]), step[_COST]
+        for key in step.keys() - {_RANK, _PAIRS, _DONOR, _COST}:
             name, layer = key.split()
             self.slices[name, int(layer)] = step[key]
 
@@ -205,13 +211,12 @@ class _Slimming:
     def map(self, target: float) -> SharingMap:
         """What became of every unit."""
         kept, size = self.kept, self.source.config.head_dim
-        every = np.arange(kept.rank.size).reshape(kept.rank.shape)
         widths = Widths(
             np.where(kept.dropped, size, kept.rank).astype(np.int32), kept.pairs | kept.dropped[:, :, None], size
         )
-        changed = kept.dropped | widths.slim
+        changed = kept.dropped | kept.receives | widths.slim
         return SharingMap(
-            donor=np.where(kept.dropped, DROPPED, every),
+            donor=np.where(kept.dropped, DROPPED, kept.donor),
             score=np.where(changed, 0.0 - self.cost_lu.astype(np.float64), np.nan),
             heads_per_unit=self.source.config.heads_per_unit,
             method="slim",

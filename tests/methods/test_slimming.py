@@ -3,8 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from support import calls_of, random_tokens, tiny_model
 
 import headshare_jax as hs
@@ -18,9 +21,11 @@ def model() -> hs.Llama:
     return tiny_model()
 
 
-def made(model: hs.Llama, budget: float, settings: MethodSettings | None = None, **more: Any) -> Made:
+def made(
+    model: hs.Llama, budget: float, settings: MethodSettings | None = None, method: str = "slim", **more: Any
+) -> Made:
     work = Work(model, settings or MethodSettings(), random_tokens((4, 16)), **more)
-    return find("slim", work.settings).make(work, Amount(budget=budget))
+    return find(method, work.settings).make(work, Amount(budget=budget))
 
 
 def same(one: Made, other: Made) -> bool:
@@ -55,6 +60,24 @@ def test_every_shard_keeps_as_much(model: hs.Llama) -> None:
     columns_lu = np.where(sharing.dropped, 0, sharing.widths.rank + sharing.widths.qk.sum(axis=2))
     assert 0.35 - 0.04 < columns_lu.sum(axis=0).min() / (columns_lu.size * 2 * sharing.widths.head_dim) <= 0.35
     assert columns_lu.sum(axis=0).max() / (columns_lu.size * 2 * sharing.widths.head_dim) <= 0.35
+
+
+def test_units_that_compute_the_same_share_by_the_method_plan(model: hs.Llama) -> None:
+    """A unit whose donor gives what it does itself costs nothing as a receiver, and its outputs stay."""
+    graph, state = nnx.split(model)
+    twin = nnx.merge(graph, jax.tree.map(jnp.copy, state))
+    units = [place * twin.config.num_kv_heads for place in range(twin.config.num_layers)]
+    twin.o_pool_phd[...] = twin.o_pool_phd[...].at[:].multiply(0.05)
+    for name in ("q_pool_pdh", "k_pool_pdh", "v_pool_pdh"):
+        pool = getattr(twin, name)
+        heads = len(pool[...]) // len(units) // twin.config.num_kv_heads
+        pool[...] = pool[...].at[units[1] * heads : (units[1] + 1) * heads].set(pool[...][:heads])
+    found = made(twin, 0.9, method="plan")
+    assert found.map.receives.any()
+    assert found.map.method == "plan"
+    assert not (found.map.slim & found.map.receives).any()
+    sizes = hs.ledger(hs.Llama.of(found.model))
+    assert sizes.attention_stored <= 0.9 * sizes.attention_dense
 
 
 def test_budgets_have_their_first_rounds_in_common(

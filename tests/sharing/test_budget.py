@@ -83,9 +83,12 @@ def test_the_stored_parameters_fit_the_budget() -> None:
     model = tiny_model(num_hidden_layers=4)
     result = match_functional(model, random_tokens((4, 16)))
     dense = sum(row.stored for row in ledger(model).rows if row.part in "qkvo")
-    for name, budgets in {"plan": (0.9, 0.7, 0.5), "drop": (0.7, 0.5), "fitted": (0.9, 0.8)}.items():
+    for name, budgets in {"budget": (0.9, 0.7, 0.5), "drop": (0.7, 0.5), "fitted": (0.9, 0.8)}.items():
         for budget in budgets:
-            sharing = named(name).chosen(result, Amount(budget=budget), model.config, MethodSettings())
+            if name == "budget":
+                sharing = budget_map(result, model.config, budget)
+            else:
+                sharing = named(name).chosen(result, Amount(budget=budget), model.config, MethodSettings())
             assert (sharing.method, sharing.budget) == (name, budget)
             sizes = ledger(share(model, sharing))
             stored = sum(row.stored for row in sizes.rows if row.part in "qkvo")
@@ -136,7 +139,5 @@ def test_what_cannot_be_is_refused() -> None:
         budget_map(match(tiny_model(), "qk"), CONFIG, 0.5)
     with pytest.raises(HeadshareError, match="functional scores of v"):
         budget_map(result, CONFIG, 0.5, actions=("v",))
-    with pytest.raises(HeadshareError, match="needs a budget"):
-        named("plan").chosen(result, Amount(ratio=0.3), CONFIG, MethodSettings())
     with pytest.raises(HeadshareError, match="dropping a unit costs"):
         drop_map(match(tiny_model(), "qk"), 0.3)
