@@ -16,11 +16,10 @@ slow: .venv/test
 
 # The fast part on the oldest releases that pyproject.toml admits, among which old ones warn of what new ones changed.
 # PyTorch, of which old CPU builds are not on PyPI, is left out: what is compared with transformers is skipped; so is
-# libtpu.
+# libtpu. Matching, refits and slimming run there as `test_compression.py` asks for them.
 OLDEST := tests/test_config.py tests/test_parameters.py tests/test_rope.py tests/test_loading.py tests/test_compression.py \
-	tests/sharing tests/matching tests/calibration tests/fit tests/evaluate/test_perplexity.py \
-	tests/model/test_attention.py tests/model/test_llama.py tests/model/test_generate.py tests/model/test_share.py \
-	tests/convert/test_native.py tests/train/test_checkpoints.py
+	tests/sharing tests/evaluate/test_perplexity.py tests/model/test_attention.py tests/model/test_llama.py \
+	tests/model/test_generate.py tests/model/test_share.py tests/convert/test_native.py tests/train/test_checkpoints.py
 
 test-oldest: .venv-oldest/test
 	HEADSHARE_TESTS_WITHOUT_TORCH=1 .venv-oldest/bin/python -m pytest -n auto --dist worksteal \

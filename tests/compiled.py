@@ -1,4 +1,4 @@
-"""Where compiled programs are kept, for the next run and for the other workers of this one."""
+"""How tests compile, and where programs are kept, for the next run and for the other workers of this one."""
 
 import hashlib
 import os
@@ -8,6 +8,14 @@ from pathlib import Path
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "headshare-jax-tests"
 DAYS_KEPT = 14
+
+# Fusions as XLA's older emitters write them, which compiles three times as fast; libtpu knows no such flag.
+QUICK_FUSIONS = " --xla_cpu_use_fusion_emitters=false"
+
+
+def flags(devices: int) -> str:
+    """XLA's flags of a process of some devices, which compiles far more than it computes."""
+    return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0{QUICK_FUSIONS}"
 
 
 def folder() -> Path:

@@ -1,20 +1,22 @@
 """Settings of every test: eight devices, strict shapes and types, and compiled programs kept from run to run."""
 
+import gc
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from buckets import bucket, servers  # noqa: F401 (fixtures)
-from compiled import CACHE, DAYS_KEPT, folder
+from compiled import CACHE, DAYS_KEPT, QUICK_FUSIONS, flags, folder
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile far more than they compute.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = flags(8)
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder())
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Threads of PyTorch and BLAS wait for one another by spinning; what tests give them is too small to divide.
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import hypothesis
 import jax
@@ -31,11 +33,19 @@ collect_ignore = [] if (Path(__file__).parents[2] / "shared" / "reference").is_d
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     assert jax.device_count() == 8
+    # It has read the flags; libtpu, which reads them later, ends a process for one that it does not know.
+    os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].removesuffix(QUICK_FUSIONS)
     if hasattr(session.config, "workerinput"):
         return
     for program in CACHE.glob("*/*"):
         if time.time() - program.stat().st_mtime > DAYS_KEPT * 24 * 3600:
             program.unlink(missing_ok=True)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is no garbage: it is not searched over and over."""
+    gc.collect()
+    gc.freeze()
 
 
 # Every compiled program is mapped into memory in pieces, of which Linux allows a process 65,530; one more ends it.

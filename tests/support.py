@@ -225,12 +225,12 @@ def logits_in_pieces(
         padded = np.where(np.arange(40) < np.array(lengths)[:, None], rows[:, :40], 5)
         features, cache = jax.jit(Llama.prefill)(model, padded[:, : max(lengths)], jnp.asarray(lengths), cache)
         for row, length in enumerate(lengths):
-            logits[row, length - 1] = np.asarray(model.logits(features))[row]
+            logits[row, length - 1] = np.asarray(jax.jit(Llama.logits)(model, features))[row]
     for begin, end in pieces:
         piece = np.stack([row[length + begin : length + end] for row, length in zip(rows, lengths, strict=True)])
         features, cache = jax.jit(Llama.extend)(model, jnp.asarray(piece), cache)
         for row, length in enumerate(lengths):
-            logits[row, length + begin : length + end] = np.asarray(model.logits(features))[row]
+            logits[row, length + begin : length + end] = np.asarray(jax.jit(Llama.logits)(model, features))[row]
     return logits, cache
 
 

@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import compiled
+
 ENDS_WITHIN = 600
 
 
@@ -34,8 +36,7 @@ def started(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"XLA_FLAGS": flags, **extra}
+    environment = os.environ | {"XLA_FLAGS": compiled.flags(devices), **extra}
     command = [sys.executable, "-m", "headshare_jax", "postshare", *map(str, args)]
     join = ["--distributed", "--coordinator", address, "--processes", str(count), "--process"]
     return [

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -163,14 +164,12 @@ def test_a_model_without_a_chat_template_is_refused(refused: Any, roomy: Path, t
         assert reason in refused("chat", folder)
 
 
-def test_input_that_is_no_text_is_refused(roomy: Path) -> None:
-    command = [sys.executable, "-m", "headshare_jax", "chat", str(roomy)]
-    for encoding in ("utf-8:strict", "utf-8:surrogateescape"):
-        environment = os.environ | {"PYTHONIOENCODING": encoding}
-        done = subprocess.run(command, input=b"\xff\xfe\n", capture_output=True, env=environment)
-        assert done.returncode == 2
-        assert b"must be" in done.stderr
-        assert b"UTF-8" in done.stderr
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_input_that_is_no_text_is_refused(
+    refused: Any, roomy: Path, monkeypatch: pytest.MonkeyPatch, errors: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), "utf-8", errors))
+    assert re.search("must be .*UTF-8", refused("chat", roomy))
 
 
 def test_the_files_own_way_to_draw_is_the_default(headshare: Any, roomy: Path, tmp_path: Path) -> None:

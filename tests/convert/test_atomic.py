@@ -286,8 +286,7 @@ FULL = """
 """
 
 
-@pytest.mark.parametrize("limit", [300, 10_000])
-@pytest.mark.parametrize("to", ["native", "hf", "file"])
+@pytest.mark.parametrize(("to", "limit"), [("native", 300), ("native", 10_000), ("hf", 10_000), ("file", 300)])
 def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(
     tmp_path: Path, source: Path, to: str, limit: int
 ) -> None:

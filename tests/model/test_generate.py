@@ -128,8 +128,10 @@ def test_it_does_not_matter_where_parameters_lie(model: Llama, greedy: list[list
     assert generate(Llama(model.config, jax.device_put(params, shardings)), PROMPTS, max_new_tokens=20) == greedy
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 1, 2), (8, 1, 1), (1, 4, 2)])
-@pytest.mark.parametrize("kind", ["dense", "qkv", "mixed"])
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [("dense", (1, 4, 2)), ("qkv", (1, 1, 2)), ("mixed", (1, 1, 1)), ("mixed", (8, 1, 1)), ("mixed", (1, 4, 2))],
+)
 def test_devices_together_continue_as_one_does(model: Llama, kind: str, sizes: tuple[int, ...]) -> None:
     if kind != "dense":
         model = share(model, sharing_by_hand(model, kind, {2: 0, 5: 1}))

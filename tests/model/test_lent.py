@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compiled
 import numpy as np
 import pytest
 import tiny_cli_model
@@ -71,7 +72,7 @@ def run_two(code: str, folder: Path, *more: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = os.environ | {"XLA_FLAGS": compiled.flags(4)}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(number), address, str(folder), *more],

@@ -124,7 +124,7 @@ def test_it_computes_what_transformers_does_with_zeros(tmp_path: Path) -> None:
 def test_it_does_not_matter_how_a_slim_model_is_read() -> None:
     _, slim = slim_model()
     tokens = jnp.asarray(random_tokens((2, 2)))
-    expected = np.asarray(slim.features(tokens))
+    expected = np.asarray(jax.jit(Llama.features)(slim, tokens))
     for way in (readings.Gathered(), readings.OneByOne(), reading_to_decode(slim, 2)):
         got, _ = jax.jit(Llama.extend)(slim, tokens, slim.empty_cache(2, 8), way)
         np.testing.assert_allclose(np.asarray(got), expected, atol=2e-6 * np.abs(expected).max(), rtol=0)
@@ -134,7 +134,7 @@ def test_it_does_not_matter_how_a_slim_model_is_read() -> None:
 def test_decoding_gives_what_the_whole_text_does(kind: str) -> None:
     _, slim = slim_model(kind)
     tokens = random_tokens((2, 24))
-    expected = np.asarray(slim.features(jnp.asarray(tokens)))
+    expected = np.asarray(jax.jit(Llama.features)(slim, tokens))
     first, cache = jax.jit(Llama.prefill)(slim, tokens[:, :20], jnp.array([20, 20]), slim.empty_cache(2, 32))
     rest, _ = jax.jit(Llama.extend)(slim, jnp.asarray(tokens[:, 20:]), cache)
     got = np.concatenate([np.asarray(first)[:, None], np.asarray(rest)], axis=1)
@@ -207,7 +207,7 @@ def test_the_gradient_of_a_column_is_the_sum_over_its_users() -> None:
             return Llama(model.config, params, sharing=model.sharing)(tokens)[..., 3].mean()
 
         params = {name: model.array(name) for name in parameters.parameter_names(model.config)}
-        return {name: np.asarray(value) for name, value in jax.grad(loss)(params).items()}
+        return {name: np.asarray(value) for name, value in jax.jit(jax.grad(loss))(params).items()}
 
     apart, together = gradient(unshare(slim)), gradient(slim)
     assert slim.sharing is not None

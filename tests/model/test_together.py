@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import compiled
 import numpy as np
 import pytest
 import support
@@ -96,7 +97,7 @@ def together(model: Path) -> list[dict[str, Any]]:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     folders = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": compiled.flags(4),
         "PYTHONPATH": os.pathsep.join(filter(None, folders)),
     }
     processes = [

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import compiled
 import numpy as np
 import pytest
 import tiny_cli_model
@@ -68,7 +69,7 @@ def together(args: list[str]) -> list[tuple[int, str, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = os.environ | {"XLA_FLAGS": compiled.flags(4)}
     join = ["--distributed", "--coordinator", address, "--processes", "2"]
     processes = [
         subprocess.Popen(

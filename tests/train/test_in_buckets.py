@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 import buckets
+import compiled
 import gcs_server
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def finished_by_four(workplace: Path) -> Path:
 
 def by_four(*arguments: object, **variables: str) -> list[subprocess.Popen[str]]:
     """Starts a run in four processes that have the devices of one."""
-    return started(arguments, 4, **variables | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2")})
+    return started(arguments, 4, **variables | {"XLA_FLAGS": compiled.flags(2)})
 
 
 def assert_done(processes: list[subprocess.Popen[str]]) -> None:

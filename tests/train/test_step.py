@@ -131,12 +131,10 @@ class TorchTraining:
 TRAININGS: list[Any] = [
     ("gqa", "qkv", {"penalty": "js", "sim_weight": 5.0, "distill_weight": 0.5, "temperature": 2.0}),
     ("tied", "qkvo", {"penalty": "kl", "sim_weight": 5.0, "z_weight": 1e-3}),
-    ("mha", "mixed", {"penalty": "norm"}),
+    ("qwen3, biases", "mixed", {"penalty": "norm"}),
     ("mha", "mixed", {"kind": "tied"}),
-    ("gqa", "qkv", {"kind": "tied", "z_weight": 1e-3, "distill_weight": 2.0}),
-    ("qwen3, biases", "qkv", {"penalty": "norm"}),
     ("qwen2, windows", "qk", {"kind": "tied"}),
-    ("smollm3", "qkvo", {"kind": "tied"}),
+    ("smollm3", "qkvo", {"kind": "tied", "z_weight": 1e-3, "distill_weight": 2.0}),
 ]
 
 
