@@ -96,7 +96,9 @@ def test_prefill_counts_every_product() -> None:
     assert result["shared"]["flops"] == pytest.approx(result["dense"]["flops"], rel=0.01)
 
 
-@pytest.mark.parametrize("host", [False, True], ids=["compiled", "estimated"])
+@pytest.mark.parametrize(
+    "host", [pytest.param(False, marks=pytest.mark.slow, id="compiled"), pytest.param(True, id="estimated")]
+)
 def test_windows_make_caches_and_attention_cost_less(host: bool) -> None:
     def costs(stage: str, **changes: Any) -> dict[str, Any]:
         # So narrow that attention is most of the work.
@@ -157,6 +159,7 @@ def test_a_mesh_is_filled_with_sequences() -> None:
     assert four["tokens_per_second"] == 4 * one["tokens_per_second"]
 
 
+@pytest.mark.slow
 def test_a_run_is_planned_with_what_it_does_outside_its_steps() -> None:
     result = planned("run", 4, "v5e:2x2", mesh=(1, 4, 1), remat="full")
     state = result["dense"]["parameter_bytes"] + result["dense"]["optimizer_bytes"]
@@ -168,6 +171,9 @@ def test_a_run_is_planned_with_what_it_does_outside_its_steps() -> None:
         assert 0 <= row["beside_bytes"] < row["needed_bytes"]
         assert row["needed_bytes"] + row["room_bytes"] == result["hbm_bytes"]
     assert result["host_bytes"]["save"] == 4 * state
+
+
+def test_a_run_cannot_be_estimated() -> None:
     with pytest.raises(HeadshareError, match="only known compiled"):
         planned("run", 4, "v5e:2x2", host=True)
 
