@@ -30,7 +30,6 @@ from headshare_jax.convert import (
 )
 from headshare_jax.convert.outputs import (
     FORMATS,
-    check_holds,
     check_output,
     check_room,
     output_dtype,
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    "FORMATS", "MAP_FILE", "check_holds", "check_output", "check_room", "locate", "open_checkpoint", "output_dtype",
+    "FORMATS", "MAP_FILE", "check_output", "check_room", "locate", "open_checkpoint", "output_dtype",
     "quantised_as", "save", "tokenizer_place", "verify",
 ]  # fmt: skip
 
@@ -210,7 +209,6 @@ def save(
     if storage.is_name(tokenizer_from):
         tokenizer_from = tokenizer_place(tokenizer_from)
     check_output(dst, to, quantize=quantize, overwrite=overwrite, sources=(source, tokenizer_from))
-    check_holds(to, source.sharing)
     beside = tokenizer_from if storage.is_name(tokenizer_from) else None
     license = None if beside is None else card.license_of(beside)
     told = ({} if license is None else {"license": license}) | dict(provenance or {})

@@ -2,8 +2,9 @@
 
 The heads of a projection that a map pools lie in blocks: units of one layer, side by side, that no layer uses without
 each other. `model.q_pool.3_1.weight` has layer 3's from unit 1 on, as a part of the family's own projection: rows of q,
-k and v, columns of o. Everything else lies as in a plain checkpoint of the model's family; where that fuses projections
-of which some are pooled, the others lie apart. Which blocks a layer uses follows from the map in `config.json`.
+k and v, columns of o; of a slim unit, those alone that it keeps. Everything else lies as in a plain checkpoint of the
+model's family; where that fuses projections of which some are pooled, the others lie apart. Which blocks a layer uses
+follows from the map in `config.json`.
 
 Before, each pool was one tensor with an index beside it (`compact_before`).
 """
@@ -67,19 +68,24 @@ class Block:
       name: its layer and its first unit.
       heads: their places among the layer's heads.
       row: pool row of the first.
+      rows: pool rows of them all: heads, or the columns that they keep.
+      kept: bool [n, H], the columns of heads that are kept; None where nothing of any unit is cut.
     """
 
     layer: int
     name: str
     heads: range
     row: int
+    rows: int
+    kept: np.ndarray | None
 
 
 def blocks(sharing: SharingMap, projection: str) -> list[Block]:
     """The blocks in which a projection's stored heads lie, in the order of pool rows."""
     units = sharing.donor.shape[1]
     group = sharing.heads_per_unit if projection in "qo" else 1
-    unit_lu = sharing.slot_donor(projection)[:, ::group] // group
+    unit_lu = sharing.head_donor(projection)[:, ::group] // group
+    kept_lnh = None if sharing.widths is None else sharing.kept_columns(projection)
     before_lu = np.pad(unit_lu[:, :-1], ((0, 0), (1, 0)), constant_values=-2)
     breaks = before_lu + 1 != unit_lu
     firsts = np.concatenate([unit_lu[breaks], before_lu[breaks] + 1, unit_lu[:, -1] + 1])
@@ -90,8 +96,9 @@ def blocks(sharing: SharingMap, projection: str) -> list[Block]:
     for run in filter(len, runs):
         layer, unit = divmod(int(run[0]), units)
         heads = range(unit * group, (unit + len(run)) * group)
-        found.append(Block(layer, f"{layer}_{unit}", heads, row))
-        row += len(heads)
+        kept = None if kept_lnh is None else kept_lnh[layer, heads.start : heads.stop]
+        found.append(Block(layer, f"{layer}_{unit}", heads, row, len(heads) if kept is None else int(kept.sum()), kept))
+        row += found[-1].rows
     return found
 
 
@@ -118,7 +125,9 @@ class CompactCheckpoint(TensorCheckpoint):
         projection = PARAMETERS[name].pool
         if layer is None or projection is None or self.sharing is None or projection not in self.sharing.pooled:
             return super().read(name, layer, rows)
-        found, key, width = blocks(self.sharing, projection), BLOCKS[name], self.config.head_dim
+        found, axis = blocks(self.sharing, projection), BLOCKS[name].layout.heads_axis
+        by_columns = self.sharing.widths is not None
+        width = 1 if by_columns else self.config.head_dim
         first_rows = [block.row for block in found]
 
         def read_rows(stored: np.ndarray) -> np.ndarray:
@@ -133,10 +142,11 @@ class CompactCheckpoint(TensorCheckpoint):
 
         def read_run(block: Block, run: np.ndarray) -> np.ndarray:
             tensor, start = _tensor_name(name, block), int(run[0]) - block.row
-            whole = len(run) == len(block.heads)
             part = slice(start * width, (start + len(run)) * width)
-            cut = None if whole else keys.Cut(key.layout.heads_axis, [part])
-            return keys.decode(BLOCKS, self.config, name, self.values(tensor, cut))
+            values = self.values(tensor, None if len(run) == block.rows else keys.Cut(axis, [part]))
+            if by_columns:
+                return np.moveaxis(values, axis, 0)
+            return keys.decode(BLOCKS, self.config, name, values)
 
         return read_heads(self, name, layer, rows, read_rows)
 
@@ -158,10 +168,6 @@ def open_directory(path: Path) -> TensorCheckpoint:
     config = huggingface.with_stop_tokens(config, path)
     if sharing is not None:
         sharing.check_model(config)
-        if sharing.widths is not None:
-            raise HeadshareError(
-                f"The map in {path} has slim units, which hf-compact cannot hold; get the model again."
-            )
     files = huggingface.weight_files(path, "model.safetensors")
     if not files:
         raise HeadshareError(f"{path} has a config.json but no weights (model*.safetensors); fetch them.")
@@ -194,7 +200,7 @@ def write(
     def heads(name: str) -> np.ndarray:
         block, tensor = pooled[name]
         (parameter,) = tensor.parts
-        return keys.encode(BLOCKS, config, parameter, source.read(parameter, block.layer, list(block.heads)))
+        return _tensor(config, parameter, source.read(parameter, block.layer, list(block.heads)), block)
 
     def reads(name: str) -> keys.Reads:
         return keys.reads(table, source, dense[name]) if name in dense else [partial(heads, name)]
@@ -246,8 +252,14 @@ def _each_tensor(config: LlamaConfig, sharing: SharingMap) -> Iterator[tuple[str
             sizes = parameters.slice_shape(config, name)[1:]
             for block in blocks(sharing, projection):
                 like = np.broadcast_to(np.int8(0), (len(block.heads), *sizes))
-                shape = keys.encode(BLOCKS, config, name, like).shape
+                shape = _tensor(config, name, like, block).shape
                 yield _tensor_name(name, block), (block, keys.Tensor((name,), block.layer, shape))
+
+
+def _tensor(config: LlamaConfig, name: str, heads: np.ndarray, block: Block) -> np.ndarray:
+    """A block's tensor, of its heads in full."""
+    values = keys.encode(BLOCKS, config, name, heads)
+    return values if block.kept is None else np.compress(block.kept.ravel(), values, BLOCKS[name].layout.heads_axis)
 
 
 def _tensor_name(name: str, block: Block) -> str:

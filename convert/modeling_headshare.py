@@ -1,4 +1,4 @@
-"""A model whose attention heads share weights: each stored head is held once, whoever uses it.
+"""A model whose attention heads share weights or are slim: each stored head is held once, and no column that is cut.
 
 Made by headshare-jax, and self-contained: needs PyTorch and transformers only.
 """
@@ -44,10 +44,28 @@ def donors(config: HeadshareConfig, projection: str) -> list[int | None]:
     return donor
 
 
+def kept_columns(config: HeadshareConfig, projection: str) -> dict[int, list[int]]:
+    """The columns of a head that slim units keep, by flat index; of o, rows."""
+    sharing = config.headshare_map
+    assert sharing is not None
+    kept: dict[int, list[int]] = {}
+    for unit in sharing.get("slim", ()):
+        assert config.num_key_value_heads is not None
+        flat = unit["layer"] * config.num_key_value_heads + unit["unit"]
+        if projection in "vo" and "rank" in unit:
+            kept[flat] = list(range(unit["rank"]))
+        elif projection in "qk" and "pairs" in unit:
+            # Of a rotary pair, two columns; behind those that turn, columns are told one by one.
+            half = sharing["model"]["rotary_dim"] // 2
+            kept[flat] = [pair for pair in unit["pairs"] if pair < half] + [half + pair for pair in unit["pairs"]]
+    return kept
+
+
 def is_pooled(config: HeadshareConfig, projection: str) -> bool:
-    """Whether some unit does not store its own weights of this projection."""
-    return config.headshare_map is not None and any(
-        unit != donor for unit, donor in enumerate(donors(config, projection))
+    """Whether some unit does not store all of its own weights of this projection."""
+    return config.headshare_map is not None and (
+        any(unit != donor for unit, donor in enumerate(donors(config, projection)))
+        or bool(kept_columns(config, projection))
     )
 
 
@@ -80,6 +98,8 @@ class HeadPool(nn.Module):
 
     Attributes:
       parts: for every layer the names of its blocks (None for a dropped unit) and how many numbers are its heads'.
+      places: for every layer with slim units, where its heads' columns lie among the blocks' (those that are cut: one past
+        them); of o, which columns of its heads the blocks take.
     """
 
     def __init__(self, config: HeadshareConfig, projection: str, head_dim: int, bias: bool):
@@ -87,29 +107,49 @@ class HeadPool(nn.Module):
         assert config.num_key_value_heads is not None
         units, width = config.num_key_value_heads, config.hidden_size
         self.is_out, self.width = projection == "o", width
-        unit_size = head_dim * (config.num_attention_heads // units if projection in "qo" else 1)
+        group = config.num_attention_heads // units if projection in "qo" else 1
+        kept, every = kept_columns(config, projection), list(range(head_dim))
         sizes, layers = blocks(config, projection)
-        for first, size in sizes.items():
-            heads = size * unit_size
+        unit_sizes = [group * len(kept.get(unit, every)) for unit in range(len(layers) * units)]
+        numbers = {first: sum(unit_sizes[first : first + size]) for first, size in sizes.items()}
+        for first, heads in numbers.items():
             linear = nn.Linear(heads, width, bias=False) if self.is_out else nn.Linear(width, heads, bias=bias)
             self.add_module(block_name(first, units), linear)
         self.parts = [
             [
-                (None, unit_size) if first is None else (block_name(first, units), sizes[first] * unit_size)
+                (None, group * head_dim) if first is None else (block_name(first, units), numbers[first])
                 for first in layer
             ]
             for layer in layers
         ]
+        self.places: dict[int, torch.Tensor] = {}
+        for layer in {unit // units for unit in kept}:
+            heads_kept = [kept.get(layer * units + head // group, every) for head in range(units * group)]
+            self.places[layer] = places_of(heads_kept, head_dim, back=not self.is_out)
 
     def forward(self, x: torch.Tensor, layer: int) -> torch.Tensor:
-        parts = self.parts[layer]
+        parts, places = self.parts[layer], self.places.get(layer)
+        places = None if places is None else places.to(x.device)
         if self.is_out:
+            x = x if places is None else x.index_select(-1, places)
             heads = x.split([size for _, size in parts], dim=-1)
             outs = [getattr(self, name)(part) for part, (name, _) in zip(heads, parts, strict=True) if name]
             return reduce(torch.add, outs) if outs else x.new_zeros((*x.shape[:-1], self.width))
-        return torch.cat(
+        out = torch.cat(
             [getattr(self, name)(x) if name else x.new_zeros((*x.shape[:-1], size)) for name, size in parts], dim=-1
         )
+        return out if places is None else nn.functional.pad(out, (0, 1)).index_select(-1, places)
+
+
+def places_of(heads_kept: list[list[int]], head_dim: int, *, back: bool) -> torch.Tensor:
+    """Which of heads' columns, side by side, are kept; `back`: where each lies among the kept, or else one past them."""
+    taken = [head * head_dim + column for head, kept in enumerate(heads_kept) for column in kept]
+    if not back:
+        return torch.tensor(taken, device="cpu")
+    places = [len(taken)] * (len(heads_kept) * head_dim)
+    for place, column in enumerate(taken):
+        places[column] = place
+    return torch.tensor(places, device="cpu")
 
 
 def block_name(first: int, units: int) -> str:

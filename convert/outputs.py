@@ -9,7 +9,6 @@ from headshare_jax.convert import atomic, gguf_writer, partial, run_checkpoint, 
 from headshare_jax.errors import HeadshareError
 from headshare_jax.resources import check_disk
 from headshare_jax.sharing.ledger import ledger
-from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.source import WeightSource, path_of
 from headshare_jax.sharing.view import DTYPES, cast
 
@@ -49,16 +48,6 @@ def check_output(
         )
     if dst is not None:
         atomic.check_output(storage.path(dst), folder=to != "gguf", overwrite=overwrite, keep=paths(sources))
-
-
-def check_holds(to: str, sharing: SharingMap | None) -> None:
-    """Raises HeadshareError if a format cannot hold a model with such a map."""
-    if to == "hf-compact" and sharing is not None and sharing.widths is not None:
-        raise HeadshareError(
-            "The format hf-compact has no slim units; write hf, which holds every head in full, with zeros for what is "
-            "cut, or native, which stays small.",
-            option="to",
-        )
 
 
 def paths(sources: Collection[Any]) -> tuple[Path, ...]:

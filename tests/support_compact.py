@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import transformers
-from support import FAMILY_VARIANTS, sharing_by_hand, tiny_model
+from support import FAMILY_VARIANTS, sharing_by_hand, slim_sharing, tiny_model
 
 import headshare_jax
 from headshare_jax import Llama, parameters
@@ -35,13 +35,17 @@ SHARED: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3 + k": ("k", FAMILY_VARIANTS["phi3, longrope"]),
     "phi3, o alone": ("o", FAMILY_VARIANTS["phi3"]),
     "smollm3 + mixed": ("mixed", FAMILY_VARIANTS["smollm3, biases"]),
+    "biases + slim": ("slim", {"attention_bias": True, "mlp_bias": True}),
+    "qwen3 + slim": ("slim", FAMILY_VARIANTS["qwen3, biases"]),
+    "phi3, partial rotary + slim": ("slim", FAMILY_VARIANTS["phi3, partial rotary"]),
 }
 COMBINED = ["qkv with biases", "qkvo with biases", "kv", "mixed with biases", *(name for name in SHARED if "+" in name)]
 
 
 def shared_model(tie: str = "qkv", **overrides: Any) -> Llama:
+    """A model of three layers; the tie `slim` shares q, k and v, drops a unit, and makes others slim."""
     model = tiny_model(**overrides)
-    return headshare_jax.share(model, sharing_by_hand(model, tie, PAIRS))
+    return headshare_jax.share(model, slim_sharing(model) if tie == "slim" else sharing_by_hand(model, tie, PAIRS))
 
 
 def exported(model: Llama, folder: Path) -> Path:

@@ -25,7 +25,6 @@ from headshare_jax.evaluate.agreement import agreement
 from headshare_jax.loading import AnyTokenizer, Text, Texts
 from headshare_jax.methods import table
 from headshare_jax.methods.scored import ScoredMethod
-from headshare_jax.methods.slimming import SlimMethod, even_map
 from headshare_jax.methods.table import METHODS
 from headshare_jax.methods.work import Amount, Method, MethodSettings, Phase, Work, silent
 from headshare_jax.model.llama import Llama
@@ -145,9 +144,6 @@ def compress(
     assert not storage.is_name(source)
     tokenizer = path if tokenizer is None else tokenizer
     sharing, amount = _wanted(asked, source, of_method)
-    if isinstance(chosen, SlimMethod) and amount is not None and amount.budget is not None:
-        convert.check_holds(to, even_map(source.config, amount.budget))
-    convert.check_holds(to, sharing)
     if sharing is not None and (method is None or sharing.slim.any()):
         # As a plain export's own map: there is nothing to fit.
         there = SharedView(source, sharing).changes_nothing()

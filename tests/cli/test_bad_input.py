@@ -58,7 +58,6 @@ def test_bad_input_is_refused_in_one_sentence(refused: Any, model: Path, tmp_pat
         (("share", "absent", out, "--ratio", 0.3, "--save-map", taken, "--overwrite"), "is a folder, not a file"),
         (("share", model, out, "--budget", 0.8, "--method", "slim"), "slim needs a text to be fitted to"),
         ((*share, "--method", "slim", "--calibrate", text), "slim needs a budget, not a ratio"),
-        ((*slim, "--to", "hf-compact"), "hf-compact has no slim units"),
         ((*slim, "--tie", "qk"), "slim has no use for tie"),
         ((*slim, "--even=head"), "--even does not take 'head'"),
         ((*slim, "--within-shards", 3), "2 units of a layer cannot be cut evenly"),

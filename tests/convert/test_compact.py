@@ -40,7 +40,7 @@ def test_logits_and_size(tmp_path: Path, case: str) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    ["qkvo with biases", "mixed with biases", "qwen2, windows", "phi3 + mixed", "smollm3"],
+    ["qkvo with biases", "mixed with biases", "qwen2, windows", "phi3 + mixed", "smollm3", "biases + slim"],
 )
 def test_generates_what_jax_generates(tmp_path: Path, case: str) -> None:
     tie, overrides = SHARED[case]
@@ -94,7 +94,7 @@ def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("tie", ["qkv", "qkvo", "k", "mixed"])
+@pytest.mark.parametrize("tie", ["qkv", "qkvo", "k", "mixed", "slim"])
 def test_files_are_smaller_by_the_saving(tmp_path: Path, tie: str, dtype: str) -> None:
     model = shared_model(tie, dtype=dtype, attention_bias=True)
     headshare_jax.save(model, tmp_path / "hf", to="hf")

@@ -47,10 +47,10 @@ def test_what_pytorch_trained_and_saved_comes_back(tmp_path: Path, case: str) ->
     back = headshare_jax.load(tmp_path / "trained")
     assert back.sharing == model.sharing
     assert back.config == model.config
-    stored = torch.cat([block.weight for block in small.model.k_pool.children()]).unflatten(
-        0, (-1, model.config.head_dim)
-    )
-    assert np.array_equal(back.k_pool_pdh, stored.detach().numpy().swapaxes(1, 2))
+    stored = torch.cat([block.weight for block in small.model.k_pool.children()]).detach().numpy()
+    by_columns = model.sharing is not None and model.sharing.widths is not None
+    heads = stored if by_columns else stored.reshape(-1, model.config.head_dim, stored.shape[1]).swapaxes(1, 2)
+    assert np.array_equal(back.k_pool_pdh, heads)
     tokens = random_tokens((2, 12))
     logits = jax_logits(back, tokens)
     assert_close(hf_logits(small, tokens), logits)
@@ -115,8 +115,9 @@ def test_a_classifier_of_texts(tmp_path: Path, folder: Path) -> None:
         assert torch.equal(in_pytorch(tmp_path / "classifier", auto)(tokens).logits, logits)
 
 
-def test_compiles_whole_and_exports(folder: Path) -> None:
-    model = in_pytorch(folder)
+@pytest.mark.parametrize("tie", ["mixed", "slim"])
+def test_compiles_whole_and_exports(tmp_path: Path, tie: str) -> None:
+    model = in_pytorch(exported(shared_model(tie, attention_bias=True), tmp_path / "compact"))
     tokens = token_ids()
     with torch.no_grad():
         expected = model(tokens, use_cache=False).logits

@@ -9,7 +9,7 @@ import tiny_cli_model
 from support import sharing_by_hand, slim_sharing, tiny_model
 
 import headshare_jax as hs
-from headshare_jax import HeadshareError, Llama, SharingMap, cli, parameters, share, unshare
+from headshare_jax import Llama, SharingMap, cli, parameters, share, unshare
 from headshare_jax.convert import MAP_FILE, map_file
 from headshare_jax.sharing.view import SharedView
 
@@ -55,25 +55,6 @@ def test_gguf_holds_slim_units_in_full(tmp_path: Path, drops: bool) -> None:
     assert (found.sharing is not None) == drops
 
 
-def test_hf_compact_refuses_slim_units(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    slim = slim_model()
-    with pytest.raises(HeadshareError, match="hf-compact has no slim units; write hf, which holds every head in full"):
-        hs.save(slim, tmp_path / "out", to="hf-compact")
-    hs.save(slim, tmp_path / "slim")
-    assert cli.run(["convert", str(tmp_path / "slim"), str(tmp_path / "out"), "--to", "hf-compact"]) == 2
-    assert "or native, which stays small" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["slim"]
-    # Nor is a map with them taken from such a folder.
-    dense = tiny_model()
-    hs.save(share(dense, sharing_by_hand(dense, "qkv", {2: 0})), tmp_path / "compact", to="hf-compact")
-    config = json.loads((tmp_path / "compact" / "config.json").read_text())
-    assert slim.sharing is not None
-    config["headshare_map"] = json.loads(slim.sharing.to_json())
-    (tmp_path / "compact" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(HeadshareError, match="has slim units, which hf-compact cannot hold"):
-        hs.open_checkpoint(tmp_path / "compact")
-
-
 def test_inspect_shows_widths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     slim = slim_model()
     assert slim.sharing is not None
@@ -107,7 +88,8 @@ def test_a_plain_export_is_made_slim_again_from_the_command_line(
     assert shared("out") == 0
     assert hs.open_checkpoint(tmp_path / "out").sharing == slim.sharing
     same_weights(hs.load(tmp_path / "out"), slim)
-    assert shared("other", "--to", "hf-compact") == 2
+    assert shared("compact", "--to", "hf-compact") == 0
+    same_weights(hs.load(tmp_path / "compact"), slim)
     wrong = json.loads(slim.sharing.to_json())
     wrong["slim"][0]["rank"] = 0
     (tmp_path / "map.json").write_text(json.dumps(wrong))
