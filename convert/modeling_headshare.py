@@ -98,8 +98,8 @@ class HeadPool(nn.Module):
 
     Attributes:
       parts: for every layer the names of its blocks (None for a dropped unit) and how many numbers are its heads'.
-      places: for every layer with slim units, where its heads' columns lie among the blocks' (those that are cut: one past
-        them); of o, which columns of its heads the blocks take.
+      places: for every layer with slim units, where its heads' columns lie among the blocks', one past them for what is
+        cut; of o, which columns of its heads the blocks take.
     """
 
     def __init__(self, config: HeadshareConfig, projection: str, head_dim: int, bias: bool):
