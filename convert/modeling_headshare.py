@@ -142,7 +142,7 @@ class HeadPool(nn.Module):
 
 
 def places_of(heads_kept: list[list[int]], head_dim: int, *, back: bool) -> torch.Tensor:
-    """Which of heads' columns, side by side, are kept; `back`: where each lies among the kept, or else one past them."""
+    """Which columns of heads, side by side, are kept; `back`: where each lies among the kept, or else one past them."""
     taken = [head * head_dim + column for head, kept in enumerate(heads_kept) for column in kept]
     if not back:
         return torch.tensor(taken, device="cpu")

@@ -2,18 +2,20 @@
 
 import math
 import numbers
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Union
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from headshare_jax import convert
-from headshare_jax.calibration.overlap import Overlap, TextRuns
-from headshare_jax.calibration.windows import calibration_windows, spread_windows, tokens_digest, turns
+from headshare_jax.calibration.own_text import check_window, own_text
+from headshare_jax.calibration.text import OWN_TEXT, CalibrationText, TextPart, is_own
+from headshare_jax.calibration.windows import calibration_windows, spread_windows, turns
+from headshare_jax.config import LlamaConfig
 from headshare_jax.convert import storage
 from headshare_jax.convert import text as corpora
 from headshare_jax.convert import tokenizer as tokenizers
@@ -94,124 +96,78 @@ def load_tokenizer(src: str | Path) -> "PreTrainedTokenizerBase":
     return tokenizers.load(convert.tokenizer_place(src))
 
 
-@dataclass(frozen=True)
-class TextPart:
-    """What is taken of one text.
-
-    Attributes:
-      name: as it was given.
-      digest: of the whole text; of the windows, where it was given as tokens.
-      windows_wt: int32 [W, T], its first windows.
-      held_out_wt: int32 [W', T], the windows after them, which no method sees; there may be none.
-      weight: how much of it was asked for, against the other texts.
-    """
-
-    name: str
-    digest: str
-    windows_wt: np.ndarray
-    held_out_wt: np.ndarray
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class CalibrationText:
-    """The text that a method is calibrated on: one, or several whose windows take turns by their weights.
-
-    Attributes:
-      parts: what was taken of each.
-    """
-
-    parts: tuple[TextPart, ...]
-
-    @property
-    def name(self) -> str:
-        """The names as they were given."""
-        return " and ".join(part.name for part in self.parts)
-
-    @property
-    def digest(self) -> str:
-        """Of the whole text; of several, of their windows."""
-        return self.parts[0].digest if len(self.parts) == 1 else tokens_digest(self.windows_wt)
-
-    @property
-    def windows_wt(self) -> np.ndarray:
-        """int32 [W, T], what is calibrated on."""
-        return self._in_turns([part.windows_wt for part in self.parts], [0] * len(self.parts))
-
-    @property
-    def held_out_wt(self) -> np.ndarray:
-        """int32 [W', T], windows that no method sees, in the same turns; there may be none."""
-        return self._in_turns([part.held_out_wt for part in self.parts], [len(part.windows_wt) for part in self.parts])
-
-    def _in_turns(self, windows: Sequence[np.ndarray], after: Sequence[int]) -> np.ndarray:
-        """Windows of every part in the order of their turns, so many of each being taken already."""
-        order = turns([part.weight for part in self.parts], sum(after) + sum(map(len, windows)))[sum(after) :]
-        mixed_wt = np.concatenate(windows)
-        for place, part_wt in enumerate(windows):
-            mixed_wt[order == place] = part_wt
-        return mixed_wt
-
-    def overlap(self, tokens: np.ndarray, seq_len: int, max_windows: int | None = None) -> Overlap:
-        """What of another text was in this one, and in which of several; see `TextRuns.overlap`."""
-        found = self._runs.overlap(tokens, seq_len, max_windows)
-        if len(self.parts) == 1:
-            return found
-        each = {part.name: TextRuns.of(part.windows_wt).overlap(tokens, seq_len, max_windows) for part in self.parts}
-        return replace(found, texts=tuple(name for name, theirs in each.items() if theirs.share))
-
-    @property
-    def _runs(self) -> TextRuns:
-        return TextRuns.of(*(part.windows_wt for part in self.parts))
-
-    def to_json(self) -> dict[str, Any]:
-        """What identifies text and windows, as plain data; `runs` tell whether another text was in them."""
-        shape = list(self.windows_wt.shape)
-        found = {"name": self.name, "digest": self.digest, "windows": shape, "runs": self._runs.to_json()}
-        if len(self.parts) == 1:
-            return found
-        return found | {
-            "texts": [
-                {"name": part.name, "digest": part.digest, "weight": part.weight, "windows": len(part.windows_wt)}
-                for part in self.parts
-            ]
-        }
-
-
 def calibration_text(
     text: Texts,
     tokenizer: AnyTokenizer | None,
     count: int | None,
     seq_len: int,
-    vocab_size: int,
+    config: LlamaConfig,
     *,
     held_out: int = 0,
+    own: float = 0.0,
 ) -> CalibrationText:
     """Reads a calibration text, or several, no further than their windows reach.
 
     Args:
-      text: its name or its tokens; or several, each with its weight: how many windows come from it, against the others.
-      tokenizer: of the model; not needed for tokens.
+      text: its name or its tokens, or "own" for what the model is to write, by `write_own`; or several of these, each
+        with its weight: how many windows come from it, against the others.
+      tokenizer: of the model; not needed for tokens, or for what it writes.
       count: tokens to calibrate on; None for `CALIBRATION_TOKENS`, or what a single shorter text has.
       seq_len: tokens in a window.
-      vocab_size: V.
+      config: of the model.
       held_out: windows to hold out after those; of a shorter text, what is left of it, or where `count` is None an
-        eighth of it.
+        eighth of it. Of several texts, what the model writes is not held out: it is no measure beside text that is
+        there.
+      own: beside a single text, part of the windows that the model is to write, in [0, 1).
 
     Raises:
-      HeadshareError: no such text or tokenizer, too short a text, or a weight that is none.
+      HeadshareError: no such text or tokenizer, too short a text, a weight that is none, or windows that the model
+        cannot write.
     """
     if seq_len < 2:
         raise HeadshareError(f"seq_len must be at least 2, not {seq_len}.")
     texts = weighted(text)
-    windows = (CALIBRATION_TOKENS if count is None else count) // seq_len
+    if any(is_own(each) for each, _ in texts):
+        check_window(config, seq_len)
+    asked = CALIBRATION_TOKENS if count is None else count
+    windows = asked // seq_len
+    if windows < 1:
+        raise HeadshareError(
+            f"Calibration needs at least one window, and {asked} tokens are less than one of {seq_len}; give it more "
+            "tokens, or shorter windows.",
+            option=("calibrate_tokens", "seq_len"),
+        )
     if len(texts) > 1:
-        return _several(texts, tokenizer, windows, seq_len, vocab_size, held_out)
-    tokens, name, digest = _beginning(texts[0][0], tokenizer, (windows + held_out) * seq_len)
-    there = len(tokens) // seq_len
+        return _several(texts, tokenizer, windows, seq_len, config.vocab_size, held_out)
+    part = _first_windows(texts[0][0], tokenizer, windows + held_out, seq_len, config.vocab_size)
+    there = part.windows
     if count is None and there < windows + held_out:
         held_out = min(held_out, there // 8)
         windows = min(windows, max(there - held_out, 1))
-    return CalibrationText((_part(tokens, name, digest, windows, held_out, seq_len, vocab_size),))
+    if there < windows:
+        raise HeadshareError(
+            f"{part.name} has {there} windows of {seq_len} tokens, of {windows} that are asked for; give a longer "
+            "text, or ask for fewer tokens.",
+            option=("calibrate", "calibrate_tokens"),
+        )
+    if is_own(texts[0][0]):
+        own = 0.0
+    kept = min(windows, asked // seq_len - int(own * (asked // seq_len)))
+    part = replace(part, windows=kept, held_out=min(held_out, there - kept), weight=float(kept))
+    written = int(kept * own / (1 - own) + 1e-9)
+    return CalibrationText((part, TextPart(OWN_TEXT, written, weight=float(written))) if written else (part,))
+
+
+def write_own(
+    text: CalibrationText,
+    source: WeightSource,
+    seq_len: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> CalibrationText:
+    """A calibration text with what of it the model is to write, for which the model is in memory as a whole."""
+    if not text.to_write:
+        return text
+    return text.written(own_text(to_decode(source), text.to_write, seq_len, progress=progress))
 
 
 def weighted(text: Texts) -> list[tuple[Text, float]]:
@@ -256,49 +212,43 @@ def _several(
 ) -> CalibrationText:
     """Windows of several texts; what is held out ends where one of them does."""
     weights = [weight for _, weight in texts]
-    order = turns(weights, windows + held_out)
-    parts, read = [], []
+    shares = np.bincount(turns(weights, windows), minlength=len(texts)).tolist()
+    others = [place for place, (text, _) in enumerate(texts) if not is_own(text)]
+    order = np.asarray(others)[turns([weights[place] for place in others], held_out)]
+    parts = []
     for place, (text, weight) in enumerate(texts):
         mine = np.flatnonzero(order == place)
-        share = int(np.count_nonzero(mine < windows))
-        tokens, name, digest = _beginning(text, tokenizer, len(mine) * seq_len)
-        there = len(tokens) // seq_len
-        if not share or there < share:
-            raise HeadshareError(
-                f"Of {windows} windows of {seq_len} tokens {share} are to come from {name} by its weight of "
-                f"{weight:g}, which has {there}; give a longer text, another weight, or another calibrate_tokens."
-                if share
-                else f"None of {windows} windows comes from {name} by its weight of {weight:g}; raise it, or "
-                "calibrate_tokens.",
-                option=("calibrate", "calibrate_tokens"),
-            )
-        if there < len(mine):
-            order = order[: mine[there]]
-        read.append((tokens, name, digest, share))
-    for place, (tokens, name, digest, share) in enumerate(read):
-        left = int(np.count_nonzero(order[windows:] == place))
-        parts.append(_part(tokens, name, digest, share, left, seq_len, vocab_size, weights[place]))
-    return CalibrationText(tuple(parts))
+        part = _first_windows(text, tokenizer, shares[place] + len(mine), seq_len, vocab_size)
+        _check_share(part, weight, shares[place], windows, seq_len)
+        left = part.windows - shares[place]
+        if left < len(mine):
+            order = order[: mine[left]]
+        parts.append(replace(part, windows=shares[place], weight=weight))
+    kept = np.bincount(order, minlength=len(texts)).tolist()
+    return CalibrationText(tuple(replace(part, held_out=left) for part, left in zip(parts, kept, strict=True)))
 
 
-def _part(
-    tokens: np.ndarray,
-    name: str,
-    digest: str | None,
-    windows: int,
-    held_out: int,
-    seq_len: int,
-    vocab_size: int,
-    weight: float = 1.0,
-) -> TextPart:
-    """So many windows of a text's tokens, and as many of those held out as there are."""
-    windows_wt = calibration_windows(tokens, windows, seq_len, vocab_size)
-    rest = np.asarray(tokens[windows * seq_len :])
-    held_out = min(held_out, len(rest) // seq_len)
-    held_out_wt = (
-        calibration_windows(rest, held_out, seq_len, vocab_size) if held_out else np.zeros((0, seq_len), np.int32)
-    )
-    return TextPart(name, digest or tokens_digest(windows_wt), windows_wt, held_out_wt, weight)
+def _check_share(part: TextPart, weight: float, share: int, windows: int, seq_len: int) -> None:
+    """Raises HeadshareError unless a text has its share of the windows, and has any."""
+    if not share or part.windows < share:
+        raise HeadshareError(
+            f"Of {windows} windows of {seq_len} tokens {share} are to come from {part.name} by its weight of "
+            f"{weight:g}, which has {part.windows}; give a longer text, another weight, or another calibrate_tokens."
+            if share
+            else f"None of {windows} windows comes from {part.name} by its weight of {weight:g}; raise it, or "
+            "calibrate_tokens.",
+            option=("calibrate", "calibrate_tokens"),
+        )
+
+
+def _first_windows(text: Text, tokenizer: AnyTokenizer | None, count: int, seq_len: int, vocab_size: int) -> TextPart:
+    """A text's first windows, at most so many; or as many as that for the model to write."""
+    if is_own(text):
+        return TextPart(OWN_TEXT, count)
+    tokens, name, digest = _beginning(text, tokenizer, count * seq_len)
+    there = len(tokens) // seq_len
+    tokens_wt = calibration_windows(tokens, there, seq_len, vocab_size) if there else np.zeros((0, seq_len), np.int32)
+    return TextPart(name, there, tokens_wt=tokens_wt, whole=digest)
 
 
 def _is_text(value: object) -> "TypeIs[Text]":

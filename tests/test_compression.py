@@ -138,7 +138,15 @@ def test_units_become_slim_and_a_plain_export_of_them_small_again(folder: Path, 
     slim: dict[str, Any] = {"method": "slim", "budget": 0.7, "calibrate": "text.txt"}
     told: list[str] = []
     done = compress("dense", tmp_path / "slim", **SMALL | slim | {"progress": lambda label, *_: told.append(label)})
-    assert list(dict.fromkeys(told)) == ["slimming", "writing"]
+    assert list(dict.fromkeys(told)) == ["writing text", "slimming", "writing"]
+    assert done.calibration is not None
+    assert [(part.name, part.windows) for part in done.calibration.parts] == [
+        ("text.txt", 3), ("text that the model wrote", 1),
+    ]  # fmt: skip
+    assert "of text that the model wrote" in str(done.summary)
+    alone = compress("dense", own=0.0, **SMALL | slim).calibration
+    assert alone is not None
+    assert [part.name for part in alone.parts] == ["text.txt"]
     assert done.map.slim.any()
     assert done.ledger.attention_stored <= 0.7 * done.ledger.attention_dense
     written = hs.load(tmp_path / "slim")
@@ -188,7 +196,7 @@ def test_a_model_writes_its_own_text(folder: Path, dense: Llama) -> None:
     written_wt = own_text(dense, 20, 32)
     np.testing.assert_array_equal(done.calibration.windows_wt, written_wt[:4])
     assert done.quality is not None
-    assert (done.quality.windows, done.measured_on) == (16, "text that the model wrote")
+    assert (done.quality.windows, done.measured_on) == (16, "what was not fitted to of text that the model wrote")
     done = compress("dense", ratio=0.4, method="direct", progress=False)
     assert (done.quality, done.fit) == (None, None)
     assert "there is no text; name one" in str(done.summary)
@@ -231,7 +239,7 @@ def test_what_was_computed_on_a_text_is_kept_in_the_work_folder(folder: Path, tm
         steps.append((label, done, total))
 
     first = compress("dense", **SMALL | plan | {"progress": told})
-    assert {label for label, _, _ in steps} == {"matching", "slimming"}
+    assert {label for label, _, _ in steps} == {"writing text", "matching", "slimming"}
     assert all(0 < done <= total for _, done, total in steps)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
     assert len(kept) > 3
@@ -296,7 +304,9 @@ SLIM_MAP = SharingMap(
             None,
         ),
         ({"ratio": 0.3, "calibrate": [("text.txt", 0)]}, "must be finite and above 0", ("calibrate",)),
-        ({"ratio": 0.3, "calibrate": [("text.txt", 1), ("own", 1)]}, "is not mixed with others", ("calibrate",)),
+        ({"budget": 0.9, "calibrate": [("text.txt", 1), ("own", 1)], "own": 0.2}, "beside a single text", ("own",)),
+        ({"budget": 0.9, "calibrate": "own", "own": 0.2}, "beside a single text", ("own",)),
+        ({"budget": 0.9, "calibrate": "text.txt", "own": 1.0}, "at least 0 and below 1", ("own",)),
         ({"map": MAP, "tie": "qk"}, "has its pairs already; leave tie out", ("tie",)),
         ({"map": MAP, "method": "plan", "calibrate": "text.txt"}, "leave the map out", ("map",)),
         ({"calibrate": "text.txt", "map": "no-map.json"}, "no-map.json", None),

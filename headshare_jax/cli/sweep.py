@@ -13,10 +13,9 @@ from headshare_jax import convert
 from headshare_jax.cli import kinds
 from headshare_jax.cli.command import Command, Source
 from headshare_jax.cli.sharing import Calibrate, CalibrateTokens, Even, MatchFunction, Seed, SeqLen, Tie, calibration
-from headshare_jax.compression.texts import OWN
 from headshare_jax.convert.atomic import check_place
 from headshare_jax.errors import HeadshareError
-from headshare_jax.loading import calibration_text, text_tokens
+from headshare_jax.loading import calibration_text, text_tokens, write_own
 from headshare_jax.methods.table import METHODS, find
 from headshare_jax.methods.work import Amount, Method, MethodSettings
 from headshare_jax.report.progress import progress_with_text
@@ -81,9 +80,8 @@ class Sweep(Command):
         fitted_to = calibration(self.calibrate)
         calibrated = None
         if fitted_to is not None:
-            calibrated = calibration_text(
-                fitted_to, path, self.calibrate_tokens, self.seq_len, source.config.vocab_size
-            )
+            calibrated = calibration_text(fitted_to, path, self.calibrate_tokens, self.seq_len, source.config)
+            calibrated = write_own(calibrated, source, self.seq_len)
         run = Measurements(
             self.output, source, calibrated, text_tokens(self.text, path), self._settings(),
             seq_len=self.seq_len, max_windows=self.max_windows,
@@ -134,8 +132,6 @@ class Sweep(Command):
         budgeted = [method.name for method in chosen if method.by_budget]
         if budgeted and not self.budgets and self.methods != tuple(METHODS):
             raise HeadshareError(f"The method {budgeted[0]} needs a budget, not a ratio: give --budgets.")
-        if OWN in self.calibrate:
-            raise HeadshareError(f"A sweep takes a text that is there; --calibrate {OWN} is for share.")
         needy = [method.name for method in chosen if method.needs_text]
         if needy and not self.calibrate:
             raise HeadshareError(f"The methods {', '.join(needy)} need a text: --calibrate TEXT.")

@@ -14,15 +14,15 @@ from jax.sharding import Mesh
 
 from headshare_jax import convert
 from headshare_jax.calibration.own_text import context
+from headshare_jax.calibration.text import OWN, is_own
 from headshare_jax.compression.effort import Effort
 from headshare_jax.compression.record import Compressed, fit_record
-from headshare_jax.compression.texts import OWN, check_calibration
 from headshare_jax.compression.texts import read as read_texts
 from headshare_jax.convert import map_file, storage
 from headshare_jax.convert.journal_folder import JournalFolder
 from headshare_jax.errors import HeadshareError
 from headshare_jax.evaluate.agreement import agreement
-from headshare_jax.loading import AnyTokenizer, Text, Texts
+from headshare_jax.loading import AnyTokenizer, Text, Texts, weighted
 from headshare_jax.methods import table
 from headshare_jax.methods.scored import ScoredMethod
 from headshare_jax.methods.table import METHODS
@@ -64,6 +64,7 @@ def compress(
     calibrate: Texts | None = None,
     calibrate_tokens: int | None = None,
     seq_len: int | None = None,
+    own: float | None = None,
     evaluate: Text | bool = True,
     to: str = "native",
     dtype: str | None = None,
@@ -90,10 +91,12 @@ def compress(
         `refit`, or `direct` where it changes nothing, since receivers hold their donors' weights already.
       calibrate: text for the methods that need one, like that which the model is to be used on: as for
         `convert.text.open_corpus`, or token ids, int [tokens]; or several of these, each with its weight, as in
-        `[("wiki.txt", 2), ("code.txt", 1)]`, whose windows take turns; or "own" for one that the model writes
-        (`own_text`), which serves less well.
+        `[("wiki.txt", 2), ("code.txt", 1)]`, whose windows take turns; "own", alone or as one of several, for one that
+        the model writes (`own_text`), which alone serves less well.
       calibrate_tokens: tokens to use, from the start of the text; by default 49,152, or what a single shorter one has.
       seq_len: tokens in a window; by default 512, or what a shorter context has.
+      own: part of the calibration text, in [0, 1), that the model is to write beside a single text: by default a
+        quarter for `plan` and `slim`, whose models then do better on other kinds of text, and none for other methods.
       evaluate: text to measure both models on, likewise; True for what is left of the calibration text; False for none.
       to, quantize: format of the output, and type of a GGUF file's matrices, as for `save`.
       dtype: type of the output's parameters; by default the source's own, or bfloat16 where that is quantised and the
@@ -127,7 +130,7 @@ def compress(
     except TypeError as error:
         raise HeadshareError(f"compress has no such setting: {error}.") from error
     asked = {"ratio": ratio, "budget": budget, "model_budget": model_budget, "map": map}
-    fits = {"calibrate": calibrate, "work": work, "calibrate_tokens": calibrate_tokens}
+    fits = {"calibrate": calibrate, "work": work, "calibrate_tokens": calibrate_tokens, "own": own}
     if isinstance(evaluate, bool):
         fits["seq_len"] = seq_len
     chosen = _checked(method, of_method, asked, fits)
@@ -157,7 +160,10 @@ def compress(
             chosen, calibrate = METHODS["direct"], None
     _check_text(chosen, calibrate)
     seq_len = min(_WINDOW, context(source.config)) if seq_len is None else seq_len
-    texts = read_texts(calibrate, evaluate, tokenizer, source.config, count=calibrate_tokens, seq_len=seq_len)
+    texts = read_texts(
+        calibrate, evaluate, tokenizer, source.config,
+        count=calibrate_tokens, seq_len=seq_len, own=chosen.own if own is None else own,
+    )  # fmt: skip
     written = convert.output_dtype(source, to, dtype)
     if dst is not None:
         convert.check_room(source, dst, to=to, dtype=written, quantize=quantize)
@@ -239,8 +245,15 @@ def _checked(name: str | None, settings: MethodSettings, asked: Mapping[str, Any
                 f"The method {method.name} is not calibrated on a text, as others are ({users}); leave {option} out.",
                 option=option,
             )
-    if fits["calibrate"] is not None:
-        check_calibration(fits["calibrate"])
+    texts = [] if fits["calibrate"] is None else weighted(fits["calibrate"])
+    if fits["own"] is not None:
+        if not 0 <= fits["own"] < 1:
+            raise HeadshareError(f"own must be at least 0 and below 1, not {fits['own']}.", option="own")
+        if len(texts) != 1 or is_own(texts[0][0]):
+            raise HeadshareError(
+                f'own says how much the model writes beside a single text; with others give "{OWN}" a weight instead.',
+                option="own",
+            )
     if given == ["ratio"]:
         method.check_ratio()
     if given == ["map"] and settings.given:

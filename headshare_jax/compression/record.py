@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from headshare_jax.calibration.overlap import Overlap
+from headshare_jax.calibration.text import CalibrationText
 from headshare_jax.convert.card import public_name
 from headshare_jax.evaluate.agreement import Agreement
 from headshare_jax.fit.refit import RefitReport
-from headshare_jax.loading import CalibrationText
 from headshare_jax.sharing.ledger import Ledger
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.source import WeightSource
@@ -59,7 +59,7 @@ class Compressed:
     @property
     def summary(self) -> Summary:
         """What was done, in five lines."""
-        text = "" if self.calibration is None else f" on {self.calibration.windows_wt.size:,} tokens"
+        text = "" if self.calibration is None else f" on {_amounts(self.calibration)}"
         note = "" if self.quality is not None else self.measured_on
         if self.quality is not None and self.quality.ratio > _RUINED and self.fit is None:
             note = "nothing was fitted to make up for it, as the method fitted does"
@@ -86,6 +86,14 @@ class Compressed:
 
         lines = "<br>".join(html.escape(line) for line in str(self.summary).splitlines())
         return f"<p>{lines}</p>{map_svg(self.map)}"
+
+
+def _amounts(calibration: CalibrationText) -> str:
+    """How many tokens were calibrated on, and of several texts how many of each."""
+    told = f"{calibration.windows_wt.size:,} tokens"
+    if len(calibration.parts) == 1:
+        return told
+    return f"{told}: " + ", ".join(f"{part.windows_wt.size:,} of {part.name}" for part in calibration.parts)
 
 
 def fit_record(calibration: CalibrationText | None, report: RefitReport) -> dict[str, Any]:

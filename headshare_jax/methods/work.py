@@ -176,6 +176,11 @@ class Method(ABC):
         """Whether it scores what units compute on the text, by functional matching."""
 
     @property
+    def own(self) -> float:
+        """Part of the calibration text that the model is to write where one text alone is given."""
+        return 0.0
+
+    @property
     @abstractmethod
     def minutes(self) -> int:
         """About what it takes on two CPU cores for a billion parameters, by SmolLM2-135M and Qwen2.5-Coder-0.5B."""

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from headshare_jax import convert
+from headshare_jax.calibration.text import OWN, OWN_TEXT, CalibrationText
 from headshare_jax.calibration.windows import tokens_digest
 from headshare_jax.errors import HeadshareError, Unmet
 from headshare_jax.evaluate.perplexity import perplexity
-from headshare_jax.loading import CalibrationText
 from headshare_jax.methods.table import METHODS
 from headshare_jax.methods.work import Amount, Method, MethodSettings, Step, Work
 from headshare_jax.model.llama import Llama
@@ -140,7 +140,8 @@ class Measurements:
             windows, seq_len = self.calibration.windows_wt.shape
             several = len(self.calibration.parts) > 1
             for part in self.calibration.parts:
-                options.append(("calibrate", f"{part.weight:.15g}@{part.name}" if several else part.name))
+                name = OWN if part.name == OWN_TEXT else part.name
+                options.append(("calibrate", f"{part.weight:.15g}@{name}" if several else name))
             options += [("calibrate-tokens", str(windows * seq_len)), ("seq-len", str(seq_len))]
         output = f"{_name(model).removesuffix('.gguf')}-{method.name}-{point[amount]:g}"
         words = [word for name, value in options for word in (f"--{name}", value)]

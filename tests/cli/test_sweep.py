@@ -199,7 +199,6 @@ def test_bad_input_is_refused_before_anything_is_made(
         (arguments(workplace, ratios="1.5"), "below 1"),
         (arguments(workplace, methods="best"), "direct, refit"),
         (arguments(workplace, methods="direct,plan"), "plan needs a budget"),
-        (arguments(workplace, calibrate="own"), "own is for share"),
         (arguments(workplace, tie="vk"), "tie"),
         (arguments(workplace, src=tmp_path / "shared"), "already shares"),
         (arguments(workplace, text=workplace / "absent.txt"), "absent.txt"),
