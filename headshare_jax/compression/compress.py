@@ -96,7 +96,8 @@ def compress(
       calibrate_tokens: tokens to use, from the start of the text; by default 49,152, or what a single shorter one has.
       seq_len: tokens in a window; by default 512, or what a shorter context has.
       own: part of the calibration text, in [0, 1), that the model is to write beside a single text: by default a
-        quarter for `plan` and `slim`, whose models then do better on other kinds of text, and none for other methods.
+        quarter for `plan` and `slim`, whose models then do better on other kinds of text, and none for other methods
+        or windows beyond the model's context.
       evaluate: text to measure both models on, likewise; True for what is left of the calibration text; False for none.
       to, quantize: format of the output, and type of a GGUF file's matrices, as for `save`.
       dtype: type of the output's parameters; by default the source's own, or bfloat16 where that is quantised and the
@@ -160,9 +161,10 @@ def compress(
             chosen, calibrate = METHODS["direct"], None
     _check_text(chosen, calibrate)
     seq_len = min(_WINDOW, context(source.config)) if seq_len is None else seq_len
+    if own is None:
+        own = chosen.own if seq_len <= context(source.config) else 0.0
     texts = read_texts(
-        calibrate, evaluate, tokenizer, source.config,
-        count=calibrate_tokens, seq_len=seq_len, own=chosen.own if own is None else own,
+        calibrate, evaluate, tokenizer, source.config, count=calibrate_tokens, seq_len=seq_len, own=own
     )  # fmt: skip
     written = convert.output_dtype(source, to, dtype)
     if dst is not None:
@@ -171,7 +173,8 @@ def compress(
     check_memory(
         effort.memory,
         f"The method {chosen.name}",
-        "close other programs, or use a smaller seq_len or a machine with more",
+        "close other programs, or use a smaller seq_len or a machine with more"
+        + (", or own 0, so that the model, whole in memory, need write no text" if texts.own and own else ""),
     )
     check_disk(Path(tempfile.gettempdir()), effort.temporary, "The text's hidden states, in temporary files,")
     journals = None if work is None else _journals(work, dst)
