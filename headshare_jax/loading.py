@@ -262,7 +262,7 @@ def _called(text: Text) -> str:
 def _beginning(text: Text, tokenizer: AnyTokenizer | None, count: int) -> tuple[np.ndarray, str, str | None]:
     """A text's first tokens, at most so many, its name, and the digest of all of it if it is not tokens itself."""
     if isinstance(text, np.ndarray):
-        return text[:count], _called(text), None
+        return text.ravel()[:count], _called(text), None
     corpus = corpora.open_corpus(str(text))
     return _first_tokens(corpus, tokenizer_of(tokenizer), count), str(text), corpus.digest()
 

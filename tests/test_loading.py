@@ -70,6 +70,9 @@ def test_token_ids_are_a_text_without_a_tokenizer() -> None:
     np.testing.assert_array_equal(text.windows_wt, tokens[:64].reshape(2, 32))
     other = loading.calibration_text(tokens[1:], None, 64, 32, vocabulary(160))
     assert text.digest != other.digest
+    np.testing.assert_array_equal(
+        loading.calibration_text(tokens[:96].reshape(3, 32), None, 64, 32, vocabulary(160)).windows_wt, text.windows_wt
+    )
     assert text.digest == loading.calibration_text(tokens[:64], None, 64, 32, vocabulary(160)).digest
 
 

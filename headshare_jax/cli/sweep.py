@@ -77,13 +77,14 @@ class Sweep(Command):
             raise HeadshareError(f"{self.src} already shares heads; a sweep begins with a dense model.")
         for amount in amounts:
             amount.check(source.config)
+        held_out = text_tokens(self.text, path)
         fitted_to = calibration(self.calibrate)
         calibrated = None
         if fitted_to is not None:
             calibrated = calibration_text(fitted_to, path, self.calibrate_tokens, self.seq_len, source.config)
             calibrated = write_own(calibrated, source, self.seq_len)
         run = Measurements(
-            self.output, source, calibrated, text_tokens(self.text, path), self._settings(),
+            self.output, source, calibrated, held_out, self._settings(),
             seq_len=self.seq_len, max_windows=self.max_windows,
         )  # fmt: skip
         with run.folder.held():

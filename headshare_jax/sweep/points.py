@@ -139,6 +139,8 @@ class Measurements:
         if method.needs_text and self.calibration is not None:
             windows, seq_len = self.calibration.windows_wt.shape
             several = len(self.calibration.parts) > 1
+            if method.own and not several:
+                options.append(("own", "0"))
             for part in self.calibration.parts:
                 name = OWN if part.name == OWN_TEXT else part.name
                 options.append(("calibrate", f"{part.weight:.15g}@{name}" if several else name))

@@ -230,6 +230,8 @@ def test_slim_units_stand_beside_plan_and_drop(
     for point in points[1:]:
         assert point["perplexity"] > 0
         assert point["attention_bytes"] <= point["budget"] * points[0]["attention_bytes"]
+        # A sweep calibrates on what is given alone.
+        assert ("--own 0" in point["command"]) == (point["method"] != "drop")
         assert (point["slim"] > 0) == (point["method"] != "drop") == bool(point["map"].get("slim"))
     opened(browser, tmp_path / "report" / PAGE, 390)
     choice = Select(browser.find_element(By.ID, "point"))
