@@ -8,6 +8,7 @@ from math import prod
 
 import numpy as np
 
+from headshare_jax.calibration.own_text import CACHE_BYTES
 from headshare_jax.config import LlamaConfig
 from headshare_jax.matching.functional import FunctionalSettings
 from headshare_jax.methods.scored import ScoredMethod
@@ -115,14 +116,18 @@ class Effort:
 
     @property
     def memory(self) -> int:
-        """Bytes: a layer of both models, output heads, sums of products in float64, and a batch's activations."""
+        """Bytes: a layer of both models, output heads, sums of products in float64, and a batch's activations.
+
+        With text of its own, also the whole model and the keys and values of what it writes.
+        """
         config = self.config
         width, inner = config.hidden_size, config.num_heads * config.head_dim
         sums = 8 * (3 * inner * inner + 6 * inner * width) if self._refits or self._slims else 0
         # New values and outputs of all layers.
         slices = 4 * config.num_layers * 2 * inner * width if self._slims else 0
         batch = 4 * _BATCH_TOKENS * (8 * width + 2 * config.intermediate_size + 2 * config.num_heads * self.seq_len)
-        whole = 4 * (config.num_layers * self._layer + self._head) if self.own else 0
+        written = 8 * config.num_layers * config.num_kv_heads * config.head_dim * self.seq_len * self.own
+        whole = 4 * (config.num_layers * self._layer + self._head) + min(written, CACHE_BYTES) if self.own else 0
         return 4 * (2 * self._layer + 2 * self._head) + sums + slices + batch + whole
 
     @property
