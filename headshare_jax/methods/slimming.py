@@ -1,7 +1,7 @@
 """The methods that make units slim."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -64,7 +64,7 @@ class SlimMethod(Method):
                 work.source, work.text_wt, amount.budget, settings,
                 scores=scores, mesh=work.mesh, journals=work.journals, progress=progress,
             )  # fmt: skip
-        return Made(model, replace(sharing, method=self.name), report)
+        return Made(model, sharing, report)
 
 
 def even_map(config: LlamaConfig, budget: float) -> SharingMap:

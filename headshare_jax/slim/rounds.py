@@ -219,7 +219,7 @@ class _Slimming:
             donor=np.where(kept.dropped, DROPPED, kept.donor),
             score=np.where(changed, 0.0 - self.cost_lu.astype(np.float64), np.nan),
             heads_per_unit=self.source.config.heads_per_unit,
-            method="slim",
+            method="slim" if self.pairs is None else "plan",
             budget=target,
             source=self.origin,
             widths=widths,

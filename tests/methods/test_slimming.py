@@ -75,6 +75,7 @@ def test_units_that_compute_the_same_share_by_the_method_plan(model: hs.Llama) -
     found = made(twin, 0.9, method="plan")
     assert found.map.receives.any()
     assert found.map.method == "plan"
+    assert found.model.sharing == found.map
     assert not (found.map.slim & found.map.receives).any()
     sizes = hs.ledger(hs.Llama.of(found.model))
     assert sizes.attention_stored <= 0.9 * sizes.attention_dense
