@@ -29,8 +29,8 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)"""
 _FORMATS = {
     "hf": "The files are a plain {family} checkpoint, which holds every head in full, also those that share or are "
     "slim: its size is that of the dense model.",
-    "hf-compact": "The files hold every shared head once, and of slim ones what is kept. `modeling_headshare.py` runs the "
-    "small model in PyTorch.",
+    "hf-compact": "The files hold every shared head once, and of slim ones what is kept. `modeling_headshare.py` runs "
+    "the small model in PyTorch.",
 }
 _CLIENTS = """\
 ## Other tools
