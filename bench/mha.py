@@ -62,7 +62,6 @@ class Options:
 def run(options: Options) -> dict[str, Any]:
     """Trains the model unless that was done, and measures every method at every budget on every held-out text."""
     import headshare_jax as hs
-    from headshare_jax.parameters import PROJECTIONS
 
     training = None if (options.folder / "headshare.json").exists() else train(options)
     dense, tokenizer = hs.load(options.folder), hs.load_tokenizer(options.folder)
@@ -72,6 +71,7 @@ def run(options: Options) -> dict[str, Any]:
         return tokens[: len(tokens) // options.seq_len * options.seq_len].reshape(-1, options.seq_len)
 
     held_out = {path.name: windows(path)[: options.windows] for path in options.held_out}
+    sizes = hs.ledger(dense)
     whole = {name: losses(dense, windows_wt) for name, windows_wt in held_out.items()}
     calibration = windows(options.train[0]).ravel()[: options.calibrate_tokens]
     found = {}
@@ -86,8 +86,8 @@ def run(options: Options) -> dict[str, Any]:
         "options": {key: value for key, value in asdict(options).items() if key not in ("json", "folder")}
         | {key: [path.name for path in getattr(options, key)] for key in ("train", "held_out")},
         "model": {
-            "parameters": size(dense),
-            "attention": size(dense, PROJECTIONS),
+            "parameters": sizes.stored,
+            "attention": sizes.attention_stored,
             "training": training,
             "perplexity": {name: float(np.exp(loss_w.mean())) for name, loss_w in whole.items()},
             "windows": {name: len(loss_w) for name, loss_w in whole.items()},
@@ -208,16 +208,6 @@ def times(loss_w: np.ndarray, other_w: np.ndarray) -> tuple[float, float]:
     """A perplexity divided by another of the same windows, and the standard error over them."""
     ratio = math.exp((loss_w - other_w).mean())
     return ratio, ratio * float((loss_w - other_w).std(ddof=1)) / math.sqrt(len(loss_w))
-
-
-def size(model: Any, projections: tuple[str, ...] = ()) -> int:
-    """Parameters of a model, or of these projections."""
-    from headshare_jax.parameters import PARAMETERS, parameter_names
-
-    names = parameter_names(model.config)
-    return sum(
-        getattr(model, n)[...].size for n in names if not projections or PARAMETERS[n].part in tuple(projections)
-    )
 
 
 def tables(result: dict[str, Any]) -> list[Table]:

@@ -139,17 +139,12 @@ def calibration_text(
         )
     if len(texts) > 1:
         return _several(texts, tokenizer, windows, seq_len, config.vocab_size, held_out)
-    part = _first_windows(texts[0][0], tokenizer, windows + held_out, seq_len, config.vocab_size)
+    least = 1 if count is None else windows
+    part = _first_windows(texts[0][0], tokenizer, windows + held_out, seq_len, config.vocab_size, least)
     there = part.windows
     if count is None and there < windows + held_out:
         held_out = min(held_out, there // 8)
         windows = min(windows, max(there - held_out, 1))
-    if there < windows:
-        raise HeadshareError(
-            f"{part.name} has {there} windows of {seq_len} tokens, of {windows} that are asked for; give a longer "
-            "text, or ask for fewer tokens.",
-            option=("calibrate", "calibrate_tokens"),
-        )
     if is_own(texts[0][0]):
         own = 0.0
     kept = min(windows, asked // seq_len - int(own * (asked // seq_len)))
@@ -241,12 +236,18 @@ def _check_share(part: TextPart, weight: float, share: int, windows: int, seq_le
         )
 
 
-def _first_windows(text: Text, tokenizer: AnyTokenizer | None, count: int, seq_len: int, vocab_size: int) -> TextPart:
-    """A text's first windows, at most so many; or as many as that for the model to write."""
+def _first_windows(
+    text: Text, tokenizer: AnyTokenizer | None, count: int, seq_len: int, vocab_size: int, least: int = 0
+) -> TextPart:
+    """A text's first windows, at most so many; or as many as that for the model to write.
+
+    Raises:
+      HeadshareError: no such text or tokenizer, or it has fewer windows than the least.
+    """
     if is_own(text):
         return TextPart(OWN_TEXT, count)
     tokens, name, digest = _beginning(text, tokenizer, count * seq_len)
-    there = len(tokens) // seq_len
+    there = max(len(tokens) // seq_len, least)
     tokens_wt = calibration_windows(tokens, there, seq_len, vocab_size) if there else np.zeros((0, seq_len), np.int32)
     return TextPart(name, there, tokens_wt=tokens_wt, whole=digest)
 

@@ -13,7 +13,7 @@ from headshare_jax.model.generate import Sampling, decode, prefill, reading_to_d
 from headshare_jax.model.llama import Llama
 
 # Bytes that the keys and values of windows that are written side by side may take.
-CACHE_BYTES = 2**30
+_CACHE_BYTES = 2**30
 # Tokens between two calls of `progress`.
 _STEP = 32
 
@@ -127,6 +127,15 @@ def context(config: LlamaConfig) -> int:
 
 def _windows_together(config: LlamaConfig, count: int, seq_len: int) -> int:
     """Windows that are written side by side: equal shares of them, as few as fit."""
-    bytes_each = 2 * 4 * config.num_layers * config.num_kv_heads * config.head_dim * seq_len
-    batches = -(-count // max(1, CACHE_BYTES // bytes_each))
+    batches = -(-count // max(1, _CACHE_BYTES // _bytes_each(config, seq_len)))
     return -(-count // batches)
+
+
+def cache_bytes(config: LlamaConfig, count: int, seq_len: int) -> int:
+    """Bytes of the keys and values of the windows, of so many, that are written side by side."""
+    return _windows_together(config, count, seq_len) * _bytes_each(config, seq_len)
+
+
+def _bytes_each(config: LlamaConfig, seq_len: int) -> int:
+    """Bytes of a window's keys and values in float32."""
+    return 2 * 4 * config.num_layers * config.num_kv_heads * config.head_dim * seq_len

@@ -163,9 +163,7 @@ def compress(
     seq_len = min(_WINDOW, context(source.config)) if seq_len is None else seq_len
     if own is None:
         own = chosen.own if seq_len <= context(source.config) else 0.0
-    texts = read_texts(
-        calibrate, evaluate, tokenizer, source.config, count=calibrate_tokens, seq_len=seq_len, own=own
-    )  # fmt: skip
+    texts = read_texts(calibrate, evaluate, tokenizer, source.config, count=calibrate_tokens, seq_len=seq_len, own=own)
     written = convert.output_dtype(source, to, dtype)
     if dst is not None:
         convert.check_room(source, dst, to=to, dtype=written, quantize=quantize)

@@ -8,7 +8,7 @@ from math import prod
 
 import numpy as np
 
-from headshare_jax.calibration.own_text import CACHE_BYTES
+from headshare_jax.calibration.own_text import cache_bytes
 from headshare_jax.config import LlamaConfig
 from headshare_jax.matching.functional import FunctionalSettings
 from headshare_jax.methods.scored import ScoredMethod
@@ -126,8 +126,8 @@ class Effort:
         # New values and outputs of all layers.
         slices = 4 * config.num_layers * 2 * inner * width if self._slims else 0
         batch = 4 * _BATCH_TOKENS * (8 * width + 2 * config.intermediate_size + 2 * config.num_heads * self.seq_len)
-        written = 8 * config.num_layers * config.num_kv_heads * config.head_dim * self.seq_len * self.own
-        whole = 4 * (config.num_layers * self._layer + self._head) + min(written, CACHE_BYTES) if self.own else 0
+        whole = 4 * (config.num_layers * self._layer + self._head) if self.own else 0
+        whole += cache_bytes(config, self.own, self.seq_len) if self.own else 0
         return 4 * (2 * self._layer + 2 * self._head) + sums + slices + batch + whole
 
     @property

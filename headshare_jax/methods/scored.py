@@ -80,6 +80,13 @@ def kept_scores(work: Work, scores: Scorer) -> MatchResult:
     return work.kept(scores.__name__, score)
 
 
+def in_shards(result: MatchResult, settings: MethodSettings) -> MatchResult:
+    """Scores of the donors that a method may choose from: those in their receivers' shards, if that is asked for."""
+    if settings.within_shards is None or result.scores is None:
+        return result
+    return within_shards(result, settings.within_shards)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScoredMethod(Method):
     """A method that scores units and chooses among them.
@@ -116,9 +123,7 @@ class ScoredMethod(Method):
         Raises:
           HeadshareError: as `sharing_map`, `drop_map` and `within_shards`.
         """
-        if settings.within_shards is not None and result.scores is not None:
-            result = within_shards(result, settings.within_shards)
-        return replace(self.choose(result, amount, config, settings), method=self.name)
+        return replace(self.choose(in_shards(result, settings), amount, config, settings), method=self.name)
 
     def make(self, work: Work, amount: Amount) -> Made:
         scores = self.scored(work)

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from headshare_jax.config import LlamaConfig
-from headshare_jax.methods.scored import functional_scores, kept_scores
+from headshare_jax.methods.scored import functional_scores, in_shards, kept_scores
 from headshare_jax.methods.work import Amount, Made, Method, Work
-from headshare_jax.sharing.choose import within_shards
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.scores import MatchResult
 from headshare_jax.sharing.widths import Widths
@@ -55,14 +54,13 @@ class SlimMethod(Method):
         if amount.budget is None:
             self.check_ratio()
         assert amount.budget is not None
-        shards, scores = work.settings.within_shards, self.scored(work)
-        if scores is not None and shards is not None:
-            scores = within_shards(scores, shards)
-        settings = SlimSettings(Rules(even=work.settings.even, shards=shards))
+        scores = self.scored(work)
+        settings = SlimSettings(Rules(even=work.settings.even, shards=work.settings.within_shards))
         with work.phase("slimming") as progress:
             model, sharing, report = slim(
                 work.source, work.text_wt, amount.budget, settings,
-                scores=scores, mesh=work.mesh, journals=work.journals, progress=progress,
+                scores=None if scores is None else in_shards(scores, work.settings),
+                mesh=work.mesh, journals=work.journals, progress=progress,
             )  # fmt: skip
         return Made(model, sharing, report)
 

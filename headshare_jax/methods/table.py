@@ -22,9 +22,7 @@ METHODS: dict[str, Method] = {
         ScoredMethod(
             "fitted", "refit, with donors by what they compute", _PAIRS, scores=functional_scores, refits=True
         ),
-        SlimMethod(
-            "plan", "keep, slim, share or drop each unit, then refit", ("within_shards",), shares=True
-        ),
+        SlimMethod("plan", "keep, slim, share or drop each unit, then refit", ("within_shards",), shares=True),
         SlimMethod("slim", "keep the columns of each head that matter most, then refit", ("even", "within_shards")),
         ScoredMethod(
             "drop", "drop the units that matter least, then refit",

@@ -28,7 +28,7 @@ def test_seeds_and_windows_differ_and_one_seed_gives_one_text(monkeypatch: pytes
     assert seen == sorted(seen)
     assert seen[-1] == (40, 40)
     # Where fewer windows fit into memory, they are written in turns.
-    monkeypatch.setattr(writing, "CACHE_BYTES", 2 * 2 * 4 * 3 * 2 * 16 * 40)
+    monkeypatch.setattr(writing, "_CACHE_BYTES", 2 * 2 * 4 * 3 * 2 * 16 * 40)
     in_turns_wt = own_text(model, 5, 40, seed=3, progress=lambda done, total: seen.append((done, total)))
     assert in_turns_wt.shape == (5, 40)
     assert seen[-1] == (120, 120)

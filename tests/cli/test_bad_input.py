@@ -93,7 +93,7 @@ def test_bad_input_is_refused_in_one_sentence(refused: Any, model: Path, tmp_pat
         ((*direct, "--work", tmp_path / "work"), "--work"),
         ((*fitted[:3], "--map", text, *fitted[5:]), "leave the map out"),
         ((*fitted, "--chains", "resolve"), "forbid"),
-        ((*refit, "--calibrate", text, "--calibrate-tokens", 9999), "28 windows of 64 tokens, of 156"),
+        ((*refit, "--calibrate", text, "--calibrate-tokens", 9999), "need 9984"),
         ((*refit, "--calibrate", f"0@{text}"), f"weight of {text} must be finite and above 0, not 0 (--calibrate)."),
         ((*refit, "--calibrate", text, f"--calibrate=-2@{text}"), "above 0, not -2 (--calibrate)."),
         ((*refit, "--calibrate", text, "--calibrate", f"inf@{text}"), "must be finite"),
