@@ -15,6 +15,7 @@ from headshare_jax.config import LlamaConfig
 from headshare_jax.convert import storage
 from headshare_jax.convert.huggingface import read_json
 from headshare_jax.errors import HeadshareError
+from headshare_jax.methods.slimming import even_map
 from headshare_jax.model.layer import REMAT_POLICIES
 from headshare_jax.plan import planning
 from headshare_jax.plan.estimate import STAGES, Workload
@@ -61,6 +62,10 @@ class Plan(Command):
         kinds.Ratio | None,
         tyro.conf.arg(help="Sharing ratio; by default the model's own map, if it has one, else 0.3."),
     ] = None
+    budget: Annotated[
+        kinds.Budget | None,
+        tyro.conf.arg(help="Instead of a ratio: slim units, all alike, that keep this part of attention's parameters."),
+    ] = None
     tie: Annotated[
         kinds.Tie | None,
         tyro.conf.arg(help="Projections to share: some of q, k, v, o, in that order; qkv where there is no map."),
@@ -86,7 +91,13 @@ class Plan(Command):
     def run(self) -> dict[str, Any]:
         _, count = chip_of(self.topology)
         config, sharing = _opened(self.src)
-        if sharing is None or self.ratio is not None:
+        if self.budget is not None:
+            if self.ratio is not None or self.tie:
+                raise HeadshareError(
+                    "Slim units share nothing; give a budget, or a ratio and a tie.", option=("budget", "ratio", "tie")
+                )
+            sharing = even_map(config, self.budget)
+        elif sharing is None or self.ratio is not None:
             ratio = 0.3 if self.ratio is None else self.ratio
             sharing = planning.random_map(config, ratio, self.tie or "qkv")
         elif self.tie:
@@ -100,7 +111,7 @@ class Plan(Command):
         planned = planning.plan(
             workload, self.topology, devices=self.devices, mesh=self.mesh, remat=self.remat, host=self.host
         )
-        return {"model": self.src, **planned}
+        return {"model": self.src, "budget": sharing.budget, **planned}
 
     def show(self, result: dict[str, Any]) -> Iterator[RenderableType]:
         how = "compiled for" if result["compiled"] else "estimated, not compiled, for"
@@ -114,7 +125,7 @@ class Plan(Command):
         for model in models:
             if model["temporary_bytes"] is not None:
                 model["other_bytes"] = max(model["temporary_bytes"] - model["activation_bytes"], 0)
-        table = Table("a chip", "dense", "shared")
+        table = Table("a chip", "dense", "shared" if result["budget"] is None else "smaller")
 
         def row(heading: str, amounts: Iterable[float | None], unit: str = "") -> None:
             table.add_row(heading, *(_amount(amount, unit) for amount in amounts))

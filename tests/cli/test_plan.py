@@ -56,6 +56,17 @@ def test_a_shared_model_is_planned_by_its_own_map(plan: Any, tmp_path: Path) -> 
     assert (result["receivers"], result["tie"]) == (3, "qkvo")
 
 
+def test_a_budget_plans_slim_units(plan: Any) -> None:
+    args = ("llama-2-7b", "--topology", "v5e:2x2", "--devices", 1, "--stage", "decode", "--length", 1024, "--host")
+    _, result = plan(*args, "--budget", 0.75, "--json")
+    dense, slim = result["dense"], result["shared"]
+    attention = 2 * 32 * 4 * 4096**2
+    assert dense["parameter_bytes"] - slim["parameter_bytes"] == pytest.approx(attention / 4, rel=1e-3)
+    assert slim["cache_bytes"] == pytest.approx(0.75 * dense["cache_bytes"], rel=1e-3)
+    _, text = plan(*args, "--budget", 0.75)
+    assert "smaller" in text
+
+
 def test_a_person_reads_what_bounds_the_step(plan: Any) -> None:
     code, text = plan("llama-2-7b", "--topology", "v5e:16x16", "--host")
     assert code == 0
@@ -69,6 +80,7 @@ def test_a_person_reads_what_bounds_the_step(plan: Any) -> None:
         (("llama-2-7b", "--topology", "v5q:2x2"), "no TPU topology; give one such as v5e:1x1"),
         (("llama-9", "--topology", "v5e:2x2"), "llama-9 is neither a model nor one of llama-2-7b"),
         (("llama-2-7b", "--topology", "v5e:2x2", "--ratio", 1.5, "--host"), "ratio must be at least 0 and below 1"),
+        (("llama-2-7b", "--topology", "v5e:2x2", "--budget", 0.7, "--tie", "qk", "--host"), "Slim units share nothing"),
         (("llama-2-7b", "--topology", "v5e:2x2", "--batch", 0, "--host"), "--batch must be at least 1"),
         (("llama-2-7b", "--topology", "v5e:2x2", "--mesh", 3, 1, 1, "--host"), "needs 3 devices, but there are 4"),
         (
