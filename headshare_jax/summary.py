@@ -51,7 +51,9 @@ class Sizes:
             return f"larger because {self.quantised[1]} takes more than {self.quantised[0]}; quantize chooses the type"
         if self.weights[1] > self.weights[0]:
             return "larger because every head is written out; the formats native and hf-compact store each once"
-        return None if self.quantised[0] else f"larger because it is in {self.type}; dtype chooses the type"
+        if self.quantised[0] or before >= self.weights[0]:
+            return None
+        return f"larger because it is in {self.type}; dtype chooses the type"
 
     def __str__(self) -> str:
         told = [f"{name} {_pair(*pair)}" for name, pair in (("files", self.files), ("weights", self.weights))]

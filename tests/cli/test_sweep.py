@@ -214,6 +214,20 @@ def test_bad_input_is_refused_before_anything_is_made(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_own_text_is_a_sweeps_where_it_is_asked_for(workplace: Path, tmp_path: Path) -> None:
+    text = workplace / "calibration.txt"
+    command = arguments(workplace, methods="slim", calibrate=f"3@{text}", budgets=0.9)
+    del command[command.index("--ratios") : command.index("--ratios") + 2]
+    assert cli.run([*command, "--calibrate", "1@own", "-o", str(tmp_path / "report")]) == 0
+    _, point = data(tmp_path / "report")["points"]
+    # The command of a point makes its model, which others than its text would not.
+    assert "--own" not in (words := shlex.split(point["command"]))
+    assert words[1:3] == ["share", str(workplace / "model")]
+    assert cli.run([*words[1:3], str(tmp_path / "model"), *words[4:], "--no-eval"]) == 0
+    assert (made := hs.open_checkpoint(tmp_path / "model").sharing) is not None
+    assert json.loads(made.to_json()) == point["map"]
+
+
 def test_slim_units_stand_beside_plan_and_drop(
     workplace: Path, tmp_path: Path, browser: Chrome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
