@@ -6,6 +6,7 @@ earlier tokens of their own segment, or the last of them: those in their window.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +35,22 @@ InTurns = Callable[[Callable[..., jax.Array], Rows], jax.Array]
 Window = int | jax.Array | None
 
 
+def tokens_last(x_btkh: jax.Array) -> jax.Array:
+    """Keys or values [B, T, K, H] as they are cached, [B, K, H, T]."""
+    return x_btkh.transpose(0, 2, 3, 1)
+
+
 def attend(
+    q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, mask_bts: jax.Array | None = None, **settings: Any
+) -> jax.Array:
+    """`attend_cached` to keys and values as a layer makes them."""
+    return attend_cached(q_btnh, tokens_last(k_bskh), tokens_last(v_bskh), mask_bts, **settings)
+
+
+def attend_cached(
     q_btnh: jax.Array,
-    k_bskh: jax.Array,
-    v_bskh: jax.Array,
+    k_bkhs: jax.Array,
+    v_bkhs: jax.Array,
     mask_bts: jax.Array | None = None,
     *,
     causal: bool = False,
@@ -48,7 +61,7 @@ def attend(
 
     Args:
       q_btnh: queries, divided by the square root of H, as `rotate_queries` does.
-      k_bskh, v_bskh: keys, as wide as the queries, and values, whose width may be another.
+      k_bkhs, v_bkhs: keys, as wide as the queries, and values, whose width may be another.
       mask_bts: bool [B or 1, T, S], what each query sees; at least one key. None: all that is not later.
       causal: with a mask, that it lets query t see no key after t: blocks of queries then need only the keys before
         their end.
@@ -58,10 +71,10 @@ def attend(
     """
     batch, length, heads, _ = q_btnh.shape
     if heads == 0:
-        return jnp.zeros((batch, length, 0, v_bskh.shape[-1]), q_btnh.dtype)
+        return jnp.zeros((batch, length, 0, v_bkhs.shape[2]), q_btnh.dtype)
     causal = causal or mask_bts is None or window is not None
     of_row = partial(_attend_row, causal=causal, window=window)
-    rows: Rows = (q_btnh, k_bskh, v_bskh)
+    rows: Rows = (q_btnh, k_bkhs, v_bkhs)
     if mask_bts is not None:
         rows = (*rows, jnp.broadcast_to(mask_bts, (batch, *mask_bts.shape[1:])))
     together = jax.vmap(of_row)
@@ -79,7 +92,7 @@ def rows_apart(of_row: Callable[..., jax.Array], rows: Rows) -> jax.Array:
 def rows_in_place(of_row: Callable[..., jax.Array], rows: Rows) -> jax.Array:
     """Row after row, outputs in place of queries as wide as they: not for training, which needs these again."""
     queries, _, values, *_ = rows
-    if queries.shape[-1] != values.shape[-1]:
+    if queries.shape[-1] != values.shape[-2]:
         return rows_apart(of_row, rows)
     others = rows[1:]
 
@@ -91,8 +104,8 @@ def rows_in_place(of_row: Callable[..., jax.Array], rows: Rows) -> jax.Array:
 
 def _attend_row(
     q_tnh: jax.Array,
-    k_skh: jax.Array,
-    v_skh: jax.Array,
+    k_khs: jax.Array,
+    v_khs: jax.Array,
     mask_ts: jax.Array | None = None,
     *,
     causal: bool,
@@ -100,9 +113,8 @@ def _attend_row(
 ) -> jax.Array:
     """Head outputs [T, N, H] of one row, as wide as the values."""
     length, heads, width = q_tnh.shape
-    slots, groups = k_skh.shape[:2]
+    groups, _, slots = k_khs.shape
     q_ktgh = q_tnh.reshape(length, groups, heads // groups, width).swapaxes(0, 1)
-    k_ksh, v_ksh = k_skh.swapaxes(0, 1), v_skh.swapaxes(0, 1)
     most = window if isinstance(window, int) else slots
     # Of queries that see few keys, a block reads not many more than one of them.
     block = max(QUERY_BLOCK, min(-(-length // MAX_QUERY_BLOCKS), most))
@@ -116,12 +128,12 @@ def _attend_row(
             back_ts = jnp.arange(begin, end)[:, None] - jnp.arange(seen.start, seen.stop)[None]
             near_ts = (back_ts >= 0) & (back_ts < window)
             mask_tm = near_ts if mask_ts is None else mask_tm & near_ts
-        blocks.append(_attend_block(q_ktgh[:, begin:end], k_ksh[:, seen], v_ksh[:, seen], mask_tm))
-    return jnp.concatenate(blocks, axis=1).swapaxes(0, 1).reshape(length, heads, v_skh.shape[-1])
+        blocks.append(_attend_block(q_ktgh[:, begin:end], k_khs[..., seen], v_khs[..., seen], mask_tm))
+    return jnp.concatenate(blocks, axis=1).swapaxes(0, 1).reshape(length, heads, v_khs.shape[1])
 
 
 @jax.checkpoint
-def _attend_block(q_ktgh: jax.Array, k_ksh: jax.Array, v_ksh: jax.Array, mask_tm: jax.Array) -> jax.Array:
+def _attend_block(q_ktgh: jax.Array, k_khs: jax.Array, v_khs: jax.Array, mask_tm: jax.Array) -> jax.Array:
     """Outputs [K, T, G, H] of a block of queries, each of which sees all keys but those of the last M that it masks.
 
     They are as wide as the values. Scores are computed again in the backward pass.
@@ -129,16 +141,16 @@ def _attend_block(q_ktgh: jax.Array, k_ksh: jax.Array, v_ksh: jax.Array, mask_tm
     groups, length, heads, width = q_ktgh.shape
     # A group's heads have their keys in common: they are rows of one product.
     q_kmh = q_ktgh.reshape(groups, length * heads, width)
-    scores_kms = jnp.einsum("kmh,ksh->kms", q_kmh, k_ksh, preferred_element_type=jnp.float32)
+    scores_kms = jnp.einsum("kmh,khs->kms", q_kmh, k_khs, preferred_element_type=jnp.float32)
     scores_ktgs = scores_kms.reshape(groups, length, heads, -1)
-    masked = slice(k_ksh.shape[1] - mask_tm.shape[1], None)
+    masked = slice(k_khs.shape[2] - mask_tm.shape[1], None)
     left_ktgm = jnp.where(mask_tm[None, :, None], scores_ktgs[..., masked], -jnp.inf)
     scores_ktgs = scores_ktgs.at[..., masked].set(left_ktgm)
     top_ktgs = jax.lax.stop_gradient(jnp.max(scores_ktgs, axis=-1, keepdims=True))
     weights_ktgs = jnp.exp(scores_ktgs - top_ktgs)
-    weights_kms = weights_ktgs.astype(v_ksh.dtype).reshape(scores_kms.shape)
-    out_kmh = jnp.einsum("kms,ksh->kmh", weights_kms, v_ksh, preferred_element_type=jnp.float32)
-    out_ktgh = out_kmh.reshape(groups, length, heads, v_ksh.shape[-1]) / jnp.sum(weights_ktgs, axis=-1)[..., None]
+    weights_kms = weights_ktgs.astype(v_khs.dtype).reshape(scores_kms.shape)
+    out_kmh = jnp.einsum("kms,khs->kmh", weights_kms, v_khs, preferred_element_type=jnp.float32)
+    out_ktgh = out_kmh.reshape(groups, length, heads, v_khs.shape[1]) / jnp.sum(weights_ktgs, axis=-1)[..., None]
     return out_ktgh.astype(q_ktgh.dtype)
 
 

@@ -1,17 +1,23 @@
-"""The key/value cache."""
+"""The key/value cache.
+
+Slots are its last axis. A TPU fills the last axis of an array up to a multiple of 128, which slots are or nearly are,
+and the widths of slim heads are not. It stays in this order in memory: left to itself XLA takes the cache to another
+one, in which a new token lies together, and holds it twice, then with widths filled up to 128.
+"""
 
 from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from headshare_jax.config import LlamaConfig
 from headshare_jax.model.mesh import BATCH, rows_of
 from headshare_jax.sharing.shapes import HeadShape, cache_slots
 
-# Keys or values of all layers: of layers whose heads are alike [L, B, S, K, H], of others [B, S, K, H] each.
+# Keys or values of all layers: of layers whose heads are alike [L, B, K, H, S], of others [B, K, H, S] each.
 Stack = jax.Array | tuple[jax.Array, ...]
 
 
@@ -21,15 +27,15 @@ class KVCache:
     """Keys and values of the positions already seen.
 
     Attributes:
-      k_lbskh: keys, in the compute dtype; rotary embedding already applied.
-      v_lbskh: values, likewise, without it; their width may be another.
+      k_lbkhs: keys, in the compute dtype; rotary embedding already applied.
+      v_lbkhs: values, likewise, without it; their width may be another.
       length: int32 scalar, slots filled; the same for every row of the batch.
       prompt_b: int32 [B], tokens of every row's prompt, which fill its first slots.
       prompt_slots: int32 scalar, slots that prompts take; from its prompt's end to here a row holds padding.
     """
 
-    k_lbskh: Stack
-    v_lbskh: Stack
+    k_lbkhs: Stack
+    v_lbkhs: Stack
     length: jax.Array
     prompt_b: jax.Array
     prompt_slots: jax.Array
@@ -37,34 +43,34 @@ class KVCache:
     @property
     def slots(self) -> int:
         """S, of which every layer has as many."""
-        shape: tuple[int, ...] = jax.tree.leaves(self.k_lbskh)[0].shape
-        return shape[-3]
+        shape: tuple[int, ...] = jax.tree.leaves(self.k_lbkhs)[0].shape
+        return shape[-1]
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves((self.k_lbskh, self.v_lbskh)))
+        return sum(leaf.nbytes for leaf in jax.tree.leaves((self.k_lbkhs, self.v_lbkhs)))
 
     def with_slots(self, slots: int) -> "KVCache":
         """The cache with room for at least so many positions of every row."""
         more = max(0, slots - self.slots)
 
         def grown(array: jax.Array) -> jax.Array:
-            return jnp.pad(array, [(0, more if axis == array.ndim - 3 else 0) for axis in range(array.ndim)])
+            return jnp.pad(array, [(0, more if axis == array.ndim - 1 else 0) for axis in range(array.ndim)])
 
         if not more:
             return self
-        return replace(self, k_lbskh=jax.tree.map(grown, self.k_lbskh), v_lbskh=jax.tree.map(grown, self.v_lbskh))
+        return replace(self, k_lbkhs=jax.tree.map(grown, self.k_lbkhs), v_lbkhs=jax.tree.map(grown, self.v_lbkhs))
 
     def with_prompts(
-        self, layer: jax.Array | int, k_btkh: jax.Array, v_btkh: jax.Array, prompt_b: jax.Array
+        self, layer: jax.Array | int, k_bkht: jax.Array, v_bkht: jax.Array, prompt_b: jax.Array
     ) -> "KVCache":
         """The empty cache with a layer's keys and values of T tokens, of which `prompt_b` are a row's prompt."""
-        return self.with_layer(layer, k_btkh, v_btkh)
+        return self.with_layer(layer, k_bkht, v_bkht)
 
-    def with_layer(self, layer: jax.Array | int, k_btkh: jax.Array, v_btkh: jax.Array) -> "KVCache":
+    def with_layer(self, layer: jax.Array | int, k_bkht: jax.Array, v_bkht: jax.Array) -> "KVCache":
         """The cache with a layer's next T keys and values; `length` stays, for other layers write there too."""
-        return self._written(layer, self.length, k_btkh, v_btkh)
+        return self._written(layer, self.length, k_bkht, v_bkht)
 
     def seen_by(self, slot_t: jax.Array) -> jax.Array:
         """bool [B, T, S]: which slots the tokens in some slots see, int32 [T]: no later one, and no padding."""
@@ -86,11 +92,11 @@ class KVCache:
     def _slots(self) -> jax.Array:
         return jnp.arange(self.slots, dtype=jnp.int32)
 
-    def _written(self, layer: jax.Array | int, slot: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array) -> "KVCache":
+    def _written(self, layer: jax.Array | int, slot: jax.Array, k_bkht: jax.Array, v_bkht: jax.Array) -> "KVCache":
         return replace(
             self,
-            k_lbskh=_stack_with(self.k_lbskh, layer, slot, k_btkh),
-            v_lbskh=_stack_with(self.v_lbskh, layer, slot, v_btkh),
+            k_lbkhs=_stack_with(self.k_lbkhs, layer, slot, k_bkht),
+            v_lbkhs=_stack_with(self.v_lbkhs, layer, slot, v_bkht),
         )
 
 
@@ -104,19 +110,19 @@ class RingCache(KVCache):
     """
 
     def with_prompts(
-        self, layer: jax.Array | int, k_btkh: jax.Array, v_btkh: jax.Array, prompt_b: jax.Array
+        self, layer: jax.Array | int, k_bkht: jax.Array, v_bkht: jax.Array, prompt_b: jax.Array
     ) -> KVCache:
-        last = jnp.int32(k_btkh.shape[1] - 1)
+        last = jnp.int32(k_bkht.shape[-1] - 1)
         # Before a prompt's first token there is nothing, for which that token stands.
         index_bs = jnp.maximum(prompt_b[:, None] - 1 - self.behind(last[None])[0], 0)
-        k_bskh, v_bskh = (
-            jnp.take_along_axis(each_btkh, index_bs[:, :, None, None], axis=1) for each_btkh in (k_btkh, v_btkh)
+        k_bkhs, v_bkhs = (
+            jnp.take_along_axis(each_bkht, index_bs[:, None, None, :], axis=3) for each_bkht in (k_bkht, v_bkht)
         )
-        return self._written(layer, jnp.int32(0), k_bskh, v_bskh)
+        return self._written(layer, jnp.int32(0), k_bkhs, v_bkhs)
 
-    def with_layer(self, layer: jax.Array | int, k_btkh: jax.Array, v_btkh: jax.Array) -> KVCache:
+    def with_layer(self, layer: jax.Array | int, k_bkht: jax.Array, v_bkht: jax.Array) -> KVCache:
         """The cache with a layer's keys and values of one more token."""
-        return self._written(layer, self.length % self.slots, k_btkh, v_btkh)
+        return self._written(layer, self.length % self.slots, k_bkht, v_bkht)
 
     def seen_by(self, slot_t: jax.Array) -> jax.Array:
         return self.behind(slot_t) <= self.positions(slot_t)[:, :, None]
@@ -153,12 +159,12 @@ def empty_cache(
 
     def stack(widths: list[int]) -> Stack:
         if len(set(shapes)) == 1:
-            return zeros(len(shapes), batch, room, shapes[0].units, widths[0])
-        return tuple(zeros(batch, room, shape.units, width) for shape, width in zip(shapes, widths, strict=True))
+            return zeros(len(shapes), batch, shapes[0].units, widths[0], room)
+        return tuple(zeros(batch, shape.units, width, room) for shape, width in zip(shapes, widths, strict=True))
 
     return (KVCache if room == slots else RingCache)(
-        k_lbskh=stack([shape.qk for shape in shapes]),
-        v_lbskh=stack([shape.vo for shape in shapes]),
+        k_lbkhs=stack([shape.qk for shape in shapes]),
+        v_lbkhs=stack([shape.vo for shape in shapes]),
         length=jnp.zeros((), jnp.int32),
         prompt_b=jnp.zeros(batch, jnp.int32),
         prompt_slots=jnp.zeros((), jnp.int32),
@@ -166,20 +172,25 @@ def empty_cache(
 
 
 def cache_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Where keys or values [..., B, S, K, H] lie on a mesh: rows over data and fsdp, heads over tensor.
+    """Where keys or values [..., B, K, H, S] lie on a mesh: rows over data and fsdp, heads over tensor.
 
     Either is cut where it is divided.
     """
-    *before, batch, _, heads, _ = shape
+    *before, batch, heads, _, _ = shape
     rows = BATCH if batch % rows_of(mesh) == 0 else None
     cut = "tensor" if heads % mesh.shape["tensor"] == 0 else None
-    return NamedSharding(mesh, PartitionSpec(*[None] * len(before), rows, None, cut))
+    return NamedSharding(mesh, PartitionSpec(*[None] * len(before), rows, cut))
 
 
-def _stack_with(stack: Stack, layer: jax.Array | int, slot: jax.Array, x_btkh: jax.Array) -> Stack:
+def _stack_with(stack: Stack, layer: jax.Array | int, slot: jax.Array, x_bkht: jax.Array) -> Stack:
     """Keys or values with those that a layer writes from a slot on."""
     if isinstance(stack, jax.Array):
-        return jax.lax.dynamic_update_slice(stack, x_btkh[None], (layer, 0, slot, 0, 0))
+        return _with_slots(stack, x_bkht[None], (layer, 0, 0, 0, slot))
     assert isinstance(layer, int)
-    mine = jax.lax.dynamic_update_slice(stack[layer], x_btkh, (0, slot, 0, 0))
-    return (*stack[:layer], mine, *stack[layer + 1 :])
+    return (*stack[:layer], _with_slots(stack[layer], x_bkht, (0, 0, 0, slot)), *stack[layer + 1 :])
+
+
+def _with_slots(array: jax.Array, part: jax.Array, begin: tuple[jax.Array | int, ...]) -> jax.Array:
+    """An array with a part of it written in place, its axes in memory in their order."""
+    in_order = with_layout_constraint(array, Layout(major_to_minor=tuple(range(array.ndim))))
+    return jax.lax.dynamic_update_slice(in_order, part, begin)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
-from headshare_jax.model.attention import InTurns, Window, among_tokens, attend, rows_in_place
+from headshare_jax.model.attention import InTurns, Window, among_tokens, attend_cached, rows_in_place, tokens_last
 from headshare_jax.model.cache import KVCache, RingCache, empty_cache
 from headshare_jax.model.embedding import look_up
 from headshare_jax.model.gather import on_host
@@ -29,7 +29,7 @@ from headshare_jax.rope import rotary_angles
 from headshare_jax.sharing import finite
 from headshare_jax.sharing.ledger import described
 from headshare_jax.sharing.map import SharingMap
-from headshare_jax.sharing.shapes import HeadShape, head_shapes, running_tables
+from headshare_jax.sharing.shapes import TPU_MULTIPLE, HeadShape, head_shapes, running_tables
 from headshare_jax.sharing.source import WeightSource, pool_index, read_held, stored_shape
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -222,14 +222,15 @@ class Llama(nnx.Module):
         def attend_and_keep(
             q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, window: Window
         ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            return attend(q_btnh, k_btkh, v_btkh, window=window, in_turns=self._in_turns), (k_btkh, v_btkh)
+            keys_values = tokens_last(k_btkh), tokens_last(v_btkh)
+            return attend_cached(q_btnh, *keys_values, window=window, in_turns=self._in_turns), keys_values
 
         def step(carry: tuple[Parts, KVCache], place: jax.Array | int, layer: Layer) -> tuple[Parts, KVCache]:
             parts_btd, cache = carry
             run = [attention_block(self.config, layer, x_btd, angles, attend_and_keep) for x_btd in parts_btd]
             parts_btd = tuple(mlp_block(self.config, layer, x_btd) for x_btd, _ in run)
-            k_btkh, v_btkh = (jnp.concatenate(parts) for parts in zip(*(kept for _, kept in run), strict=True))
-            return parts_btd, cache.with_prompts(place, k_btkh, v_btkh, prompt_b)
+            k_bkht, v_bkht = (jnp.concatenate(parts) for parts in zip(*(kept for _, kept in run), strict=True))
+            return parts_btd, cache.with_prompts(place, k_bkht, v_bkht, prompt_b)
 
         last, end_b = self.config.num_layers - 1, prompt_b - 1
         parts_btd = tuple(jnp.array_split(self._embed(tokens_bt), reading.parts))
@@ -240,15 +241,16 @@ class Llama(nnx.Module):
             q_b1nh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, window: Window
         ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             near_b1s = seen_b1s if window is None else seen_b1s & (slot_t[None, None] > end_b[:, None, None] - window)
-            return attend(q_b1nh, k_btkh, v_btkh, near_b1s, in_turns=self._in_turns), (k_btkh, v_btkh)
+            keys_values = tokens_last(k_btkh), tokens_last(v_btkh)
+            return attend_cached(q_b1nh, *keys_values, near_b1s, in_turns=self._in_turns), keys_values
 
         layer = reading.layer(self._running(), last)
-        x_b1d, (k_btkh, v_btkh) = attention_block(
+        x_b1d, (k_bkht, v_bkht) = attention_block(
             self.config, layer, jnp.concatenate(parts_btd), angles, attention, at_b=end_b
         )
         x_b1d = self._final_norm(mlp_block(self.config, layer, x_b1d))
         filled = jnp.int32(tokens_bt.shape[1])
-        cache = cache.with_prompts(last, k_btkh, v_btkh, prompt_b)
+        cache = cache.with_prompts(last, k_bkht, v_bkht, prompt_b)
         return x_b1d[:, 0], replace(cache, length=filled, prompt_b=prompt_b, prompt_slots=filled)
 
     def extend(self, tokens_bt: jax.Array, cache: KVCache, reading: Reading | None = None) -> tuple[jax.Array, KVCache]:
@@ -277,13 +279,13 @@ class Llama(nnx.Module):
             def attention(
                 q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, window: Window
             ) -> tuple[jax.Array, KVCache]:
-                grown = cache.with_layer(place, k_btkh, v_btkh)
-                keys_values = (grown.k_lbskh[place], grown.v_lbskh[place])
+                grown = cache.with_layer(place, tokens_last(k_btkh), tokens_last(v_btkh))
+                keys_values = (grown.k_lbkhs[place], grown.v_lbkhs[place])
                 near_bts = seen_bts
                 # Of a window that all layers have, the cache holds no more.
                 if isinstance(window, jax.Array):
                     near_bts = seen_bts & (cache.behind(slot_t) < window)
-                return attend(q_btnh, *keys_values, near_bts, in_turns=self._in_turns), grown
+                return attend_cached(q_btnh, *keys_values, near_bts, in_turns=self._in_turns), grown
 
             x_btd, cache = attention_block(self.config, layer, x_btd, angles, attention)
             return cut(mlp_block(self.config, layer, cut(x_btd))), cache
@@ -305,7 +307,10 @@ class Llama(nnx.Module):
     @property
     def head_shapes(self) -> tuple[HeadShape, ...]:
         """The heads of every layer, as they run where no gradient is taken."""
-        return head_shapes(self.config, self.sharing, 1 if self.mesh is None else self.mesh.shape["tensor"])
+        parts, platform = 1, jax.default_backend()
+        if self.mesh is not None:
+            parts, platform = self.mesh.shape["tensor"], self.mesh.devices.flat[0].platform
+        return head_shapes(self.config, self.sharing, parts, TPU_MULTIPLE if platform == "tpu" else 1)
 
     def empty_cache(self, batch: int, slots: int) -> KVCache:
         """A cache with room for `slots` positions of every row; of windows, no more than the last ones."""

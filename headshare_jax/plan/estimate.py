@@ -13,7 +13,7 @@ from headshare_jax.model.mesh import AXES
 from headshare_jax.parameters import parameter_names
 from headshare_jax.plan.costs import Costs
 from headshare_jax.sharing.map import SharingMap
-from headshare_jax.sharing.shapes import HeadShape, cache_slots, columns, head_shapes
+from headshare_jax.sharing.shapes import TPU_MULTIPLE, HeadShape, cache_slots, columns, head_shapes
 from headshare_jax.train.losses import HEAD_TOKENS
 from headshare_jax.train.placement import abstract_params, bytes_on_device
 
@@ -69,7 +69,8 @@ class Workload:
 
     def shapes(self, layout: "Layout", *, shared: bool) -> tuple[HeadShape, ...]:
         """The heads that each layer runs with, of the shared model or the dense one."""
-        return head_shapes(self.config, self.sharing if shared and not self.trains else None, layout.mesh[2])
+        sharing = self.sharing if shared and not self.trains else None
+        return head_shapes(self.config, sharing, layout.mesh[2], TPU_MULTIPLE)
 
     @property
     def tokens(self) -> int:

@@ -14,6 +14,10 @@ from headshare_jax.parameters import PROJECTIONS, index_name
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.widths import Widths
 
+# On a TPU heads run in widths that are multiples of this: it keeps an array's last but one axis, as widths are in the
+# cache, in tiles of so many, and turns a cache whose widths do not fit to another order of its axes and back.
+TPU_MULTIPLE = 8
+
 
 @dataclass(frozen=True)
 class HeadShape:
@@ -37,7 +41,9 @@ class HeadShape:
         return 2 * self.pairs + self.still
 
 
-def head_shapes(config: LlamaConfig, sharing: SharingMap | None = None, parts: int = 1) -> tuple[HeadShape, ...]:
+def head_shapes(
+    config: LlamaConfig, sharing: SharingMap | None = None, parts: int = 1, multiple: int = 1
+) -> tuple[HeadShape, ...]:
     """What each layer runs with: nothing of a dropped unit, and heads as wide as the widest unit of the layer.
 
     Args:
@@ -45,6 +51,7 @@ def head_shapes(config: LlamaConfig, sharing: SharingMap | None = None, parts: i
       sharing: who shares with whom, who is dropped and who is slim; None for a dense model.
       parts: devices that cut a layer's units evenly, where they divide all of them: a layer that they do not divide any
         more has units of zeros besides.
+      multiple: widths of heads that are not whole are filled up to multiples of this, as far as whole heads go.
     """
     units, turning, width = config.num_kv_heads, config.rotary_dim // 2, config.head_dim
     whole = HeadShape(units, turning, width - 2 * turning, width)
@@ -59,7 +66,10 @@ def head_shapes(config: LlamaConfig, sharing: SharingMap | None = None, parts: i
             continue
         pairs_uj = sharing.widths.pairs[layer, kept_u]
         pairs, still = (int(each.sum(axis=1).max(initial=0)) for each in np.split(pairs_uj, [turning], axis=1))
-        shapes.append(HeadShape(count, pairs, still, int(sharing.widths.rank[layer, kept_u].max())))
+        pairs = min(pairs + -(2 * pairs + still) % multiple // 2, turning)
+        still = min(still + -(2 * pairs + still) % multiple, whole.still)
+        rank = int(sharing.widths.rank[layer, kept_u].max())
+        shapes.append(HeadShape(count, pairs, still, min(rank + -rank % multiple, width)))
     return tuple(shapes)
 
 

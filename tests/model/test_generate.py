@@ -147,10 +147,10 @@ def test_devices_together_continue_as_one_does(model: Llama, kind: str, sizes: t
 
 def test_a_mesh_has_its_part_of_the_cache_on_each_device() -> None:
     spread = Llama.of(tiny_model(), mesh=make_mesh((2, 2, 2)))
-    shape = (3, 8, 64, 2, 16)
+    shape = (3, 8, 2, 16, 64)
     cache = spread.empty_cache(8, 64)
-    assert cache.k_lbskh.shape == shape
-    assert {shard.data.shape for shard in cache.k_lbskh.addressable_shards} == {(3, 2, 64, 1, 16)}
+    assert cache.k_lbkhs.shape == shape
+    assert {shard.data.shape for shard in cache.k_lbkhs.addressable_shards} == {(3, 2, 1, 16, 64)}
 
 
 def test_reading_prompts_puts_no_pool_and_no_layers_heads_together_on_a_device() -> None:
@@ -254,8 +254,8 @@ def test_the_cache_is_written_in_place(model: Llama) -> None:
     no_stop = jnp.zeros(0, jnp.int32)
     generation.decode(model, token, filled, key, jnp.int32(8), no_stop, room=8, sampling=greedily)
     for cache in (empty, filled):
-        assert cache.k_lbskh.is_deleted()
-        assert cache.v_lbskh.is_deleted()
+        assert cache.k_lbkhs.is_deleted()
+        assert cache.v_lbkhs.is_deleted()
 
 
 def test_the_likeliest_token_is_all_that_top_k_1_leaves(model: Llama, greedy: list[list[int]]) -> None:

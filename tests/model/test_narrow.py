@@ -20,6 +20,7 @@ from headshare_jax.model.mesh import make_mesh
 from headshare_jax.model.reading import Gathered, OneByOne
 from headshare_jax.rope import rotary_angles, rotate, rotate_queries
 from headshare_jax.sharing.running import running
+from headshare_jax.sharing.shapes import head_shapes
 
 LENGTH = 40
 PROMPTS = [random_tokens((n,), seed=n).tolist() for n in (5, 17, 30)]
@@ -109,8 +110,8 @@ def test_meshes_run_layers_of_unequal_heads(dense: Llama, drops: str, sizes: tup
     model = dropped(dense, DROPS[drops])
     spread = Llama.of(model, mesh=make_mesh(sizes))
     assert generate(spread, PROMPTS, max_new_tokens=8) == generate(model, PROMPTS, max_new_tokens=8)
-    for leaf in jax.tree.leaves(spread.empty_cache(8, 64).k_lbskh):
-        assert leaf.addressable_shards[0].data.shape[-2] * sizes[2] == leaf.shape[-2]
+    for leaf in jax.tree.leaves(spread.empty_cache(8, 64).k_lbkhs):
+        assert leaf.addressable_shards[0].data.shape[-3] * sizes[2] == leaf.shape[-3]
 
 
 def slim_model(kind: str, **changes: Any) -> Llama:
@@ -144,14 +145,34 @@ def test_meshes_run_narrow_heads(sizes: tuple[int, int, int]) -> None:
     assert generate(spread, PROMPTS, max_new_tokens=8) == generate(slim, PROMPTS, max_new_tokens=8)
 
 
-def test_layers_of_one_width_have_one_cache() -> None:
-    dense = tiny_model(attention_bias=True)
+def of_one_width(dense: Llama, pairs: int, still: int, rank: int) -> Llama:
+    """All units keep as many rotary pairs, columns that do not turn, and values."""
     full = Widths.full(dense.config)
-    pairs = np.random.default_rng(0).permuted(np.broadcast_to(np.arange(8) < 5, full.pairs.shape), axis=2)
-    slim = share(
-        dense,
-        replace(sharing_by_hand(dense, "qkv", {}), widths=Widths(np.full_like(full.rank, 7), pairs, full.head_dim)),
-    )
-    assert slim.empty_cache(2, 9).k_lbskh.shape == (3, 2, 9, 2, 10)
-    assert slim.empty_cache(2, 9).v_lbskh.shape == (3, 2, 9, 2, 7)
-    assert generate(slim, PROMPTS, max_new_tokens=20) == generate(unshare(slim), PROMPTS, max_new_tokens=20)
+    turning = dense.config.rotary_dim // 2
+    kept = np.isin(np.arange(full.pairs.shape[2]), [*range(pairs), *range(turning, turning + still)])
+    parts = np.split(np.broadcast_to(kept, full.pairs.shape), [turning], axis=2)
+    kept_luj = np.concatenate([np.random.default_rng(0).permuted(part, axis=2) for part in parts], axis=2)
+    widths = Widths(np.full_like(full.rank, rank), kept_luj, full.head_dim)
+    return share(dense, replace(sharing_by_hand(dense, "qkv", {}), widths=widths))
+
+
+def test_layers_of_one_width_have_one_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    slim = of_one_width(tiny_model(attention_bias=True), 5, 0, 7)
+    assert slim.empty_cache(2, 9).k_lbkhs.shape == (3, 2, 2, 10, 9)
+    assert slim.empty_cache(2, 9).v_lbkhs.shape == (3, 2, 2, 7, 9)
+    tokens = generate(slim, PROMPTS, max_new_tokens=20)
+    assert tokens == generate(unshare(slim), PROMPTS, max_new_tokens=20)
+    # As on a TPU, filled up to tiles.
+    filled = head_shapes(slim.config, slim.sharing, multiple=4)
+    assert {(shape.qk, shape.vo) for shape in filled} == {(12, 8)}
+    monkeypatch.setattr(Llama, "head_shapes", filled)
+    assert generate(slim, PROMPTS, max_new_tokens=20) == tokens
+
+
+def test_heads_that_turn_in_part_are_filled_up_with_what_was_cut() -> None:
+    slim = of_one_width(tiny_model(**ALL_VARIANTS["phi3, partial rotary"]), 4, 1, 3)
+    widths = [
+        [(shape.pairs, shape.still, shape.vo) for shape in head_shapes(slim.config, slim.sharing, multiple=n)]
+        for n in (1, 4, 8)
+    ]
+    assert widths == [[(4, 1, 3)] * 3, [(5, 2, 4)] * 3, [(6, 4, 8)] * 3]

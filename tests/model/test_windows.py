@@ -46,7 +46,7 @@ def test_a_token_depends_on_those_of_its_layers_windows(kind: str) -> None:
 def test_prompts_and_pieces_equal_one_pass(prompts: tuple[int, int] | None, kind: str) -> None:
     model, lengths = windowed(**KINDS[kind]), prompts or (0, 0)
     rows, cache = random_tokens((2, 70)), model.empty_cache(2, slots=max(lengths) + 40)
-    assert cache.k_lbskh.shape[2] == (WINDOW if kind == "alike" else max(lengths) + 40)
+    assert cache.k_lbkhs.shape[-1] == (WINDOW if kind == "alike" else max(lengths) + 40)
     logits, _ = logits_in_pieces(model, rows, lengths, cache, [(0, 23), (23, 24), (24, 36)])
     expected = jax_logits(model, rows)
     for row, length in enumerate(lengths):
@@ -67,7 +67,7 @@ def test_prompts_of_different_lengths_continue_as_each_alone(kind: str) -> None:
 def test_windows_make_the_cache_short() -> None:
     def nbytes(model: Llama, slots: int) -> int:
         cache = jax.eval_shape(lambda: model.empty_cache(2, slots))
-        return 2 * cache.k_lbskh.size * cache.k_lbskh.dtype.itemsize
+        return 2 * cache.k_lbkhs.size * cache.k_lbkhs.dtype.itemsize
 
     alike, mixed = (windowed(**changes) for changes in KINDS.values())
     position = 2 * 2 * 4 * 3 * alike.config.num_kv_heads * alike.config.head_dim
