@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import support
 import tiny_cli_model
+
+import headshare_jax as hs
 
 # Those that compile a model several times take a minute, and find little that other tests do not: they are `slow`.
 BENCH = Path(__file__).parents[1] / "bench"
@@ -107,6 +110,27 @@ def test_training_steps_are_read_as_compiled_for_a_pod(tmp_path: Path) -> None:
         assert row["step_seconds"] == max(row["seconds"].values())
     assert tied["parameter_bytes"] < align["parameter_bytes"]
     assert sum(tied["collective_bytes"].values()) <= sum(align["collective_bytes"].values())
+
+
+@pytest.mark.slow
+def test_slim_units_are_compiled_beside_the_ledger_and_run_beside_a_dense_model(tmp_path: Path) -> None:
+    dense = support.tiny_model(num_key_value_heads=4)
+    models = {"dense": dense, "slim": hs.share(dense, support.slim_sharing(dense))}
+    for name, model in models.items():
+        hs.save(model, tmp_path / name)
+    result = run_quick("slim", tmp_path, "--models", *(str(tmp_path / name) for name in models))
+    assert [(row["stage"], row["map"]) for row in result["tpu"]] == [
+        (stage, name) for stage in ("decode", "prefill") for name in ("dense", "slim, --even")
+    ]
+    for row in result["tpu"]:
+        assert row["fits"]
+        assert row["flops"] == pytest.approx(row["by_ledger"]["flops"], rel=0.05)
+        assert row["hbm_bytes_accessed"] > 0
+    (row,) = result["cpu"]
+    for name, model in models.items():
+        assert row["cache_bytes"][name] == model.empty_cache(2, 128).nbytes
+        assert row["peak_rss"][name] > 1e8
+    assert row["cache_bytes"]["ratio"] == row["cache_bytes"]["slim"] / row["cache_bytes"]["dense"]
 
 
 @pytest.mark.slow
