@@ -4,12 +4,10 @@ All pairs of a layer share one inverse of the layer's size; the other units' row
 costs systems of one unit's width alone.
 """
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 from scipy import linalg
-from threadpoolctl import threadpool_limits
+
+from headshare_jax.cores import on_cores
 
 # Relative to a matrix's trace.
 ROUNDING = 1e-13
@@ -63,10 +61,7 @@ def pair_residuals(
             residual_c[donor] = max(np.sum(left_jj * outer[rows, rows]), 0.0)
         return residual_c
 
-    # One system is too small to be shared out among cores.
-    cores = os.cpu_count() or 1
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(cores) as threads:
-        return np.stack(list(threads.map(of_unit, range(units))))
+    return np.stack(on_cores(of_unit, range(units)))
 
 
 def shared_solution(inverse: np.ndarray, rho: float, cross: np.ndarray, own: np.ndarray, rows: slice) -> np.ndarray:

@@ -1,11 +1,12 @@
 """Cutting values and outputs to fewer columns, each unit's in the directions given, and balancing the two."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from headshare_jax.cores import on_cores
 from headshare_jax.parameters import bias_name, parameter_names, pool_name
 from headshare_jax.sharing import finite
 from headshare_jax.sharing.source import WeightSource
@@ -71,20 +72,16 @@ class ValuePath:
 def cut(path: ValuePath, directions: Directions, rank_u: np.ndarray) -> ValuePath:
     """Units cut to their first directions, and balanced: `rank_u`, int [U], says how many; -1 leaves one as it is."""
 
-    def units() -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        for unit in np.flatnonzero(rank_u >= 0):
-            rank = rank_u[unit]
-            into_hr, back_rh = directions.into_uhh[unit][:, :rank], directions.back_uhh[unit][:rank]
-            yield int(unit), path.v_kdh[unit] @ into_hr, back_rh @ path.o_khe[unit]
+    def factors(unit: int) -> tuple[np.ndarray, np.ndarray]:
+        into_hr, back_rh = directions.into_uhh[unit][:, : rank_u[unit]], directions.back_uhh[unit][: rank_u[unit]]
+        return path.v_kdh[unit] @ into_hr, back_rh @ path.o_khe[unit]
 
-    return _replaced(path, units())
+    return _replaced(path, rank_u, factors)
 
 
 def balance(path: ValuePath, rank_u: np.ndarray) -> ValuePath:
     """Units balanced as they are; `rank_u`, int [U], says how many columns each has, -1 that it is left as it is."""
-    chosen = np.flatnonzero(rank_u >= 0)
-    units = ((int(unit), path.v_kdh[unit][:, : rank_u[unit]], path.o_khe[unit][: rank_u[unit]]) for unit in chosen)
-    return _replaced(path, units)
+    return _replaced(path, rank_u, lambda unit: (path.v_kdh[unit][:, : rank_u[unit]], path.o_khe[unit][: rank_u[unit]]))
 
 
 def balanced(v_dr: np.ndarray, o_re: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -96,14 +93,16 @@ def balanced(v_dr: np.ndarray, o_re: np.ndarray) -> tuple[np.ndarray, np.ndarray
     q_er, o_rr = np.linalg.qr(o_re.T)
     left_rr, size_r, right_rr = np.linalg.svd(v_rr @ o_rr.T)
     root_r = np.sqrt(size_r)
-    return q_dr @ left_rr * root_r, root_r[:, None] * (right_rr @ q_er.T)
+    return q_dr @ (left_rr * root_r), (root_r[:, None] * right_rr) @ q_er.T
 
 
-def _replaced(path: ValuePath, units: Iterator[tuple[int, np.ndarray, np.ndarray]]) -> ValuePath:
-    """Some units' values [D, r] and outputs [r, G D] balanced and in place of what they were, zeros behind them."""
-    v_kdh, o_khe = path.v_kdh.copy(), path.o_khe.copy()
-    for unit, v_dr, o_re in units:
-        v_dr, o_re = balanced(v_dr, o_re)
+def _replaced(
+    path: ValuePath, rank_u: np.ndarray, factors: Callable[[int], tuple[np.ndarray, np.ndarray]]
+) -> ValuePath:
+    """Units with a rank, whose values [D, r] and outputs [r, G D] are balanced; zeros are behind them."""
+    v_kdh, o_khe, chosen = path.v_kdh.copy(), path.o_khe.copy(), np.flatnonzero(rank_u >= 0).tolist()
+    found = on_cores(lambda unit: balanced(*factors(unit)), chosen)
+    for unit, (v_dr, o_re) in zip(chosen, found, strict=True):
         v_kdh[unit], o_khe[unit] = 0, 0
         v_kdh[unit, :, : len(o_re)], o_khe[unit, : len(o_re)] = v_dr, o_re
     return replace(path, v_kdh=v_kdh, o_khe=o_khe)
