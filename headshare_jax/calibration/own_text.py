@@ -11,9 +11,12 @@ from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.model.generate import Sampling, decode, prefill, reading_to_decode
 from headshare_jax.model.llama import Llama
+from headshare_jax.sharing.shapes import cache_slots
 
 # Bytes that the keys and values of windows that are written side by side may take.
 _CACHE_BYTES = 2**30
+# Slots of a cache at first: with more than windows have tokens yet, each token would read as many for nothing.
+_SLOTS = 256
 # Tokens between two calls of `progress`.
 _STEP = 32
 
@@ -96,7 +99,9 @@ def _continued(
         decode, model, stop_tokens=jnp.zeros(0, jnp.int32), room=_STEP + 1, sampling=sampling, reading=reading
     )
     lengths_b = jnp.full(batch, length, jnp.int32)
-    cache = model.empty_cache(batch, seq_len)
+    # A cache of sliding windows does not grow.
+    grows = cache_slots(model.config, seq_len) == seq_len
+    cache = model.empty_cache(batch, min(_SLOTS, seq_len) if grows and length <= _SLOTS else seq_len)
     token_b, cache = prefill(
         model, jnp.asarray(starts_bt), lengths_b, cache, jax.random.fold_in(key, length), sampling=sampling
     )
@@ -104,6 +109,8 @@ def _continued(
     while windows_bt.shape[1] < seq_len:
         told(windows_bt.shape[1])
         more = min(_STEP, seq_len - windows_bt.shape[1])
+        if grows and (needed := windows_bt.shape[1] + more) > cache.slots:
+            cache = cache.with_slots(min(max(2 * cache.slots, needed), seq_len))
         # The first token that `decode` gives is the one that it was given.
         out_bt, _, cache = add(
             jnp.asarray(windows_bt[:, -1]), cache, jax.random.fold_in(key, windows_bt.shape[1]), jnp.int32(more + 1)

@@ -24,6 +24,7 @@ from headshare_jax.model.reading import (
     choose_for_prompts,
     unstacked,
 )
+from headshare_jax.output_head import drawn, most_likely
 from headshare_jax.sharing import finite
 from headshare_jax.sharing.source import slots_per_head
 from headshare_jax.typed import check_fields, typed
@@ -281,8 +282,8 @@ def decode(
 
     def step(rows: _Rows) -> _Rows:
         features_btd, cache = model.extend(rows.token_b[:, None], rows.cache, reading)
-        drawn = rows.filled - 1 if before is None else before + rows.filled - 1
-        draw_key = jax.random.fold_in(key, drawn)
+        count = rows.filled - 1 if before is None else before + rows.filled - 1
+        draw_key = jax.random.fold_in(key, count)
         return placed(draw(model.logits(features_btd[:, -1]), draw_key, sampling), rows, cache)
 
     def placed(token_b: jax.Array, rows: _Rows, cache: KVCache) -> _Rows:
@@ -317,7 +318,7 @@ def draw(logits_bv: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
 
 def _drawn(logits_bv: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     if sampling.temperature == 0:
-        return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
+        return most_likely(logits_bv)
     logits_bv = logits_bv / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits_bv.shape[-1]:
         least_b = jax.lax.top_k(logits_bv, sampling.top_k)[0][:, -1:]
@@ -328,4 +329,4 @@ def _drawn(logits_bv: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Arra
         before_bv = jnp.cumsum(probability_bv, axis=-1) - probability_bv
         least_b = jnp.min(jnp.where(before_bv < sampling.top_p, sorted_bv, jnp.inf), axis=-1, keepdims=True)
         logits_bv = jnp.where(logits_bv < least_b, -jnp.inf, logits_bv)
-    return jax.random.categorical(key, logits_bv, axis=-1).astype(jnp.int32)
+    return drawn(key, logits_bv)

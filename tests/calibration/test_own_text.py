@@ -9,8 +9,10 @@ from headshare_jax.calibration import own_text as writing
 from headshare_jax.calibration.own_text import own_text
 
 
-def test_windows_go_on_from_their_beginnings_as_generation_does() -> None:
+def test_windows_go_on_from_their_beginnings_as_generation_does(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
+    # The cache grows by what is missing.
+    monkeypatch.setattr(writing, "_SLOTS", 16)
     greedy = own_text(model, 3, 50, beginnings=[[5, 9], [7, 1]], sampling=Sampling())
     answers = generate(model, [[5, 9], [7, 1], [5, 9]], max_new_tokens=48, stop_tokens=())
     assert greedy.tolist() == [start + answer for start, answer in zip([[5, 9], [7, 1], [5, 9]], answers, strict=True)]

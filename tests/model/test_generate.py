@@ -29,6 +29,7 @@ from headshare_jax.model import generate as generation
 from headshare_jax.model import reading as readings
 from headshare_jax.model.mesh import batch_sharding, make_mesh, parameter_sharding
 from headshare_jax.model.stream import stream
+from headshare_jax.output_head import drawn, most_likely
 
 # 20 tokens more go beyond the context of 64, where dynamic scaling begins.
 PROMPTS = [random_tokens((length,), seed=length).tolist() for length in (3, 55, 9, 1)]
@@ -260,6 +261,15 @@ def test_the_cache_is_written_in_place(model: Llama) -> None:
 
 def test_the_likeliest_token_is_all_that_top_k_1_leaves(model: Llama, greedy: list[list[int]]) -> None:
     assert generate(model, PROMPTS, max_new_tokens=20, sampling=Sampling(temperature=2.0, top_k=1)) == greedy
+
+
+def test_tokens_are_drawn_as_jax_draws_them_and_the_first_of_the_likeliest_is_taken() -> None:
+    logits_bv = jax.random.normal(jax.random.key(1), (64, 160))
+    np.testing.assert_array_equal(
+        drawn(jax.random.key(2), logits_bv), jax.random.categorical(jax.random.key(2), logits_bv)
+    )
+    whole_bv = jnp.round(logits_bv)
+    np.testing.assert_array_equal(most_likely(whole_bv), jnp.argmax(whole_bv, axis=-1))
 
 
 def test_draws_are_set_by_the_seed(model: Llama) -> None:
