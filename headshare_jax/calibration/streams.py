@@ -18,7 +18,15 @@ from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.model.attention import Window, attend
 from headshare_jax.model.embedding import look_up
-from headshare_jax.model.layer import attention_output, head_outputs, layer_kinds, mlp_output, mlp_units
+from headshare_jax.model.layer import (
+    Attend,
+    Kept,
+    attention_output,
+    head_outputs,
+    layer_kinds,
+    mlp_output,
+    mlp_units,
+)
 from headshare_jax.model.mesh import batch_sharding, make_mesh, put, replicated, rows_of
 from headshare_jax.model.place import place, place_layer
 from headshare_jax.model.stacks import Held
@@ -99,6 +107,13 @@ class Stream:
         for shard in x_btd.addressable_shards:
             kept = self._kept(batch, shard.index[0])
             self.states_wtd[kept] = np.asarray(shard.data)[: kept.stop - kept.start]
+
+    @contextmanager
+    def beside(self, width: int) -> Iterator["Stream"]:
+        """Another one of the same windows, so wide, of zeros; errors as of `on_disk`."""
+        shape = (self.states_wtd.shape[1], width)
+        with on_disk((np.zeros((1, *shape), np.float32) for _ in self.windows), shape) as states_wtd:
+            yield Stream(states_wtd, self.windows, self.mesh)
 
     def _kept(self, batch: slice, rows: slice) -> slice:
         """Where some rows of a batch lie in the file, those apart that are none of its windows."""
@@ -211,8 +226,15 @@ def window_heads(config: LlamaConfig, weights: Weights, x_btd: jax.Array) -> jax
       weights: the layer that the stream is in; its q, k and v weights [N or K, D, H] may be others', with their biases.
       x_btd: the residual stream before the layer.
     """
+    return heads_by(config, weights, x_btd, _windowed)[0]
+
+
+def heads_by(
+    config: LlamaConfig, weights: Weights, x_btd: jax.Array, attention: Attend[Kept]
+) -> tuple[jax.Array, Kept]:
+    """The same by an attention of one's own, and what this keeps."""
     angles = rotary_angles(config, jnp.arange(x_btd.shape[1], dtype=jnp.int32)[None])
-    return head_outputs(config, Held(weights), x_btd, angles, _windowed)[0]
+    return head_outputs(config, Held(weights), x_btd, angles, attention)
 
 
 def _windowed(q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, window: Window) -> tuple[jax.Array, None]:

@@ -157,7 +157,23 @@ def refit(
       >>> all(fit.error_after <= fit.error_before for fit in report.blocks)
       True
     """
-    settings = settings or RefitSettings()
+    return watched_refit(
+        dense, shared, windows_wt, settings or RefitSettings(), mesh=mesh, journals=journals, progress=progress
+    )
+
+
+def watched_refit(
+    dense: WeightSource,
+    shared: WeightSource,
+    windows_wt: np.ndarray,
+    settings: RefitSettings,
+    *,
+    mesh: Mesh | None = None,
+    journals: Journals | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    watch: Callable[[int, streams.Stream], None] = lambda layer, stream: None,
+) -> tuple[WeightSource, RefitReport]:
+    """`refit`; `watch` is called with what each layer of the fitted model reads, and in the end what the last gives."""
     if len(windows_wt) < 2:
         raise HeadshareError(
             f"A refit needs at least two windows of text, one of them to hold out, so {2 * windows_wt.shape[1]} tokens "
@@ -186,6 +202,7 @@ def refit(
         for layer in range(dense.config.num_layers):
             changed = bool((shared.sharing.receives | shared.sharing.dropped | shared.sharing.slim)[layer].any())
             walk.enter(layer, streams.layer_weights(shared, layer, walk.mesh) if changed or walk.parted else None)
+            watch(layer, walk.compressed_wtd)
             for block in BLOCKS:
                 if walk.parted and _in_scope(settings.scope, block, changed):
                     name = f"layer-{layer}-{block}"
@@ -204,6 +221,7 @@ def refit(
                 if walk.parted:
                     walk.advance_compressed(block)
             progress(layer + 1, dense.config.num_layers)
+        watch(dense.config.num_layers, walk.compressed_wtd)
     report = RefitReport(tuple(blocks), walk.windows, walk.seq_len, settings)
     if walk.several:
         return _with_fitted(shared, fitted, walk.mesh), report
@@ -257,28 +275,27 @@ def _in_scope(scope: str, block: str, changed: bool) -> bool:
     return scope == "all" or (block == "attention" and (changed or scope == "attention"))
 
 
-def _fit(
+def fit_weight(
     fit: Moments, held_out: Moments, rows: np.ndarray, layer: int, block: str, settings: RefitSettings
 ) -> tuple[np.ndarray, BlockFit]:
     """The change of an output weight, float64 [I, D], zero outside `rows`; and what it does to the errors."""
     own, judge = fit.of_rows(rows), held_out.of_rows(rows)
     everything = own + judge
-    change = np.zeros_like(own.cross[0])
-    before = best = judge.error(change)
+    error_before = error_after = everything.error()
+    before = best = judge.error()
+    change: np.ndarray | float = 0.0
     chosen: tuple[float, float] | None = None
     for ridge in settings.ridges if len(rows) else ():
-        (for_error, for_drift), _ = own.solutions(ridge)
-        for drift in settings.drifts:
-            error = judge.error(for_error + drift * for_drift)
+        for drift, found in zip(settings.drifts, own.solutions(ridge, settings.drifts)[0], strict=True):
+            error = judge.error(found.change)
             if error < best:
                 best, chosen = error, (ridge, drift)
     raised = False
     if chosen is not None:
-        (for_error, for_drift), used = everything.solutions(chosen[0])
-        candidate = for_error + chosen[1] * for_drift
+        (found,), used = everything.solutions(chosen[0], chosen[1:])
         raised = bool(used > chosen[0])
-        if everything.error(candidate) < everything.error(change):
-            change, chosen = candidate, (float(used), float(chosen[1]))
+        if found.error < error_before:
+            change, error_after, chosen = found.change, found.error, (float(used), float(chosen[1]))
         else:
             best, chosen = before, None
     whole = np.zeros_like(fit.cross[0])
@@ -288,8 +305,8 @@ def _fit(
         block=block,
         rows=len(whole),
         fitted_rows=len(rows),
-        error_before=everything.error(np.zeros_like(change)),
-        error_after=everything.error(change),
+        error_before=error_before,
+        error_after=error_after,
         held_out_before=before,
         held_out_after=best,
         ridge=chosen and chosen[0],
@@ -306,7 +323,7 @@ def _fit_block(walk: Walk, shared: WeightSource, layer: int, block: str, setting
     like = jax.ShapeDtypeStruct(before.shape, dtype, sharding=slice_sharding(walk.mesh, shared.config, name))
     if jax.process_index() != walk.mesh.devices.flat[0].process_index:
         return walk.of_first({}, like)
-    change, fit = _fit(fit_to, held_out, _free_rows(shared, layer, block), layer, block, settings)
+    change, fit = fit_weight(fit_to, held_out, _free_rows(shared, layer, block), layer, block, settings)
     step: Step = {FIT: np.frombuffer(json.dumps(asdict(fit)).encode(), np.uint8)}
     if fit.drift is not None:
         with np.errstate(over="ignore"):

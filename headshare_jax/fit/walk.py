@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from headshare_jax.calibration import streams
 from headshare_jax.calibration.streams import OUTPUT, Weights
-from headshare_jax.fit.moments import Moments, batch_moments
+from headshare_jax.fit.moments import Moments, Totals, batch_features, batch_moments, behind
 from headshare_jax.model.mesh import put, replicated, rows_of
 from headshare_jax.model.spread import from_first, slice_sharding
 from headshare_jax.sharing import finite
@@ -48,6 +48,9 @@ class Walk:
         self.x_wtd = files.enter_context(streams.embedded(dense, windows_wt, self.parts, mesh))
         self.compressed_wtd = self.x_wtd
         self.compressed: Weights = {}
+        # What attention's output weight multiplies in the compressed model, and the windows for which it is there.
+        self.heads_wti: streams.Stream | None = None
+        self.known = set[int]()
 
     @property
     def parted(self) -> bool:
@@ -62,6 +65,8 @@ class Walk:
         self.compressed = compressed
         if not self.parted:
             self.compressed_wtd = self.files.enter_context(streams.copied(self.x_wtd))
+            width = streams.output_weight(self.dense, "attention").shape[0]
+            self.heads_wti = self.files.enter_context(self.x_wtd.beside(width))
 
     def advance_dense(self, block: str) -> None:
         """Takes the dense stream alone behind a block."""
@@ -69,11 +74,28 @@ class Walk:
 
     def advance_compressed(self, block: str) -> None:
         """Takes the compressed stream alone behind a block."""
-        self._advance(self.compressed_wtd, self.compressed, block)
+        if block == "mlp":
+            self._advance(self.compressed_wtd, self.compressed, block)
+            return
+        for part in self.parts:
+            h_bti = self._features(part, block)
+            self.compressed_wtd[part] = behind(self.compressed, self.compressed_wtd[part], h_bti, block, self.mesh)
+        self.known.clear()
 
     def _advance(self, x_wtd: streams.Stream, weights: Weights, block: str) -> None:
         for part in self.parts:
             x_wtd[part] = streams.advance(self.config, weights, x_wtd[part], block, self.mesh)
+
+    def _features(self, part: slice, block: str) -> jax.Array:
+        """What a block's output weight multiplies in the compressed model; attention's is computed once."""
+        assert self.heads_wti is not None
+        if block == "attention" and part.start in self.known:
+            return self.heads_wti[part]
+        h_bti = batch_features(self.config, self.compressed, self.compressed_wtd[part], block, self.mesh)
+        if block == "attention":
+            self.heads_wti[part] = h_bti
+            self.known.add(part.start)
+        return h_bti
 
     @property
     def several(self) -> bool:
@@ -101,18 +123,17 @@ class Walk:
 
     def moments(self, block: str, parts: list[slice]) -> Moments:
         """Sums over some windows, whose dense stream is then behind the block."""
-        width = streams.output_weight(self.dense, block).shape[0]
-        shape = (2, width, self.config.hidden_size)
-        total = Moments(np.zeros((width, width)), np.zeros(shape), np.zeros((2, 2)), 0)
+        width, hidden = streams.output_weight(self.dense, block).shape
+        totals, tokens = Totals.nothing(width, hidden, self.mesh), 0
         for part in parts:
             x_btd, compressed_btd, there_b = self.x_wtd[part], self.compressed_wtd[part], streams.there(part, self.mesh)
             y_btd, after_btd = streams.run_block(self.config, self.dense, x_btd, block, self.mesh)
-            sums = batch_moments(
-                self.config, self.compressed, x_btd, y_btd, after_btd, compressed_btd, there_b, block, self.mesh
-            )
-            gram, cross, energy = (np.asarray(value, np.float64) for value in sums)
-            total += Moments(gram, cross, energy, (part.stop - part.start) * self.seq_len)
+            h_bti = self._features(part, block)
+            states = h_bti, x_btd, y_btd, after_btd, compressed_btd, there_b
+            totals = batch_moments(totals, self.compressed, *states, block, self.mesh)
+            tokens += (part.stop - part.start) * self.seq_len
             self.x_wtd[part] = after_btd
+        total = totals.moments(tokens)
         what = f"Sums over the calibration text in the {block} of layer {self.layer}"
         finite.check_computed(what, total.gram, total.cross, total.energy)
         return total

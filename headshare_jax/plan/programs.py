@@ -14,7 +14,7 @@ from headshare_jax.calibration.streams import run_block
 from headshare_jax.config import LlamaConfig
 from headshare_jax.evaluate.agreement import compared_models
 from headshare_jax.evaluate.perplexity import scored
-from headshare_jax.fit.moments import batch_moments
+from headshare_jax.fit.moments import Totals, batch_moments
 from headshare_jax.fit.refit import RefitSettings
 from headshare_jax.model import gather, spread
 from headshare_jax.model import generate as generation
@@ -146,7 +146,10 @@ def _refits(workload: Workload, mesh: Mesh, held: int) -> Iterator[Outside]:
     both = held + bytes_on_device(layer)
     run = run_block.lower(config, layer, x_btd, "attention", mesh)
     yield Outside("refit: run a layer", run, both + bytes_on_device(x_btd))
-    sums = batch_moments.lower(config, layer, *[x_btd] * 4, there_b, "attention", mesh)
+    width = config.num_heads * config.head_dim
+    h_bti = _array(mesh, (*x_btd.shape[:2], width), jnp.float32, BATCH)
+    totals = Totals.by(lambda shape: _array(mesh, shape, jnp.float32), width, config.hidden_size)
+    sums = batch_moments.lower(totals, layer, h_bti, *[x_btd] * 4, there_b, "attention", mesh)
     yield Outside("refit: sums of a layer", sums, both)
 
 

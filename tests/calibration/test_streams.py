@@ -12,7 +12,7 @@ from support import random_tokens, sharing_by_hand, tiny_model
 
 from headshare_jax.calibration.fisher import attention_gradients
 from headshare_jax.calibration.streams import batches, calibration_mesh, cut, layer_weights, there
-from headshare_jax.fit.moments import batch_moments
+from headshare_jax.fit.moments import Totals, batch_features, batch_moments
 from headshare_jax.fit.refit import RefitSettings, refit
 from headshare_jax.matching.functional import FunctionalSettings, batch_sums, match_functional
 from headshare_jax.model.mesh import make_mesh
@@ -74,7 +74,9 @@ def test_each_device_does_its_part_and_only_sums_move() -> None:
         weights = layer_weights(model, 1, mesh)
         x_btd = cut(np.ones((16, 16, model.config.hidden_size), np.float32), mesh)
         there_b = there(slice(0, 16), mesh)
-        moments = batch_moments.lower(model.config, weights, *[x_btd] * 4, there_b, "attention", mesh)
+        h_bti = batch_features(model.config, weights, x_btd, "attention", mesh)
+        totals = Totals.nothing(h_bti.shape[-1], x_btd.shape[-1], mesh)
+        moments = batch_moments.lower(totals, weights, h_bti, *[x_btd] * 4, there_b, "attention", mesh)
         return [moments.compile(), batch_sums.lower(model.config, weights, weights, x_btd, there_b).compile()]
 
     for one, several in zip(compiled(1), compiled(8), strict=True):

@@ -27,7 +27,7 @@ import headshare_jax
 from headshare_jax import HeadshareError, Llama, Widths, parameters, share
 from headshare_jax.calibration.streams import BLOCKS, advance, layer_weights, on_disk
 from headshare_jax.calibration.windows import calibration_windows
-from headshare_jax.fit.moments import solve_ridge
+from headshare_jax.fit.moments import Moments, solve_ridge
 from headshare_jax.fit.refit import RefitSettings, refit
 
 WINDOWS = random_tokens((8, 32))
@@ -240,6 +240,24 @@ def test_ridge_solutions_are_those_of_least_squares(size: int, rank: int, ridge:
     rows = np.concatenate([h, np.sqrt(rho) * np.eye(size)])
     expected = np.linalg.lstsq(rows, np.concatenate([t, np.zeros((size, 3))]))[0]
     np.testing.assert_allclose(h @ found, h @ expected, atol=1e-5)
+
+
+def test_an_accelerator_solves_in_float32_what_the_host_does_in_float64() -> None:
+    rng = np.random.default_rng(0)
+    h = rng.normal(size=(400, 64)) * np.geomspace(1, 1e-4, 64) @ np.linalg.qr(rng.normal(size=(64, 64)))[0]
+    e, d = rng.normal(size=(2, 400, 32))
+    sums = Moments(h.T @ h, np.stack([h.T @ e, h.T @ d]), np.array([[np.sum(e * e), np.sum(e * d)]] * 2), 400)
+    there = replace(sums, device=jax.devices()[0])
+    (host,), _ = sums.solutions(0.01, (0.5,))
+    (found,), used = there.solutions(0.01, (0.5,))
+    assert used == 0.01
+    np.testing.assert_allclose(found.change, host.change, atol=1e-4 * np.abs(host.change).max())
+    assert found.error == pytest.approx(host.error, rel=1e-7)
+    # Also by the product that the equations spare.
+    assert there.error(found.change) == pytest.approx(sums.error(host.change), rel=1e-6)
+    assert host.error == pytest.approx(sums.error(host.change), rel=1e-9)
+    # Where float32 might not do, the host solves.
+    np.testing.assert_array_equal(there.solutions(1e-4, (0.5,))[0][0].change, sums.solutions(1e-4, (0.5,))[0][0].change)
 
 
 @settings(max_examples=4)
