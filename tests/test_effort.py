@@ -37,7 +37,7 @@ def test_twice_the_text_takes_twice_the_fit_and_its_files() -> None:
     twice = replace(EFFORT, calibration=64)
     assert twice.costs["refitting"] == 8 * EFFORT.costs["refitting"]
     assert twice.costs["matching"] == EFFORT.costs["matching"]
-    assert twice.temporary == 64 / 16 * replace(EFFORT, method=METHODS["refit"]).temporary
+    assert twice.temporary == 64 / 8 * replace(EFFORT, method=METHODS["refit"], measured=0).temporary
 
 
 def test_steps_of_matching_do_not_all_cost_the_same() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,30 +14,80 @@ from jax.sharding import Mesh
 from headshare_jax.calibration import streams
 from headshare_jax.calibration.streams import Weights
 from headshare_jax.config import LlamaConfig
-from headshare_jax.model.layer import rms_norm
+from headshare_jax.model.attention import attend
+from headshare_jax.model.layer import attention_output, rms_norm
 from headshare_jax.model.mesh import batch_sharding, replicated, rows_of
 from headshare_jax.model.place import place
-from headshare_jax.output_head import head_logits, normalized_rows
+from headshare_jax.model.stacks import Held
+from headshare_jax.output_head import drawn, head_logits, normalized_rows
+from headshare_jax.parameters import pool_name
 from headshare_jax.sharing.source import WeightSource
 
 # Tokens whose logits are in a device's memory at a time.
 _HEAD_TOKENS = 256
+# What is wanted of a batch on the way back through a layer.
+Wanted = TypeVar("Wanted")
+
+
+class Heads(NamedTuple):
+    """What a layer's heads do to predictions.
+
+    Attributes:
+      outputs_btnh: [B, T, N, H].
+      gradients_btnh: by outputs, likewise.
+      queries_btnh: turned, likewise.
+      by_queries_btnh: gradients by these.
+    """
+
+    outputs_btnh: jax.Array
+    gradients_btnh: jax.Array
+    queries_btnh: jax.Array
+    by_queries_btnh: jax.Array
+
+
+def layer_backward(
+    config: LlamaConfig, weights: Weights, x_btd: jax.Array, gradient_btd: jax.Array, mesh: Mesh
+) -> tuple[jax.Array, jax.Array, Heads]:
+    """Inside of a program: gradients before a layer and behind its attention, from what it reads and the one behind it.
+
+    And what its heads do; a program drops what it does not use.
+    """
+    with jax.default_matmul_precision("highest"):
+
+        def heads(x_btd: jax.Array, added_btnh: jax.Array) -> tuple[jax.Array, jax.Array]:
+            # What is added to queries is zeros, and tells the gradient by them.
+            return streams.heads_by(
+                config,
+                weights,
+                x_btd,
+                lambda q_btnh, k_btkh, v_btkh, window: (
+                    attend(q_btnh + added_btnh, k_btkh, v_btkh, window=window),
+                    q_btnh,
+                ),
+            )
+
+        count, _, width = weights[pool_name("q")].shape
+        nothing_btnh = jnp.zeros((*x_btd.shape[:2], count, width), x_btd.dtype)
+        z_btnh, through_heads, q_btnh = jax.vjp(heads, x_btd, nothing_btnh, has_aux=True)
+        added_btd, through_output = jax.vjp(lambda z_btnh: attention_output(Held(weights), z_btnh), z_btnh)
+        _, through_mlp = jax.vjp(lambda x: streams.advance(config, weights, x, "mlp", mesh), x_btd + added_btd)
+        (middle_btd,) = through_mlp(gradient_btd)
+        (by_outputs_btnh,) = through_output(middle_btd)
+        by_stream_btd, by_queries_btnh = through_heads(by_outputs_btnh)
+        return middle_btd + by_stream_btd, middle_btd, Heads(z_btnh, by_outputs_btnh, q_btnh, by_queries_btnh)
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
 def _backward(
-    config: LlamaConfig, weights: Weights, x_btd: jax.Array, gradient_btd: jax.Array, mesh: Mesh
+    config: LlamaConfig, weights: Weights, x_btd: jax.Array, gradient_btd: jax.Array, there_b: jax.Array, mesh: Mesh
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradients behind a layer's attention and before the layer, from its input and the gradient behind it."""
-    middle_btd, through_attention = jax.vjp(lambda x: streams.advance(config, weights, x, "attention", mesh), x_btd)
-    _, through_mlp = jax.vjp(lambda x: streams.advance(config, weights, x, "mlp", mesh), middle_btd)
-    (middle_gradient_btd,) = through_mlp(gradient_btd)
-    before_btd = through_attention(middle_gradient_btd)[0]
-    return streams.on_rows(middle_gradient_btd, mesh), streams.on_rows(before_btd, mesh)
+    """A `Backward`: gradients before a layer and behind its attention; zeros in windows that are not there."""
+    before_btd, middle_btd, _ = layer_backward(config, weights, x_btd, gradient_btd, mesh)
+    return streams.on_rows(before_btd, mesh), streams.on_rows(middle_btd, mesh)
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
-def _head_gradient(
+def head_gradient(
     config: LlamaConfig, mesh: Mesh, final_norm_d: jax.Array, head_vd: jax.Array, x_btd: jax.Array, keys_bt: jax.Array
 ) -> jax.Array:
     """Gradient of the log-probability of tokens drawn by the model itself, by the stream before the final norm."""
@@ -50,7 +101,7 @@ def _head_gradient(
             logits_v, through_logits = jax.vjp(
                 lambda x_d: head_logits(rms_norm(x_d, final_norm_d, config.rms_norm_eps), head_vd), x_d
             )
-            drawn_v = jax.nn.one_hot(jax.random.categorical(key, logits_v), logits_v.size, dtype=jnp.float32)
+            drawn_v = jax.nn.one_hot(drawn(key, logits_v), logits_v.size, dtype=jnp.float32)
             return through_logits(drawn_v - jax.nn.softmax(logits_v))[0]
 
         tokens = (x_btd.reshape(-1, x_btd.shape[-1]), keys_bt.ravel())
@@ -67,21 +118,24 @@ def _draw_keys(seed: int, windows: slice, seq_len: int, rows: int) -> jax.Array:
     return jax.vmap(partial(jax.random.split, num=seq_len))(key_w)
 
 
+# Runs a layer backwards: from its weights, what it reads, the gradient behind it, and which windows are there, as of
+# `streams.there`, to the gradient before it and what is wanted besides.
+Backward = Callable[[LlamaConfig, Weights, jax.Array, jax.Array, jax.Array, Mesh], tuple[jax.Array, Wanted]]
+
+
 @dataclass(frozen=True)
-class LayerGradients:
+class LayerBack(Generic[Wanted]):
     """A layer on the way back through the model.
 
     Attributes:
       layer: its index.
-      weights: its parameters, as of `streams.layer_weights`.
-      before: what it reads of the residual stream.
-      gradients: those by its attention's output; both are there until the next layer is asked for.
+      before: what it reads of the residual stream; there until the next layer is asked for.
+      wanted: of every batch, what running it backwards gave.
     """
 
     layer: int
-    weights: Weights
     before: streams.Stream
-    gradients: streams.Stream
+    wanted: list[Wanted]
 
 
 def layers_backward(
@@ -90,18 +144,23 @@ def layers_backward(
     parts: Sequence[slice],
     states_lwtd: np.ndarray,
     mesh: Mesh,
+    backward: Backward[Wanted],
     *,
+    known: bool = False,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Iterator[LayerGradients]:
-    """The layers from the last to the first, each with the gradients that `attention_gradients` describes.
+) -> Iterator[LayerBack[Wanted]]:
+    """The layers from the last to the first, run backwards from the gradients that `attention_gradients` describes.
 
     Args:
       source: the model; one layer's parameters are in memory at a time.
       windows_wt: int32 [W, T].
       parts: all windows, in the batches that are run at a time.
-      states_lwtd: float32 [L, W, T, D], room for what every layer reads, as of `layer_room`.
-      mesh: devices.
+      states_lwtd: float32 [L + 1, W, T, D], room for what every layer reads and what the last gives, as of
+        `layer_room`; the latter is overwritten.
+      mesh: devices of this process.
+      backward: how a layer is run; what it gives for all windows is in memory, of two layers at most.
+      known: all this is there already.
       seed: of the draws.
       progress: called with the layers done, forward and backward, and in all.
 
@@ -109,27 +168,42 @@ def layers_backward(
       HeadshareError: the disk is full.
     """
     config, total = source.config, 2 * source.config.num_layers
-    seq_len, embedded = windows_wt.shape[1], streams.embedded(source, windows_wt, parts, mesh)
-    with embedded as stream, streams.copied(stream) as gradients:
-        layers = [streams.Stream(states_wtd, stream.windows, mesh) for states_wtd in states_lwtd]
-        for layer in range(config.num_layers):
-            weights = streams.layer_weights(source, layer, mesh)
-            for part in parts:
-                layers[layer][part] = x_btd = stream[part]
-                stream[part] = streams.through_layer(config, weights, x_btd, mesh)
-            progress(layer + 1, total)
-        final_norm_d = jnp.asarray(source.read("final_norm_d"), jnp.float32)
-        head_vd = output_head(source, mesh)
+    *layers, stream = (streams.Stream(states_wtd, np.arange(len(windows_wt)), mesh) for states_wtd in states_lwtd)
+    if not known:
+        _run_forward(source, windows_wt, parts, [*layers, stream], lambda layer: progress(layer, total))
+    seq_len, final_norm_d = windows_wt.shape[1], jnp.asarray(source.read("final_norm_d"), jnp.float32)
+    head_vd = output_head(source, mesh)
+    for part in parts:
+        keys_bt = _draw_keys(seed, part, seq_len, rows_of(mesh))
+        stream[part] = head_gradient(config, mesh, final_norm_d, head_vd, stream[part], keys_bt)
+    del head_vd
+    for layer in reversed(range(config.num_layers)):
+        weights, wanted = streams.layer_weights(source, layer, mesh), []
         for part in parts:
-            keys_bt = _draw_keys(seed, part, seq_len, rows_of(mesh))
-            stream[part] = _head_gradient(config, mesh, final_norm_d, head_vd, stream[part], keys_bt)
-        del head_vd
-        for layer in reversed(range(config.num_layers)):
-            weights = streams.layer_weights(source, layer, mesh)
-            for part in parts:
-                gradients[part], stream[part] = _backward(config, weights, layers[layer][part], stream[part], mesh)
-            yield LayerGradients(layer, weights, layers[layer], gradients)
-            progress(total - layer, total)
+            states = layers[layer][part], stream[part], streams.there(part, mesh)
+            stream[part], found = backward(config, weights, *states, mesh)
+            wanted.append(found)
+        yield LayerBack(layer, layers[layer], wanted)
+        progress(total - layer, total)
+
+
+def _run_forward(
+    source: WeightSource,
+    windows_wt: np.ndarray,
+    parts: Sequence[slice],
+    layers: Sequence[streams.Stream],
+    told: Callable[[int], None],
+) -> None:
+    """Writes down what every layer reads, and what the last one gives."""
+    mesh = layers[0].mesh
+    with streams.embedded(source, windows_wt, parts, mesh) as stream:
+        for part in parts:
+            layers[0][part] = stream[part]
+    for layer in range(source.config.num_layers):
+        weights = streams.layer_weights(source, layer, mesh)
+        for part in parts:
+            layers[layer + 1][part] = streams.through_layer(source.config, weights, layers[layer][part], mesh)
+        told(layer + 1)
 
 
 @contextmanager
@@ -166,21 +240,26 @@ def attention_gradients(
     mesh = mesh or streams.calibration_mesh()
     parts = streams.batches(slice(0, len(windows_wt)), batch_tokens, windows_wt.shape[1], rows_of(mesh))
     with layer_room(source.config, windows_wt) as states_lwtd:
-        for each in layers_backward(source, windows_wt, parts, states_lwtd, mesh, seed=seed, progress=progress):
+        layers = layers_backward(source, windows_wt, parts, states_lwtd, mesh, _backward, seed=seed, progress=progress)
+        for each in layers:
             # What the layer read is needed no more: its gradients take that place.
-            each.before.states_wtd[:] = each.gradients.states_wtd
-        yield states_lwtd
+            for part, gradient_btd in zip(parts, each.wanted, strict=True):
+                each.before[part] = gradient_btd
+        yield states_lwtd[:-1]
 
 
 @contextmanager
 def layer_room(config: LlamaConfig, windows_wt: np.ndarray) -> Iterator[np.ndarray]:
-    """Room for hidden states of every layer, float32 [L, W, T, D], in a temporary file that goes with the block.
+    """Room for what every layer reads and what the last gives, in a temporary file that goes with the block.
+
+    Yields:
+      float32 [L + 1, W, T, D], mapped from it.
 
     Raises:
       HeadshareError: the disk is full.
     """
     windows, seq_len = windows_wt.shape
-    shape = (config.num_layers, windows, seq_len, config.hidden_size)
+    shape = (config.num_layers + 1, windows, seq_len, config.hidden_size)
     # Room is taken at once, so that a full disk is an error here.
     parts = (np.zeros((1, *shape[2:]), np.float32) for _ in range(shape[0] * shape[1]))
     with streams.on_disk(parts, shape[2:]) as states:

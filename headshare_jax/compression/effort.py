@@ -18,11 +18,11 @@ from headshare_jax.parameters import layered_names, slice_shape
 from headshare_jax.slim.rounds import SlimSettings, round_targets
 
 # What phases cost against plain products of matrices, by SmolLM2-135M on two cores: gradients and pairs of matching,
-# gradients and costs of slimming, both models of a refit and its sums, the measurement of both, a token at a time,
-# files.
+# gradients and costs of slimming, whose first round of three alone runs layers forward, both models of a refit and its
+# sums, the measurement of both, a token at a time, files.
 _FORWARD, _HEAD, _BACKWARD, _TRIED = 0.7, 6.4, 2.6, 12.5
-_SLIM_FORWARD, _SLIM_HEAD, _SLIM_BACKWARD = 0.5, 2.4, 2.3
-_REFITTING, _MEASURING, _DECODING, _WRITING = 2.1, 2.6, 4.0, 1500.0
+_SLIM_FORWARD, _SLIM_HEAD, _SLIM_BACKWARD = 0.2, 1.8, 1.6
+_REFITTING, _MEASURING, _DECODING, _WRITING = 1.9, 2.6, 3.4, 1500.0
 # Tokens that phases run at a time.
 _BATCH_TOKENS = 2048
 
@@ -133,12 +133,16 @@ class Effort:
     @property
     def temporary(self) -> int:
         """Bytes of hidden states and gradients in temporary files."""
-        state = 4 * self.seq_len * self.config.hidden_size
-        matched = min(self.calibration, FunctionalSettings().windows)
+        config = self.config
+        state, heads = 4 * self.seq_len * config.hidden_size, 4 * self.seq_len * config.num_heads * config.head_dim
+        fit = self.calibration * (2 * state + (heads if self._refits or self._slims else 0))
+        room = 0
         if self._slims:
-            matched = min(self.calibration, -(-SlimSettings().scoring_tokens // self.seq_len))
-        gradients = matched * self.config.num_layers if self.method.functional or self._slims else 0
-        return state * max(gradients + matched, 2 * self.calibration, 2 * self.measured)
+            scored = min(self.calibration, -(-SlimSettings().scoring_tokens // self.seq_len))
+            fit += scored * (config.num_layers + 1) * state
+        if self.method.functional:
+            room = min(self.calibration, FunctionalSettings().windows) * (config.num_layers + 2) * state
+        return max(room, fit, 2 * self.measured * state)
 
     @property
     def _layer(self) -> int:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from jax.sharding import Mesh
 
+from headshare_jax.calibration import streams
+from headshare_jax.calibration.fisher import layer_room
 from headshare_jax.calibration.journal import Journals, journal_of
 from headshare_jax.errors import HeadshareError
-from headshare_jax.fit.refit import RefitReport, RefitSettings, refit
+from headshare_jax.fit.refit import RefitReport, RefitSettings, watched_refit
 from headshare_jax.sharing.budget import check_budget
 from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.scores import MatchResult
@@ -110,22 +112,24 @@ def slim(
     # The rounds before one follow from what it leaves, so that budgets have their first ones in common.
     journal = journal_of(journals, "slim" if scores is None else "plan", {"model": source}, windows_wt, settings)
     pairs = None if scores is None else Pairs.of(scores, config.head_dim)
-    state, layers, report = _Slimming(source, settings, pairs, mesh), config.num_layers, None
-    for number, target in enumerate(targets):
+    scored_wt, layers, report = _first(windows_wt, settings.scoring_tokens, 1), config.num_layers, None
+    with layer_room(config, scored_wt) as states_lwtd:
+        state = _Slimming(source, settings, pairs, mesh, scored_wt, states_lwtd)
+        for number, target in enumerate(targets):
 
-        def told(done: int, total: int, before: int = 3 * layers * number) -> None:
-            progress(before + done, 3 * layers * len(targets))
+            def told(done: int, total: int, before: int = 3 * layers * number) -> None:
+                progress(before + done, 3 * layers * len(targets))
 
-        def told_fit(done: int, total: int, before: int = (3 * number + 2) * layers) -> None:
-            progress(before + done, 3 * layers * len(targets))
+            def told_fit(done: int, total: int, before: int = (3 * number + 2) * layers) -> None:
+                progress(before + done, 3 * layers * len(targets))
 
-        step = journal.read(f"to-{target}")
-        if step is None:
-            step = state.cut(_first(windows_wt, settings.scoring_tokens, 1), target, told)
-            journal.write(f"to-{target}", step)
-        state.take(step)
-        text_wt = windows_wt if target == budget else _first(windows_wt, settings.round_tokens, 2)
-        report = state.fit(text_wt, target, journals, told_fit)
+            step = journal.read(f"to-{target}")
+            if step is None:
+                step = state.cut(target, told)
+                journal.write(f"to-{target}", step)
+            state.take(step)
+            text_wt = windows_wt if target == budget else _first(windows_wt, settings.round_tokens, 2)
+            report = state.fit(text_wt, target, journals, told_fit)
     assert report is not None
     state.balance()
     return state.model(budget), state.map(budget), report
@@ -145,20 +149,32 @@ def _first(windows_wt: np.ndarray, tokens: int, least: int) -> np.ndarray:
 class _Slimming:
     """The model so far: what is left of every unit, what that cost, and the slices that took the dense one's place."""
 
-    def __init__(self, source: WeightSource, settings: SlimSettings, pairs: Pairs | None, mesh: Mesh | None):
+    def __init__(
+        self,
+        source: WeightSource,
+        settings: SlimSettings,
+        pairs: Pairs | None,
+        mesh: Mesh | None,
+        scored_wt: np.ndarray,
+        states_lwtd: np.ndarray,
+    ):
         self.source, self.settings, self.pairs, self.mesh = source, settings, pairs, mesh
+        # What its layers read of the text that costs are measured on, once it was fitted to that.
+        self.scored_wt, self.states_lwtd, self.known = scored_wt, states_lwtd, False
         self.origin = fingerprint(source)
         self.kept = Kept.all_of(source.config)
         self.cost_lu = np.zeros(self.kept.rank.shape, np.float32)
         self.slices: dict[tuple[str, int], np.ndarray] = {}
 
-    def cut(self, windows_wt: np.ndarray, target: float, progress: Callable[[int, int], None]) -> Step:
-        """A round's widths and slices, from costs on some windows."""
+    def cut(self, target: float, progress: Callable[[int, int], None]) -> Step:
+        """A round's widths and slices, from costs."""
         model, settings, config = self.model(target), self.settings, self.source.config
         costs, directions = measure(
             DenseView(model),
             self.kept,
-            windows_wt,
+            self.scored_wt,
+            states_lwtd=self.states_lwtd,
+            known=self.known,
             batch_tokens=settings.refit.batch_tokens,
             seed=settings.seed,
             mesh=self.mesh,
@@ -188,7 +204,14 @@ class _Slimming:
         progress: Callable[[int, int], None],
     ) -> RefitReport:
         """Fits o to the dense model."""
-        fitted, report = refit(
+        scored = len(self.scored_wt)
+        self.known = scored <= len(windows_wt)
+
+        def watch(layer: int, stream: streams.Stream) -> None:
+            if self.known:
+                self.states_lwtd[layer] = stream.states_wtd[:scored]
+
+        fitted, report = watched_refit(
             self.source,
             self.model(target),
             windows_wt,
@@ -196,6 +219,7 @@ class _Slimming:
             mesh=self.mesh,
             journals=journals,
             progress=progress,
+            watch=watch,
         )
         assert isinstance(fitted, ReplacedView)
         self.slices |= fitted.values
