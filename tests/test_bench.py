@@ -134,6 +134,19 @@ def test_slim_units_are_compiled_beside_the_ledger_and_run_beside_a_dense_model(
 
 
 @pytest.mark.slow
+def test_slimming_is_counted_for_a_chip_and_timed_on_the_host(tmp_path: Path) -> None:
+    result = run_quick("slim_time", tmp_path)
+    for part in ("chip", "host"):
+        assert all(row["runs"] > 0 and row["seconds"] > 0 for row in result[part])
+        whole = sum(row["runs"] * row["seconds"] for row in result[part])
+        assert result["seconds"][part] == pytest.approx(whole)
+    # Three rounds of 8,192 tokens scored, and as many fitted, in batches of 2,048 of which some are held out.
+    runs = {row["name"]: row["runs"] for row in result["chip"]}
+    assert runs["costs of a layer"] == 2 * 3 * 4
+    assert runs["sums of a fit"] == 2 * 3 * 5
+
+
+@pytest.mark.slow
 def test_methods_are_compared_on_a_model_trained_here(tmp_path: Path) -> None:
     texts = [tmp_path / "train.txt", tmp_path / "held-out.txt"]
     for number, text in enumerate(texts):
