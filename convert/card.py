@@ -13,6 +13,8 @@ from headshare_jax.sharing.map import SharingMap
 from headshare_jax.sharing.source import WeightSource
 
 NAME = "README.md"
+# As the record of a fit names it, among texts.
+OWN_TEXT = "text that the model wrote"
 _LOADING = {
     "hf": """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,10 +29,10 @@ model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)""",
 }
 _FORMATS = {
-    "hf": "The files are a plain {family} checkpoint, which holds every head in full, also those that share or are "
-    "slim: its size is that of the dense model.",
+    "hf": "The files are a plain {family} checkpoint, which holds every head in full, also those that share, are slim "
+    "or dropped: its size is that of the dense model, and so is what it costs to run in transformers.",
     "hf-compact": "The files hold every shared head once, and of slim ones what is kept. `modeling_headshare.py` runs "
-    "the small model in PyTorch.",
+    "that in PyTorch: what is dropped or cut is neither multiplied nor cached there.",
 }
 _CLIENTS = """\
 ## Other tools
@@ -39,8 +41,8 @@ The stored heads are `nn.Linear` modules in `model.q_pool`, `model.k_pool` and s
 layers use together. What acts on such modules acts on each stored head once, whichever layers use it: LoRA
 (`target_modules="all-linear"`), quantisation (bitsandbytes, 4 and 8 bit), offload to memory or disk.
 `tp_plan="auto"` cuts the MLP and the output head among devices; each holds the attention whole. vLLM takes the model
-through its transformers backend, on one device. Tools that run no code from a checkpoint need the format `hf`, at full
-size: `headshare convert {folder} {folder}-hf --to hf`."""
+through its transformers backend, on one device, with a key/value cache as wide as the dense model's. Tools that run no
+code from a checkpoint need the format `hf`, at full size: `headshare convert {folder} {folder}-hf --to hf`."""
 
 
 def license_of(path: Path) -> str | None:
@@ -122,11 +124,15 @@ def _history(provenance: Mapping[str, Any]) -> list[str]:
     match provenance.get("calibration"):
         case {"texts": [*texts], "digest": str(digest), "windows": [int(windows), int(seq_len)]}:
             amount = f"{windows} windows of {seq_len} tokens"
-            told.append(f"Calibrated on {amount} from the starts of {_shares(texts)}, in turns ({digest}).")
+            told.append(f"Calibrated on {amount} ({digest}): {_shares(texts)}, in turns.")
         case {"name": str(name), "digest": str(digest), "windows": [int(windows), int(seq_len)]}:
             amount = f"{windows} windows of {seq_len} tokens"
-            told.append(f"Calibrated on {amount} from the start of `{public_name(name)}` ({digest}).")
+            told.append(f"Calibrated on {amount} {_whence(name)} ({digest}).")
     return told
+
+
+def _whence(name: str) -> str:
+    return "that the model wrote itself" if name == OWN_TEXT else f"from the start of `{public_name(name)}`"
 
 
 def _shares(texts: list[Any]) -> str:
@@ -135,7 +141,7 @@ def _shares(texts: list[Any]) -> str:
     for text in texts:
         match text:
             case {"name": str(name), "digest": str(digest), "windows": int(windows)}:
-                told.append(f"`{public_name(name)}` ({windows} windows; {digest})")
+                told.append(f"{windows} {_whence(name)} ({digest})")
     return " and ".join(told) or "several texts"
 
 

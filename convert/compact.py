@@ -213,6 +213,7 @@ def write(
 def _modeling(family: str) -> str:
     """The PyTorch code of a family's model."""
     text = MODELING.read_text(encoding="utf-8").replace(f'"{MODEL_TYPE}"', f'"{_model_type(family)}"')
+    text = text.replace("models.llama.modeling_llama", f"models.{family}.modeling_{family}")
     return text.replace("Llama", FAMILIES[family].architecture.removesuffix("ForCausalLM"))
 
 

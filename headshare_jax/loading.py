@@ -13,12 +13,13 @@ from jax.sharding import Mesh
 
 from headshare_jax import convert
 from headshare_jax.calibration.own_text import check_window, own_text
-from headshare_jax.calibration.text import OWN_TEXT, CalibrationText, TextPart, is_own
+from headshare_jax.calibration.text import CalibrationText, TextPart, is_own
 from headshare_jax.calibration.windows import calibration_windows, spread_windows, turns
 from headshare_jax.config import LlamaConfig
 from headshare_jax.convert import storage
 from headshare_jax.convert import text as corpora
 from headshare_jax.convert import tokenizer as tokenizers
+from headshare_jax.convert.card import OWN_TEXT
 from headshare_jax.errors import HeadshareError
 from headshare_jax.model.llama import Llama
 from headshare_jax.sharing.source import WeightSource

@@ -8,8 +8,10 @@ import transformers
 from support import FAMILY_VARIANTS, sharing_by_hand, slim_sharing, tiny_model
 
 import headshare_jax
-from headshare_jax import Llama, parameters
+from headshare_jax import Llama, SharingMap, parameters
 from headshare_jax.sharing.source import assemble
+from headshare_jax.sharing.tie import DROPPED
+from headshare_jax.sharing.widths import Widths
 
 # In a model of three layers with two units: two receivers of one donor, and one of another.
 PAIRS = {2: 1, 5: 1, 4: 0}
@@ -36,16 +38,37 @@ SHARED: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3, o alone": ("o", FAMILY_VARIANTS["phi3"]),
     "smollm3 + mixed": ("mixed", FAMILY_VARIANTS["smollm3, biases"]),
     "biases + slim": ("slim", {"attention_bias": True, "mlp_bias": True}),
-    "qwen3 + slim": ("slim", FAMILY_VARIANTS["qwen3, biases"]),
-    "phi3, partial rotary + slim": ("slim", FAMILY_VARIANTS["phi3, partial rotary"]),
+    "qwen3 + narrow": ("narrow", FAMILY_VARIANTS["qwen3, biases"]),
+    "phi3, partial rotary + narrow": ("narrow", FAMILY_VARIANTS["phi3, partial rotary"]),
+    "narrow with biases": ("narrow", {"attention_bias": True}),
+    "narrow qwen2, windows": ("narrow", FAMILY_VARIANTS["qwen2, windows"]),
+    "narrow smollm3": ("narrow", FAMILY_VARIANTS["smollm3, biases"]),
 }
 COMBINED = ["qkv with biases", "qkvo with biases", "kv", "mixed with biases", *(name for name in SHARED if "+" in name)]
 
 
 def shared_model(tie: str = "qkv", **overrides: Any) -> Llama:
-    """A model of three layers; the tie `slim` shares q, k and v, drops a unit, and makes others slim."""
+    """A model of three layers; the ties `slim` and `narrow` also drop units, and make others slim."""
     model = tiny_model(**overrides)
-    return headshare_jax.share(model, slim_sharing(model) if tie == "slim" else sharing_by_hand(model, tie, PAIRS))
+    if tie in ("slim", "narrow"):
+        return headshare_jax.share(model, slim_sharing(model) if tie == "slim" else narrow_sharing(model))
+    return headshare_jax.share(model, sharing_by_hand(model, tie, PAIRS))
+
+
+def narrow_sharing(model: Llama) -> SharingMap:
+    """Of three layers of two units: none of the first runs, both of the second are narrow, and one of the last is gone.
+
+    Those of the second keep other widths and other rotary pairs; models with norms on q and k heads keep all of these.
+    """
+    config = model.config
+    donor = np.array([[DROPPED, DROPPED], [2, 3], [4, DROPPED]])
+    widths = Widths.full(config)
+    rank, pairs = widths.rank.copy(), widths.pairs.copy()
+    rank[1:] = [[5, 9], [7, config.head_dim]]
+    if not config.qk_norm:
+        pairs[1, 0, 1::2] = pairs[1, 1, :3] = pairs[2, 0, 2:5] = False
+    score = np.where(donor == DROPPED, 0.5, np.nan)
+    return SharingMap(donor, score, config.heads_per_unit, widths=Widths(rank, pairs, config.head_dim))
 
 
 def exported(model: Llama, folder: Path) -> Path:

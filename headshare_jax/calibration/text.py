@@ -8,8 +8,8 @@ import numpy as np
 from headshare_jax.calibration.overlap import Overlap, TextRuns
 from headshare_jax.calibration.windows import tokens_digest, turns
 
-# In place of a text's name, and what the text is called then.
-OWN, OWN_TEXT = "own", "text that the model wrote"
+# In place of a text's name; it is called `convert.card.OWN_TEXT` then.
+OWN = "own"
 
 
 @dataclass(frozen=True)

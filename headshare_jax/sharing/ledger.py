@@ -12,8 +12,8 @@ from headshare_jax.sharing.source import WeightSource, path_of, stored_shape
 
 NOT_SAVED = (
     "A unit that shares has keys, values and products of its own: sharing saves weights only. What is dropped, or cut "
-    "of a slim unit, has no key/value cache and no FLOPs where this library generates, but for padding; llama.cpp "
-    "leaves dropped units out, too, and transformers nothing."
+    "of a slim unit, has no key/value cache and no FLOPs, but for padding, where this library generates or PyTorch "
+    "runs hf-compact; llama.cpp leaves dropped units out, too."
 )
 
 

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from headshare_jax import convert
-from headshare_jax.calibration.text import OWN, OWN_TEXT, CalibrationText
+from headshare_jax.calibration.text import OWN, CalibrationText
 from headshare_jax.calibration.windows import tokens_digest
+from headshare_jax.convert.card import OWN_TEXT
 from headshare_jax.errors import HeadshareError, Unmet
 from headshare_jax.evaluate.perplexity import perplexity
 from headshare_jax.methods.table import METHODS

@@ -182,7 +182,8 @@ def test_several_texts_are_fitted_to_and_told_of(headshare: Any, model: Path, te
         (str(text), 2.0, 4), (str(other), 1.0, 2),
     ]  # fmt: skip
     card = (tmp_path / "hf" / "README.md").read_text()
-    assert "6 windows of 64 tokens from the starts of `text.txt` (4 windows; text " in card
+    assert "6 windows of 64 tokens (sha256:" in card
+    assert "): 4 from the start of `text.txt` (text " in card
     assert str(tmp_path) not in card
     tokens = [hs.load_tokenizer(model)(each.read_text()).input_ids for each in (text, other)]
     same = hs.compress(

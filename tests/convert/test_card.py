@@ -78,6 +78,21 @@ def test_data_sets_keep_their_names() -> None:
     assert card.public_name("/home/me/text.txt") == card.public_name(r"C:\\Users\\me\\text.txt") == "text.txt"
 
 
+def test_the_card_says_what_the_model_wrote_itself(tmp_path: Path) -> None:
+    dense = tiny_model()
+    model = hs.share(dense, sharing_by_hand(dense, "qkv", {2: 1}))
+    own = {"name": "text that the model wrote", "digest": "sha256:5678", "windows": 2}
+    texts = [{"name": "/texts/wiki.txt", "digest": "text 1234", "windows": 6}, own]
+    mixed = {"name": "both", "digest": "sha256:9abc", "windows": [8, 512], "texts": texts}
+    for number, (calibration, told) in enumerate(
+        (
+            (own | {"windows": [8, 512]}, "8 windows of 512 tokens that the model wrote itself (sha256:5678)."),
+            (mixed, ": 6 from the start of `wiki.txt` (text 1234) and 2 that the model wrote itself (sha256:5678), in"),
+        )
+    ):
+        assert told in saved_card(tmp_path / str(number), model, "hf", provenance={"calibration": calibration}).text
+
+
 def test_garbled_provenance_is_left_out(tmp_path: Path) -> None:
     dense = tiny_model()
     model = hs.share(dense, sharing_by_hand(dense, "qkv", {2: 1}))

@@ -20,6 +20,7 @@ from support_compact import COMBINED, PAIRS, SHARED, assert_close, assert_same, 
 import headshare_jax
 from headshare_jax import HeadshareError, Llama, parameters
 from headshare_jax.convert import MAP_FILE, compact, tokenizer
+from headshare_jax.sharing.running import running
 
 
 @pytest.mark.parametrize("case", SHARED)
@@ -40,7 +41,12 @@ def test_logits_and_size(tmp_path: Path, case: str) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    ["qkvo with biases", "mixed with biases", "qwen2, windows", "phi3 + mixed", "smollm3", "biases + slim"],
+    [
+        "mixed with biases",
+        "phi3 + mixed",
+        "phi3, partial rotary + narrow",
+        *(case for case in SHARED if case.startswith("narrow")),
+    ],
 )
 def test_generates_what_jax_generates(tmp_path: Path, case: str) -> None:
     tie, overrides = SHARED[case]
@@ -56,6 +62,21 @@ def test_generates_what_jax_generates(tmp_path: Path, case: str) -> None:
     answers = [row[9:] for row in out.tolist()]
     answers = [row[: row.index(2)] if 2 in row else row for row in answers]
     assert answers == headshare_jax.generate(model, prompts, max_new_tokens=24)
+
+
+@pytest.mark.parametrize("case", ["mixed with biases", "biases + slim", "phi3, partial rotary + narrow"])
+def test_the_cache_is_as_small_as_is_told(tmp_path: Path, case: str) -> None:
+    tie, overrides = SHARED[case]
+    model = shared_model(tie, **overrides)
+    with torch.no_grad():
+        out = in_pytorch(exported(model, tmp_path / "compact"))(torch.zeros((2, 12), dtype=torch.long))
+    layers = out["cache" if "cache" in out else "past_key_values"].layers
+    assert model.sharing is not None
+    empty = int(model.sharing.dropped.all(axis=1).sum())
+    told = running(model.config, model.sharing, context=12, batch=2, itemsize=4)
+    assert told.model.cache_bytes < told.dense.cache_bytes
+    # A layer without units counts positions, by a number each.
+    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) == told.model.cache_bytes + 4 * 24 * empty
 
 
 @pytest.mark.parametrize("overrides", [{"attention_bias": True}, FAMILY_VARIANTS["phi3"]], ids=["llama", "phi3"])
@@ -83,7 +104,7 @@ def test_a_normalised_head_is_stored_normalised(tmp_path: Path) -> None:
 
 
 def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
-    model = shared_model("qkvo", dtype="bfloat16")
+    model = shared_model("narrow", dtype="bfloat16")
     small = in_pytorch(exported(model, tmp_path / "compact"))
     assert {parameter.dtype for parameter in small.parameters()} == {torch.bfloat16}
     headshare_jax.save(model, tmp_path / "hf", to="hf")

@@ -6,16 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import hf_logits, random_tokens
-from support_compact import in_pytorch
 
 import headshare_jax
 from headshare_jax import HeadshareError
-from headshare_jax.convert import compact
 
 WRITTEN = Path(__file__).parents[1] / "fixtures" / "written_by_0.1" / "shared-compact"
 
@@ -23,19 +19,6 @@ WRITTEN = Path(__file__).parents[1] / "fixtures" / "written_by_0.1" / "shared-co
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return Path(shutil.copytree(WRITTEN, tmp_path / "written"))
-
-
-def test_the_code_of_today_reads_them(folder: Path, tmp_path: Path) -> None:
-    tokens = random_tokens((2, 12)) % 96
-    expected = hf_logits(in_pytorch(folder, dtype=torch.float32), tokens)
-    shutil.copy(compact.MODELING, folder)
-    for loaded in (in_pytorch(folder), in_pytorch(folder, dtype=torch.float32)):
-        assert loaded.generation_config.eos_token_id == 2
-    assert np.allclose(hf_logits(loaded, tokens), expected, atol=1e-5)
-    loaded.save_pretrained(tmp_path / "again")
-    assert np.array_equal(hf_logits(in_pytorch(tmp_path / "again"), tokens), hf_logits(loaded, tokens))
-    names = load_file(tmp_path / "again" / "model.safetensors")
-    assert not any("index" in name for name in names)
 
 
 def damage_tensors(edit: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:

@@ -10,6 +10,7 @@ import torch
 import transformers
 from support import hf_logits, jax_logits, random_tokens
 from support_compact import COMBINED, SHARED, assert_close, exported, in_pytorch, shared_model
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import headshare_jax
 from headshare_jax.sharing.source import pool_index
@@ -79,7 +80,8 @@ def test_a_head_gets_the_gradients_of_all_its_users(tmp_path: Path, tie: str) ->
         assert_close(mine.numpy(), gradient[:-1].numpy())
 
 
-def test_a_model_from_its_configuration_alone(folder: Path) -> None:
+def test_a_model_from_its_configuration_alone(tmp_path: Path) -> None:
+    folder = exported(shared_model("narrow", attention_bias=True), tmp_path / "compact")
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
     fresh = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     with torch.device("meta"):
@@ -90,6 +92,9 @@ def test_a_model_from_its_configuration_alone(folder: Path) -> None:
         for block in blocks(model):
             assert 0.01 < block.weight.std().item() < 0.03
             assert block.bias is None or not block.bias.any()
+    # What follows from the map alone is right before and after.
+    for mine, theirs in zip(fresh.buffers(), empty.buffers(), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_the_body_without_a_head(tmp_path: Path) -> None:
@@ -115,23 +120,51 @@ def test_a_classifier_of_texts(tmp_path: Path, folder: Path) -> None:
         assert torch.equal(in_pytorch(tmp_path / "classifier", auto)(tokens).logits, logits)
 
 
-@pytest.mark.parametrize("tie", ["mixed", "slim"])
+@pytest.mark.parametrize("kind", ["eager", "wide"])
+def test_other_attention_gets_heads_that_it_takes(tmp_path: Path, kind: str) -> None:
+    """Kernels that take any width get what runs; all but those of PyTorch, heads as the configuration counts them."""
+    seen = set()
+
+    def wide(module: Any, query: Any, key: Any, value: Any, mask: Any, **settings: Any) -> Any:
+        seen.add((*query.shape[1::2], *key.shape[1::2], *value.shape[1::2]))
+        return sdpa_attention_forward(module, query, key, value, mask, **settings)
+
+    transformers.AttentionInterface.register("wide", wide)
+    model = shared_model("narrow", attention_bias=True)
+    small = in_pytorch(exported(model, tmp_path / "compact"), attn_implementation=kind)
+    tokens = random_tokens((2, 12))
+    assert_close(hf_logits(small, tokens), jax_logits(model, tokens))
+    assert seen == ({(4, 16, 2, 16, 2, 16)} if kind == "wide" else set())
+
+
+def test_a_static_cache_is_as_narrow(tmp_path: Path) -> None:
+    model = in_pytorch(exported(shared_model("narrow"), tmp_path / "compact"))
+    settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(token_ids(), **settings)
+    settings |= {"cache_implementation": "static", "return_dict_in_generate": True}
+    for chunks in ({}, {"prefill_chunk_size": 5}):
+        out = model.generate(token_ids(), **settings, **chunks)
+        assert torch.equal(out.sequences, expected)
+    widths = [(layer.keys.shape[1::2], layer.values.shape[1::2]) for layer in out.past_key_values.layers]
+    assert widths == [((1, 1), (1, 0)), ((2, 10), (2, 9)), ((1, 10), (1, 7))]
+
+
+@pytest.mark.parametrize("tie", ["mixed", "narrow"])
 def test_compiles_whole_and_exports(tmp_path: Path, tie: str) -> None:
     model = in_pytorch(exported(shared_model(tie, attention_bias=True), tmp_path / "compact"))
     tokens = token_ids()
     with torch.no_grad():
-        expected = model(tokens, use_cache=False).logits
+        expected = model(tokens).logits
         compiled = torch.compile(model, fullgraph=True, backend="eager")
-        assert torch.equal(compiled(tokens, use_cache=False).logits, expected)
+        assert torch.equal(compiled(tokens).logits, expected)
         exported_program = torch.export.export(model, (tokens,), {"use_cache": False})
         assert_close(exported_program.module()(tokens, use_cache=False).logits.numpy(), expected.numpy())
 
 
-def test_casts_leave_who_uses_what(folder: Path) -> None:
+def test_casts_leave_who_uses_what(tmp_path: Path) -> None:
     """Weights that a type holds exactly come back from it, with the logits that they had."""
-    model = in_pytorch(folder).to(torch.bfloat16).float()
+    model = in_pytorch(exported(shared_model("narrow"), tmp_path / "compact")).to(torch.bfloat16).float()
     expected = hf_logits(model, random_tokens((2, 12)))
-    assert not list(model.buffers(recurse=True)) or all(b.is_floating_point() for b in model.buffers())
     for dtype in (torch.bfloat16, torch.float64, torch.float32):
         model.to(dtype)
     assert np.array_equal(hf_logits(model, random_tokens((2, 12))), expected)
