@@ -5,8 +5,11 @@ and the widths of slim heads are not. It stays in this order in memory: left to 
 one, in which a new token lies together, and holds it twice, then with widths filled up to 128.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
+from operator import index
+from typing import SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +20,43 @@ from headshare_jax.config import LlamaConfig
 from headshare_jax.model.mesh import BATCH, rows_of
 from headshare_jax.sharing.shapes import HeadShape, cache_slots
 
-# Keys or values of all layers: of layers whose heads are alike [L, B, K, H, S], of others [B, K, H, S] each.
-Stack = jax.Array | tuple[jax.Array, ...]
+# Up to so many bytes of a layer's keys, or of its values, layers whose heads are not alike lie in one array on a TPU,
+# which takes an array of a layer's own to its fast memory, of 128 MB, and back whole in each round of decoding. What is
+# larger it would copy out of one array.
+JOINED_BYTES = 40 * 2**20
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Joined:
+    """Keys or values of layers whose heads are not alike, in one array.
+
+    Attributes:
+      x_bpcs: of every part of a layer's heads, which a device may have, its columns, layer after layer.
+      heads: K and H of every layer.
+    """
+
+    x_bpcs: jax.Array
+    heads: tuple[tuple[int, int], ...] = field(metadata={"static": True})
+
+    def __getitem__(self, layer: SupportsIndex) -> jax.Array:
+        """A layer's, [B, K, H, S]."""
+        place, (rows, _, _, slots) = index(layer), self.x_bpcs.shape
+        columns = slice(self._columns(place), self._columns(place + 1))
+        return self.x_bpcs[:, :, columns].reshape(rows, *self.heads[place], slots)
+
+    def written(self, layer: int, slot: jax.Array, x_bkht: jax.Array) -> "Joined":
+        """With those that a layer writes from a slot on."""
+        part = x_bkht.reshape(*self.x_bpcs.shape[:2], -1, x_bkht.shape[-1])
+        return replace(self, x_bpcs=_with_slots(self.x_bpcs, part, (0, 0, self._columns(layer), slot)))
+
+    def _columns(self, layers: int) -> int:
+        """Of the first layers."""
+        return sum(map(prod, self.heads[:layers])) // self.x_bpcs.shape[1]
+
+
+# Keys or values of all layers: of layers whose heads are alike [L, B, K, H, S], of others [B, K, H, S] each, or joined.
+Stack = jax.Array | tuple[jax.Array, ...] | Joined
 
 
 @jax.tree_util.register_dataclass
@@ -132,7 +170,7 @@ class RingCache(KVCache):
         return ((slot_t[:, None] - slot_s[None]) % len(slot_s))[None]
 
 
-@partial(jax.jit, static_argnames=("config", "dtype", "batch", "slots", "shapes", "mesh"))
+@partial(jax.jit, static_argnames=("config", "dtype", "batch", "slots", "shapes", "mesh", "joined"))
 def empty_cache(
     config: LlamaConfig,
     dtype: str,
@@ -140,6 +178,7 @@ def empty_cache(
     slots: int,
     shapes: tuple[HeadShape, ...],
     mesh: Mesh | None = None,
+    joined: int = 0,
 ) -> KVCache:
     """A cache with room for `slots` positions of every row; of windows, no more than the last ones.
 
@@ -150,6 +189,7 @@ def empty_cache(
       slots: positions.
       shapes: the heads of every layer, as they run.
       mesh: where it lies, if on a mesh.
+      joined: up to how many bytes of a layer's keys, or values, on a device layers that are not alike lie in one array.
     """
     room = cache_slots(config, slots)
 
@@ -160,7 +200,13 @@ def empty_cache(
     def stack(widths: list[int]) -> Stack:
         if len(set(shapes)) == 1:
             return zeros(len(shapes), batch, shapes[0].units, widths[0], room)
-        return tuple(zeros(batch, shape.units, width, room) for shape, width in zip(shapes, widths, strict=True))
+        heads = tuple(zip((shape.units for shape in shapes), widths, strict=True))
+        rows, parts = (1, 1) if mesh is None else (rows_of(mesh), mesh.shape["tensor"])
+        rows = rows if batch % rows == 0 else 1
+        parts = 1 if any(units % parts for units, _ in heads) else parts
+        if batch * max(map(prod, heads)) * room * jnp.dtype(dtype).itemsize <= joined * rows * parts:
+            return Joined(zeros(batch, parts, sum(map(prod, heads)) // parts, room), heads)
+        return tuple(zeros(batch, units, width, room) for units, width in heads)
 
     return (KVCache if room == slots else RingCache)(
         k_lbkhs=stack([shape.qk for shape in shapes]),
@@ -187,6 +233,8 @@ def _stack_with(stack: Stack, layer: jax.Array | int, slot: jax.Array, x_bkht: j
     if isinstance(stack, jax.Array):
         return _with_slots(stack, x_bkht[None], (layer, 0, 0, 0, slot))
     assert isinstance(layer, int)
+    if isinstance(stack, Joined):
+        return stack.written(layer, slot, x_bkht)
     return (*stack[:layer], _with_slots(stack[layer], x_bkht, (0, 0, 0, slot)), *stack[layer + 1 :])
 
 

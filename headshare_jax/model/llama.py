@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from headshare_jax.config import LlamaConfig
 from headshare_jax.errors import HeadshareError
 from headshare_jax.model.attention import InTurns, Window, among_tokens, attend_cached, rows_in_place, tokens_last
-from headshare_jax.model.cache import KVCache, RingCache, empty_cache
+from headshare_jax.model.cache import JOINED_BYTES, KVCache, RingCache, empty_cache
 from headshare_jax.model.embedding import look_up
 from headshare_jax.model.gather import on_host
 from headshare_jax.model.layer import REMAT_POLICIES, attention_block, layer_kinds, mlp_block, rms_norm
@@ -307,14 +307,18 @@ class Llama(nnx.Module):
     @property
     def head_shapes(self) -> tuple[HeadShape, ...]:
         """The heads of every layer, as they run where no gradient is taken."""
-        parts, platform = 1, jax.default_backend()
-        if self.mesh is not None:
-            parts, platform = self.mesh.shape["tensor"], self.mesh.devices.flat[0].platform
-        return head_shapes(self.config, self.sharing, parts, TPU_MULTIPLE if platform == "tpu" else 1)
+        parts = 1 if self.mesh is None else self.mesh.shape["tensor"]
+        return head_shapes(self.config, self.sharing, parts, TPU_MULTIPLE if self._on_tpu else 1)
+
+    @property
+    def _on_tpu(self) -> bool:
+        platform = jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+        return platform == "tpu"
 
     def empty_cache(self, batch: int, slots: int) -> KVCache:
         """A cache with room for `slots` positions of every row; of windows, no more than the last ones."""
-        return empty_cache(self.config, self.compute_dtype, batch, slots, self.head_shapes, self.mesh)
+        joined = JOINED_BYTES if self._on_tpu else 0
+        return empty_cache(self.config, self.compute_dtype, batch, slots, self.head_shapes, self.mesh, joined)
 
     def logits(self, features_btd: jax.Array) -> jax.Array:
         """Output head on the features of `features` or `extend`: float32 [..., V]."""

@@ -1,5 +1,6 @@
 """What is cut from heads, and units that are dropped, cost nothing when a model runs, and change no token."""
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -119,11 +120,27 @@ def slim_model(kind: str, **changes: Any) -> Llama:
     return share(dense, slim_sharing(dense))
 
 
-KINDS = ("mha", "qwen3, biases", "phi3, partial rotary", "smollm3, windows", "dynamic")
+# Whether the cache is joined.
+KINDS = [
+    ("mha", False),
+    ("qwen3, biases", True),
+    ("phi3, partial rotary", False),
+    ("smollm3, windows", True),
+    ("dynamic", False),
+]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_slim_model_gives_the_tokens_of_the_same_with_zeros(kind: str) -> None:
+@pytest.fixture
+def joined(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether layers that are not alike have one cache, as on a TPU, here with widths as they are."""
+    asked: bool = request.param
+    monkeypatch.setattr(Llama, "_on_tpu", asked)
+    monkeypatch.setattr("headshare_jax.model.llama.TPU_MULTIPLE", 1)
+    return asked
+
+
+@pytest.mark.parametrize(("kind", "joined"), KINDS, indirect=["joined"])
+def test_a_slim_model_gives_the_tokens_of_the_same_with_zeros(kind: str, joined: bool) -> None:
     slim = slim_model(kind)
     whole, shapes = unshare(slim), slim.head_shapes
     assert generate(slim, PROMPTS, max_new_tokens=20) == generate(whole, PROMPTS, max_new_tokens=20)
@@ -133,16 +150,19 @@ def test_a_slim_model_gives_the_tokens_of_the_same_with_zeros(kind: str) -> None
     more, _ = extend(slim, row[None, 20:], cache, OneByOne())
     expected = np.asarray(jax.jit(Llama.features)(whole, row[None]))
     np.testing.assert_allclose(np.concatenate([features, more], axis=1), expected, atol=2e-6 * np.abs(expected).max())
+    assert len(jax.tree.leaves(cache.k_lbkhs)) == (1 if joined else len(shapes))
     numbers = sum(shape.units * (shape.qk + shape.vo) for shape in shapes)
     assert cache.nbytes == 4 * 40 * numbers < whole.empty_cache(1, 40).nbytes
     assert running(slim.config, slim.sharing, context=40, batch=1, itemsize=4).model.cache_bytes == cache.nbytes
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4)])
-def test_meshes_run_narrow_heads(sizes: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(("sizes", "joined"), [((2, 2, 2), True), ((1, 2, 4), False)], indirect=["joined"])
+def test_meshes_run_narrow_heads(sizes: tuple[int, int, int], joined: bool) -> None:
     slim = slim_model("mha", attention_bias=True)
     spread = Llama.of(slim, mesh=make_mesh(sizes))
     assert generate(spread, PROMPTS, max_new_tokens=8) == generate(slim, PROMPTS, max_new_tokens=8)
+    for leaf in jax.tree.leaves(spread.empty_cache(8, 64).k_lbkhs):
+        assert math.prod(sizes) * leaf.addressable_shards[0].data.size == leaf.size
 
 
 def of_one_width(dense: Llama, pairs: int, still: int, rank: int) -> Llama:
