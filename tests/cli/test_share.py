@@ -134,7 +134,7 @@ def test_what_share_keeps_serves_another_ratio(
     with monkeypatch.context() as patch:
         patch.setattr("headshare_jax.matching.functional.attention_gradients", again)
         headshare("share", model, tmp_path / "second", *args, 0.4, "--work", tmp_path / "work")
-        patch.setattr(importlib.import_module("headshare_jax.fit.refit"), "_fit", again)
+        patch.setattr(importlib.import_module("headshare_jax.fit.refit"), "_fit_block", again)
         result = headshare("share", model, tmp_path / "third", *args, 0.4, "--work", tmp_path / "work", "--json")
     expected = headshare("share", model, tmp_path / "expected", *args, 0.4, "--json")
     assert result["fit"] == expected["fit"]
