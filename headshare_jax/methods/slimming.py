@@ -40,8 +40,8 @@ class SlimMethod(Method):
 
     @property
     def minutes(self) -> int:
-        # At a budget of 0.7: scoring takes as long as four fifths of a refit on all the text, fits as long as 1.3.
-        return 20 + 10 * self.functional
+        # At a budget of 0.7: three rounds and text that the model writes take as long as four refits on all the text.
+        return 40 + 10 * self.functional
 
     @property
     def needs_text(self) -> bool:
