@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import tyro
 from common import child_result, machine, peak_rss, report, seconds
+from pods import MODEL, TINY
 from rich.table import Table
 
 from headshare_jax.config import LlamaConfig
@@ -27,8 +28,7 @@ from headshare_jax.sharing.shapes import columns, head_shapes
 from headshare_jax.sharing.tie import DROPPED
 from headshare_jax.sharing.widths import Widths
 
-MODEL, STAGES = "llama-2-7b", ("decode", "prefill")
-TINY = LlamaConfig(512, 256, 512, 2, 4, 4, 64)
+STAGES = ("decode", "prefill")
 # What is done to units, and by how much of a head their widths spread from layer to layer and within one, as those of
 # SmolLM2 at 0.7 do: of queries and keys, and of values and outputs.
 MAPS = {

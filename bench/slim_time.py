@@ -18,6 +18,7 @@ import numpy as np
 import tyro
 from common import machine, report, seconds
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from pods import MODEL, TINY
 from rich.table import Table
 
 from headshare_jax.calibration import fisher, streams
@@ -38,9 +39,6 @@ from headshare_jax.presets import PRESETS
 from headshare_jax.slim import costs, cut
 from headshare_jax.slim.rounds import SlimSettings, round_targets
 
-MODEL = "llama-2-7b"
-TINY = LlamaConfig(512, 256, 512, 2, 4, 4, 64)
-STORED = "bfloat16"
 # A product of float32 in highest precision is six of bfloat16.
 HIGHEST = 6
 # Programs, how often they run, by how many bfloat16 products each of theirs is done, and whether they decode.

@@ -129,7 +129,7 @@ def slim(
                 journal.write(f"to-{target}", step)
             state.take(step)
             text_wt = windows_wt if target == budget else _first(windows_wt, settings.round_tokens, 2)
-            report = state.fit(text_wt, target, journals, told_fit)
+            report = state.fit(text_wt, target, journals, told_fit, last=target == budget)
     assert report is not None
     state.balance()
     return state.model(budget), state.map(budget), report
@@ -202,10 +202,12 @@ class _Slimming:
         target: float,
         journals: Journals | None,
         progress: Callable[[int, int], None],
+        *,
+        last: bool,
     ) -> RefitReport:
-        """Fits o to the dense model."""
+        """Fits o to the dense model; after the last round nothing measures costs on what layers then read."""
         scored = len(self.scored_wt)
-        self.known = scored <= len(windows_wt)
+        self.known = not last and scored <= len(windows_wt)
 
         def watch(layer: int, stream: streams.Stream) -> None:
             if self.known:
